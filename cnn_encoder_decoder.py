@@ -1,0 +1,83 @@
+"""Encoder and decoder as convolutional networks for 28x28 images: the course's autoencoder, fitted to MNIST."""
+import torch.nn as nn
+
+
+class CNNEncoder(nn.Module):
+
+    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
+        """
+        Encoder q(z|x) = N(mean, diag(std^2)) with a CNN network.
+        Inputs:
+            num_input_channels - Number of channels of an image.
+            num_filters - Number of channels of the first two convolutions; the later ones have twice as many.
+            z_dim - Dimensionality of the latent space.
+        """
+        super().__init__()
+        c = num_filters
+        self.net = nn.Sequential(
+            nn.Conv2d(num_input_channels, c, kernel_size=3, padding=1, stride=2),  # 28x28 => 14x14
+            nn.GELU(),
+            nn.Conv2d(c, c, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(c, 2 * c, kernel_size=3, padding=1, stride=2),  # 14x14 => 7x7
+            nn.GELU(),
+            nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1, stride=2),  # 7x7 => 4x4
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(2 * c * 4 * 4, 2 * z_dim),
+        )
+
+    def forward(self, x):
+        """
+        Inputs:
+            x - Images of shape [B,C,28,28], values between 0 and 1.
+        Outputs:
+            mean - Tensor of shape [B,z_dim], the means of q(z|x).
+            log_std - Tensor of shape [B,z_dim], the logarithms of its standard deviations.
+        """
+        mean, log_std = self.net(x).chunk(2, dim=-1)
+        return mean, log_std
+
+
+class CNNDecoder(nn.Module):
+
+    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
+        """
+        Decoder p(x|z) of independent Bernoulli pixels with a CNN network, the mirror of the encoder.
+        Inputs:
+            num_input_channels - Number of channels of an image.
+            num_filters - Number of channels of the last two hidden layers; the earlier ones have twice as many.
+            z_dim - Dimensionality of the latent space.
+        """
+        super().__init__()
+        c = num_filters
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 2 * c * 4 * 4),
+            nn.GELU(),
+            nn.Unflatten(-1, (2 * c, 4, 4)),
+            nn.ConvTranspose2d(2 * c, 2 * c, kernel_size=3, padding=1, stride=2),  # 4x4 => 7x7
+            nn.GELU(),
+            nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.ConvTranspose2d(2 * c, c, kernel_size=3, padding=1, stride=2, output_padding=1),  # 7x7 => 14x14
+            nn.GELU(),
+            nn.Conv2d(c, c, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.ConvTranspose2d(c, num_input_channels, kernel_size=3, padding=1, stride=2, output_padding=1),  # => 28x28
+        )
+
+    def forward(self, z):
+        """
+        Inputs:
+            z - Latents of shape [B,z_dim].
+        Outputs:
+            x - Logits of the pixels, shape [B,num_input_channels,28,28] (no sigmoid applied).
+        """
+        return self.net(z)
+
+    @property
+    def device(self):
+        """The device on which the parameters are, hence where latents must be made."""
+        return next(self.parameters()).device
