@@ -1,0 +1,285 @@
+"""Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
+import argparse
+import math
+import os
+import sys
+import time
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.seed import isolate_rng
+from torchvision.utils import make_grid, save_image
+
+import run_folder
+from bmnist import DataError, bmnist, data_loaders
+from cnn_encoder_decoder import CNNDecoder, CNNEncoder
+from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from rendered_digits import rendered_digits
+from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
+
+
+class VAE(pl.LightningModule):
+
+    def __init__(self, model_name, hidden_dims, num_filters, z_dim, lr):
+        """
+        Variational autoencoder (Kingma & Welling 2014) with a unit Gaussian prior, a Gaussian encoder and a
+        decoder of independent Bernoulli pixels.
+        Inputs:
+            model_name - 'MLP' or 'CNN', the kind of encoder and decoder.
+            hidden_dims - List of the hidden layers' widths of an MLP encoder; the decoder gets it reversed.
+            num_filters - Number of channels of a CNN's first layers.
+            z_dim - Dimensionality of the latent space.
+            lr - Learning rate of Adam.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        if model_name == 'MLP':
+            self.encoder = MLPEncoder(hidden_dims=hidden_dims, z_dim=z_dim)
+            self.decoder = MLPDecoder(hidden_dims=hidden_dims[::-1], z_dim=z_dim)
+        elif model_name == 'CNN':
+            self.encoder = CNNEncoder(num_filters=num_filters, z_dim=z_dim)
+            self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim)
+        else:
+            raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
+
+    def forward(self, imgs):
+        """
+        The negative ELBO of a batch of images, with one sample of the posterior per image.
+        Inputs:
+            imgs - Images of shape [B,C,H,W], zeros and ones.
+        Outputs:
+            L_rec - Reconstruction loss, -log p(x|z) summed over the pixels: scalar, mean over the batch, in nats.
+            L_reg - Regularisation loss, KL(q(z|x) || p(z)): scalar, mean over the batch, in nats.
+            bpd - Their sum in bits per dimension, scalar. This is the loss that training minimises.
+        """
+        mean, log_std = self.encoder(imgs)
+        z = sample_reparameterize(mean, log_std.exp())
+        logits = self.decoder(z)
+        L_rec = F.binary_cross_entropy_with_logits(logits, imgs, reduction='sum') / len(imgs)
+        L_reg = KLD(mean, log_std).mean()
+        bpd = elbo_to_bpd(L_rec + L_reg, imgs.shape)
+        return L_rec, L_reg, bpd
+
+    @torch.no_grad()
+    def sample(self, batch_size):
+        """
+        Draws new images: z from the prior, then each pixel from its Bernoulli distribution.
+        Inputs:
+            batch_size - Number of images to draw.
+        Outputs:
+            x_samples - Sampled images of zeros and ones, shape [B,C,H,W].
+            x_mean - The pixels' means that they were drawn from, between 0 and 1, shape [B,C,H,W].
+        """
+        z = torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)
+        x_mean = torch.sigmoid(self.decoder(z))
+        x_samples = torch.bernoulli(x_mean)
+        return x_samples, x_mean
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+
+    def training_step(self, batch, batch_idx):
+        return self.log_losses('train', batch[0])
+
+    def validation_step(self, batch, batch_idx):
+        self.log_losses('val', batch[0])
+
+    def test_step(self, batch, batch_idx):
+        _, _, bpd = self.forward(batch[0])
+        self.log('test_bpd', bpd, batch_size=len(batch[0]))
+
+    def log_losses(self, stage, imgs):
+        """Logs the losses of a batch as parts of the epoch's means, under names that begin with `stage`."""
+        L_rec, L_reg, bpd = self.forward(imgs)
+        losses = {'reconstruction_loss': L_rec, 'regularization_loss': L_reg, 'ELBO': L_rec + L_reg}
+        self.log_dict({f'{stage}_{name}': loss for name, loss in losses.items()},
+                      on_step=False, on_epoch=True, batch_size=len(imgs))
+        self.log(f'{stage}_bpd', bpd, on_step=False, on_epoch=True, batch_size=len(imgs), prog_bar=True)
+        return bpd
+
+
+class GenerateCallback(pl.Callback):
+
+    def __init__(self, batch_size=64, every_n_epochs=5, save_to_disk=False):
+        """
+        Draws images from the model as it trains.
+        Inputs:
+            batch_size - Number of images to generate.
+            every_n_epochs - Generate them every N epochs.
+            save_to_disk - If True, they are also written as PNG files into the run's log directory.
+        """
+        super().__init__()
+        self.batch_size = batch_size
+        self.every_n_epochs = every_n_epochs
+        self.save_to_disk = save_to_disk
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs == 0:
+            self.sample_and_save(trainer, pl_module, epoch)
+
+    def sample_and_save(self, trainer, pl_module, epoch):
+        """
+        Adds samples and means as 8x8 grids to TensorBoard, with 2 latent dimensions the manifold too, and writes the
+        first two as epoch_N_samples.png and epoch_N_means.png if save_to_disk is set.
+        Inputs:
+            trainer - The PyTorch Lightning Trainer; its logger is TensorBoard's.
+            pl_module - The VAE that is being trained.
+            epoch - Number of epochs trained so far, for the x axis and the files' names.
+        """
+        # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
+        # numbers of the training, so that the pictures do not change its course.
+        with isolate_rng():
+            torch.manual_seed(0)
+            samples, means = pl_module.sample(self.batch_size)
+        writer = trainer.logger.experiment
+        for name, imgs in [('Samples', samples), ('Means', means)]:
+            grid = make_grid(imgs, nrow=8, pad_value=0.5).cpu()
+            writer.add_image(name, grid, epoch)
+            if self.save_to_disk:
+                save_image(grid, os.path.join(trainer.logger.log_dir, f'epoch_{epoch}_{name.lower()}.png'))
+        if pl_module.hparams.z_dim == 2:
+            writer.add_image('Manifold', visualize_manifold(pl_module.decoder).cpu(), epoch)
+
+
+def train_vae(args):
+    """
+    Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one.
+    Inputs:
+        args - Namespace of flags, see make_parser; those that it lacks get their defaults.
+    Outputs:
+        test_result - What trainer.test returns: a list with one dict, {'test_bpd': ...}.
+    Raises:
+        ValueError - where a flag's value is of no use.
+        DataError, run_folder.RunFolderError, run_folder.TrainingDiverged - with one clear line each.
+    """
+    start = time.perf_counter()
+    args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
+    check_flags(args)
+    run_folder.silence_lightning()
+    train_loader, val_loader, test_loader = load_data(args)
+
+    report = run_folder.EpochReport(print_lines=not args.progress_bar)
+    generate = GenerateCallback(save_to_disk=True)
+    best = ModelCheckpoint(filename='best', monitor='val_bpd', mode='min', enable_version_counter=False)
+    last = ModelCheckpoint(filename='last', enable_version_counter=False)
+    trainer = pl.Trainer(default_root_dir=args.log_dir, accelerator=args.accelerator, devices=1, logger=False,
+                         max_epochs=args.epochs, callbacks=[report, generate, best, last], num_sanity_val_steps=0,
+                         log_every_n_steps=len(train_loader), enable_progress_bar=args.progress_bar,
+                         enable_model_summary=False)
+    trainer.logger = run_folder.new_run(args.log_dir)  # only now that nothing else can be wrong
+    trainer.logger.log_hyperparams(vars(args))
+    log_dir = trainer.logger.log_dir
+    device = trainer.strategy.root_device
+    print(f"{args.model} on {args.dataset}, {len(train_loader.dataset):,} training images, on {device}, in {log_dir}",
+          flush=True)
+
+    pl.seed_everything(args.seed)
+    model = VAE(model_name=args.model, hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim,
+                lr=args.lr)
+    generate.sample_and_save(trainer, model, epoch=0)
+    trainer.validate(model, val_loader, verbose=False)
+    trainer.fit(model, train_loader, val_loader)
+
+    # Seeded anew, so that the test depends on the checkpoint and the seed alone.
+    pl.seed_everything(args.seed)
+    model = VAE.load_from_checkpoint(best.best_model_path)
+    test_result = trainer.test(model, test_loader, verbose=False)
+    test_bpd = test_result[0]['test_bpd']
+
+    if args.z_dim == 2:
+        save_image(visualize_manifold(model.decoder), os.path.join(log_dir, 'vae_manifold.png'))
+    run_folder.write_results(log_dir, vars(args), report, test_bpd, device, time.perf_counter() - start)
+    draw_figures(log_dir, args, report, generate.every_n_epochs, test_bpd)
+    print(f"test bpd {test_bpd:.4f}\nrun folder {log_dir}", flush=True)
+    return test_result
+
+
+def draw_figures(log_dir, args, report, every_n_epochs, test_bpd):
+    """The curves of question 1.9 and the samples of question 1.10, as PNG files in the run's folder."""
+    import figures  # only now, since matplotlib would delay the start of training
+
+    train_bpd = {0: report.first_step_bpd, **report.curve('train_bpd')}
+    figures.bpd_curves(os.path.join(log_dir, 'bpd_curves.png'), train_bpd, report.curve('val_bpd'), test_bpd,
+                       title=f"{args.model}, {args.z_dim} latents, {args.dataset}")
+    final = args.epochs - args.epochs % every_n_epochs
+    pictures = {f"epoch {epoch}" if epoch else "before training": os.path.join(log_dir, f'epoch_{epoch}_samples.png')
+                for epoch in sorted({0, min(10, final), final})}
+    figures.side_by_side(os.path.join(log_dir, 'samples_over_training.png'), pictures)
+
+
+def load_data(args):
+    """The loaders of training, validation and test set that the flags ask for."""
+    if args.dataset == 'rendered':
+        images, labels = rendered_digits(num_images=60_000)
+        return data_loaders(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:],
+                            args.batch_size, args.num_workers)
+    return bmnist(args.data_dir, args.batch_size, args.num_workers)
+
+
+def make_parser():
+    """The parser of the flags of `python train_pl.py`."""
+    parser = argparse.ArgumentParser(description="Trains a variational autoencoder on binarised MNIST.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # Model hyperparameters
+    parser.add_argument('--model', default='MLP', choices=['MLP', 'CNN'], help="Kind of encoder and decoder")
+    parser.add_argument('--z_dim', default=20, type=int, help="Dimensionality of the latent space")
+    parser.add_argument('--hidden_dims', default=[512], type=int, nargs='+', metavar='WIDTH',
+                        help="MLP only: widths of the encoder's hidden layers; the decoder has them reversed")
+    parser.add_argument('--num_filters', default=32, type=int,
+                        help="CNN only: number of channels of the layers next to the image; the others have twice that")
+    # Optimiser hyperparameters
+    parser.add_argument('--lr', default=1e-3, type=float, help="Learning rate of Adam")
+    parser.add_argument('--batch_size', default=128, type=int, help="Number of images per minibatch")
+    # Other hyperparameters
+    parser.add_argument('--epochs', default=80, type=int, help="Number of epochs, passes over the training images")
+    parser.add_argument('--seed', default=42, type=int, help="Seed of all random numbers")
+    parser.add_argument('--num_workers', default=0, type=int,
+                        help="Worker processes per data loader; the images are in memory, so 0 is the fastest")
+    parser.add_argument('--log_dir', default='VAE_logs', help="Directory in which the runs' folders are made")
+    parser.add_argument('--progress_bar', action='store_true',
+                        help="Show a progress bar instead of a line per epoch; not for batch jobs")
+    parser.add_argument('--dataset', default='mnist', choices=['mnist', 'rendered'],
+                        help="Data: MNIST, or digits rendered from fonts where there is no network (not comparable)")
+    parser.add_argument('--data_dir', default='../data/',
+                        help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
+    parser.add_argument('--accelerator', default='auto', choices=['auto', 'cpu', 'gpu'],
+                        help="Device that trains; auto takes a GPU where there is one")
+    return parser
+
+
+def check_flags(args):
+    """Raises a ValueError that names the flag whose value is of no use."""
+    for name, least in [('z_dim', 1), ('num_filters', 1), ('batch_size', 1), ('epochs', 1), ('num_workers', 0)]:
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        raise ValueError(f"--hidden_dims must be one or more widths of at least 1, got {args.hidden_dims}")
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        raise ValueError(f"--lr must be a finite number above 0, got {args.lr}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+
+
+def main():
+    parser = make_parser()
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (--help lists the flags)\n")
+    args = parser.parse_args()
+    try:
+        check_flags(args)
+    except ValueError as error:
+        parser.error(error)
+    try:
+        train_vae(args)
+    except (DataError, run_folder.RunFolderError, run_folder.TrainingDiverged, MisconfigurationException,
+            OSError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted")
+
+
+if __name__ == '__main__':
+    main()
