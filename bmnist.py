@@ -82,8 +82,7 @@ def data_loaders(train_images, train_labels, test_images, test_labels, batch_siz
         (BinaryImages(test_images, test_labels), False),
     ]
     return tuple(
-        DataLoader(split, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=already_a_batch,
-                   persistent_workers=num_workers > 0)
+        DataLoader(split, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=already_a_batch)
         for split, shuffle in splits
     )
 

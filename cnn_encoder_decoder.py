@@ -67,6 +67,8 @@ class CNNDecoder(nn.Module):
             nn.GELU(),
             nn.ConvTranspose2d(c, num_input_channels, kernel_size=3, padding=1, stride=2, output_padding=1),  # => 28x28
         )
+        # A random bias, the same for all pixels, would make the untrained decoder prefer black or white.
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, z):
         """

@@ -1,0 +1,871 @@
+"""Tests of the assignment's contract: `python -m unittest unittests.py`. They need no network and no data."""
+import argparse
+import contextlib
+import copy
+import csv
+import gzip
+import hashlib
+import http.server
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributions as D
+import torch.nn as nn
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import MNIST
+
+import bmnist
+import run_folder
+import train_pl
+from cnn_encoder_decoder import CNNDecoder, CNNEncoder
+from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from rendered_digits import rendered_digits
+from train_pl import VAE, GenerateCallback, train_vae
+from utils import KLD, elbo_to_bpd, manifold_latents, sample_reparameterize, visualize_manifold
+
+HERE = Path(__file__).resolve().parent
+torch.manual_seed(0)
+
+
+class TestKLD(unittest.TestCase):
+
+    def test_unit_gaussian_is_exactly_zero(self):
+        self.assertTrue((KLD(torch.zeros(5, 3), torch.zeros(5, 3)) == 0).all())
+
+    def test_exactly_symmetric_in_the_mean(self):
+        mean, log_std = torch.randn(2, 16, 20)
+        self.assertTrue(torch.equal(KLD(mean, log_std), KLD(-mean, log_std)))
+
+    def test_agrees_with_torch_distributions(self):
+        mean, log_std = 2 * torch.randn(2, 7, 16, 20, dtype=torch.float64)
+        oracle = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0., 1.)).sum(dim=-1)
+        torch.testing.assert_close(KLD(mean, log_std), oracle)
+
+    def test_keeps_its_digits_close_to_the_prior(self):
+        log_std = torch.full((1,), 1e-4)  # KL = log_std**2 to first order, far below float32's rounding of 1
+        self.assertAlmostEqual(KLD(torch.zeros(1), log_std).item() * 1e8, 1., places=2)
+
+
+class TestReparameterization(unittest.TestCase):
+
+    def test_gradients(self):
+        mean, std = torch.randn(16, 4, requires_grad=True), torch.rand(16, 4).add(0.5).requires_grad_()
+        z = sample_reparameterize(mean, std)
+        z.sum().backward()
+        eps = ((z - mean) / std).detach()
+        torch.testing.assert_close(mean.grad, torch.ones(16, 4))
+        torch.testing.assert_close(std.grad, eps)
+
+    def test_distribution(self):
+        mean, std = torch.tensor([-3., 0., 2.]), torch.tensor([0.1, 1., 4.])
+        z = sample_reparameterize(mean.expand(100_000, 3), std.expand(100_000, 3))
+        self.assertEqual(z.shape, (100_000, 3))
+        torch.testing.assert_close((z.mean(dim=0) - mean) / std, torch.zeros(3), atol=0.02, rtol=0)
+        torch.testing.assert_close(z.std(dim=0) / std, torch.ones(3), atol=0.02, rtol=0)
+
+    def test_no_noise_without_deviation(self):
+        mean = torch.randn(5)
+        self.assertTrue(torch.equal(sample_reparameterize(mean, torch.zeros(5)), mean))
+
+
+class TestBPD(unittest.TestCase):
+
+    def test_uniform_image_has_one_bit_per_pixel(self):
+        for shape in [(8, 1, 28, 28), (8, 3, 11, 17)]:
+            elbo = -torch.full(shape, 0.5).log().sum(dim=(1, 2, 3))
+            bpd = elbo_to_bpd(elbo, torch.Size(shape))
+            self.assertEqual(bpd.shape, (8,))
+            torch.testing.assert_close(bpd, torch.ones(8))
+
+
+class TestManifold(unittest.TestCase):
+
+    class Decoder(nn.Module):
+        """Paints each image in the grey of one of its latents' percentiles."""
+        device = torch.device('cpu')
+
+        def __init__(self, dim):
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, z):
+            self.z = z
+            return torch.logit(D.Normal(0., 1.).cdf(z[:, self.dim])).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    def test_latents_are_the_percentiles(self):
+        z = manifold_latents(20)
+        self.assertEqual((z.shape, z.dtype), ((400, 2), torch.float32))
+        percentiles = D.Normal(0., 1.).cdf(z.double())
+        expected = torch.arange(1, 21).double() / 21
+        for dim in range(2):
+            torch.testing.assert_close(percentiles[:, dim].unique(), expected, check_dtype=False, atol=1e-6, rtol=0)
+        self.assertTrue(torch.equal(z.sort(dim=0).values, -z.sort(dim=0, descending=True).values), "not symmetric")
+
+    def test_picture(self):
+        for dim in range(2):
+            grid = visualize_manifold(self.Decoder(dim), grid_size=4)
+            self.assertEqual(grid.shape, (3, 4 * 30 + 2, 4 * 30 + 2))
+            pixels = grid[0, 16::30, 16::30]  # the middle of each image
+            expected = torch.arange(1, 5) / 5
+            expected = expected.expand(4, 4) if dim == 0 else expected.flip(0)[:, None].expand(4, 4)
+            torch.testing.assert_close(pixels, expected)
+        self.assertEqual(visualize_manifold(self.Decoder(0)).shape, (3, 602, 602))
+
+    def test_one_image_and_none(self):
+        self.assertTrue(torch.equal(manifold_latents(1), torch.zeros(1, 2)))
+        with self.assertRaisesRegex(ValueError, "grid_size"):
+            manifold_latents(0)
+
+
+class TestNetworks(unittest.TestCase):
+
+    def defaults(self, network):
+        return {name: parameter.default for name, parameter in inspect.signature(network).parameters.items()}
+
+    def test_signatures(self):
+        self.assertEqual(self.defaults(MLPEncoder), {'input_dim': 784, 'hidden_dims': [512], 'z_dim': 20})
+        self.assertEqual(self.defaults(MLPDecoder), {'z_dim': 20, 'hidden_dims': [512], 'output_shape': [1, 28, 28]})
+        for network in [CNNEncoder, CNNDecoder]:
+            self.assertEqual(self.defaults(network), {'num_input_channels': 1, 'num_filters': 32, 'z_dim': 20})
+
+    def test_lists_are_not_written_to(self):
+        hidden_dims, output_shape = [30, 20, 10], [1, 28, 28]
+        MLPEncoder(hidden_dims=hidden_dims)
+        MLPDecoder(hidden_dims=hidden_dims, output_shape=output_shape)
+        model = VAE('MLP', hidden_dims, 32, 5, 1e-3)
+        self.assertEqual((hidden_dims, output_shape), ([30, 20, 10], [1, 28, 28]))
+        widths = [[layer.out_features for layer in net.net if isinstance(layer, nn.Linear)]
+                  for net in [model.encoder, model.decoder]]
+        self.assertEqual(widths, [[30, 20, 10, 10], [10, 20, 30, 784]])
+        self.test_signatures()
+
+    def test_encoders(self):
+        for encoder in [MLPEncoder(z_dim=7), MLPEncoder(784, [], 7), MLPEncoder(hidden_dims=[64, 32], z_dim=7),
+                        CNNEncoder(z_dim=7), CNNEncoder(1, 8, 7)]:
+            mean, log_std = encoder(100 * torch.randn(32, 1, 28, 28))
+            for output in [mean, log_std]:
+                self.assertEqual(output.shape, (32, 7))
+                self.assertTrue((output < 0).any() and (output > 0).any())
+            self.assertFalse(torch.equal(mean, log_std))
+        self.assertEqual(MLPEncoder(3 * 8 * 8, z_dim=4)(torch.randn(2, 3, 8, 8))[0].shape, (2, 4))
+        self.assertEqual(CNNEncoder(3, z_dim=4)(torch.randn(2, 3, 28, 28))[0].shape, (2, 4))
+
+    def test_decoders(self):
+        for decoder in [MLPDecoder(z_dim=7), MLPDecoder(7, [64, 32]), CNNDecoder(z_dim=7), CNNDecoder(1, 8, 7)]:
+            logits = decoder(torch.randn(16, 7))
+            self.assertEqual(logits.shape, (16, 1, 28, 28))
+            self.assertTrue((logits < 0).any() and (logits > 0).any(), "logits, not means")
+            self.assertEqual(decoder.device, torch.device('cpu'))
+            self.assertEqual(decoder.to('meta').device, torch.device('meta'))
+        self.assertEqual(MLPDecoder(7, output_shape=[3, 8, 9])(torch.randn(2, 7)).shape, (2, 3, 8, 9))
+        self.assertEqual(CNNDecoder(3, z_dim=7)(torch.randn(2, 7)).shape, (2, 3, 28, 28))
+
+    def test_mlp_layers(self):
+        for net in [MLPEncoder(hidden_dims=[9, 8]).net, MLPDecoder(hidden_dims=[9, 8]).net]:
+            self.assertEqual([type(layer) for layer in net], [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear])
+
+    def test_cnn_layers(self):
+        def shapes(net, x):
+            for layer in net:
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                    self.assertEqual(layer.kernel_size, (3, 3))
+                    yield tuple(x.shape[1:])
+
+        encoder, decoder = CNNEncoder(1, 8).net, CNNDecoder(1, 8).net
+        self.assertEqual(list(shapes(encoder, torch.zeros(1, 1, 28, 28))),
+                         [(8, 14, 14), (8, 14, 14), (16, 7, 7), (16, 7, 7), (16, 4, 4)])
+        self.assertEqual(list(shapes(decoder, torch.zeros(1, 20))),
+                         [(16, 7, 7), (16, 7, 7), (8, 14, 14), (8, 14, 14), (1, 28, 28)])
+        self.assertEqual([sum(isinstance(layer, nn.GELU) for layer in net) for net in [encoder, decoder]], [5, 5])
+        self.assertIsInstance(encoder[-1], nn.Linear)
+        self.assertIsInstance(decoder[-1], nn.ConvTranspose2d)
+
+
+class TestVAE(unittest.TestCase):
+
+    def models(self, **hyperparameters):
+        for model_name in ['MLP', 'CNN']:
+            yield VAE(**{**dict(model_name=model_name, hidden_dims=[32], num_filters=4, z_dim=5, lr=1e-3),
+                         **hyperparameters})
+
+    def test_forward_is_the_negative_elbo(self):
+        imgs = torch.rand(6, 1, 28, 28).round()
+        for model in self.models():
+            torch.manual_seed(1)
+            L_rec, L_reg, bpd = model(imgs)
+            torch.manual_seed(1)
+            mean, log_std = model.encoder(imgs)
+            posterior = D.Normal(mean, log_std.exp())
+            logits = model.decoder(posterior.rsample())
+            log_likelihood = D.Bernoulli(logits=logits).log_prob(imgs).sum(dim=(1, 2, 3))
+            kl = D.kl_divergence(posterior, D.Normal(0., 1.)).sum(dim=1)
+            torch.testing.assert_close(L_rec, -log_likelihood.mean())
+            torch.testing.assert_close(L_reg, kl.mean())
+            torch.testing.assert_close(bpd, (kl - log_likelihood).mean() / np.log(2) / 784, check_dtype=False)
+            self.assertEqual([x.shape for x in (L_rec, L_reg, bpd)], [()] * 3)
+            bpd.backward()
+            self.assertTrue(all(p.grad is not None for p in model.parameters()))
+
+    def test_untrained_bpd_is_about_one(self):
+        for model in self.models(hidden_dims=[512], num_filters=32, z_dim=20):
+            bpd = model(torch.rand(64, 1, 28, 28).round())[2].item()
+            self.assertTrue(1.0 < bpd < 1.1, bpd)
+
+    def test_sample(self):
+        for model in self.models():
+            samples, means = model.sample(600)
+            self.assertEqual((samples.shape, means.shape), ((600, 1, 28, 28), (600, 1, 28, 28)))
+            self.assertEqual(samples.unique().tolist(), [0., 1.])
+            self.assertTrue(((means > 0) & (means < 1)).all() and means.std(dim=0).mean() > 0)
+            self.assertAlmostEqual(samples.mean().item(), means.mean().item(), places=2)
+            self.assertFalse(samples.requires_grad or means.requires_grad)
+
+    def test_hyperparameters_and_optimizer(self):
+        for model in self.models(lr=0.03):
+            self.assertEqual(set(model.hparams), {'model_name', 'hidden_dims', 'num_filters', 'z_dim', 'lr'})
+            optimizer = model.configure_optimizers()
+            self.assertIsInstance(optimizer, torch.optim.Adam)
+            self.assertEqual(optimizer.param_groups[0]['lr'], 0.03)
+        with self.assertRaisesRegex(ValueError, "'MLP' or 'CNN'"):
+            VAE('RNN', [512], 32, 20, 1e-3)
+
+    def test_the_package_does_not_use_torch_distributions(self):
+        for path in HERE.glob('*.py'):
+            if path.name != 'unittests.py':
+                self.assertNotIn('torch.distributions', path.read_text(), path.name)
+
+
+def idx(tensor):
+    """The bytes of an IDX file, MNIST's format, of a uint8 tensor."""
+    head = (0x0800 + tensor.dim()).to_bytes(4, 'big') + b''.join(size.to_bytes(4, 'big') for size in tensor.shape)
+    return head + tensor.to(torch.uint8).numpy().tobytes()
+
+
+class TestData(unittest.TestCase):
+    """The data path on a small stand-in for MNIST: 60 training images and 10 test images."""
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.folder = self.root / 'MNIST' / 'raw'
+        images, labels = rendered_digits(70)
+        self.content = dict(zip(bmnist.FILES, [idx(images[:60]), idx(labels[:60]), idx(images[60:]), idx(labels[60:])]))
+        self.images, self.labels = images, labels
+        files = {name: (hashlib.md5(content).hexdigest(), len(content)) for name, content in self.content.items()}
+        stack.enter_context(mock.patch.object(bmnist, 'FILES', files))
+        stack.enter_context(mock.patch.object(MNIST, 'mirrors', []))  # no test ever asks the real ones
+
+    def write(self, **changes):
+        """Writes the four files, with changes by the beginning of their names (_ for -)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.content.items():
+            (self.folder / name).write_bytes(changes.get(name[:name.index('-idx')].replace('-', '_'), content))
+
+    def error(self, download=False):
+        with self.assertRaises(bmnist.DataError) as caught, contextlib.redirect_stdout(io.StringIO()):
+            bmnist.bmnist(self.root, download=download)
+        self.assertNotIn('\n', str(caught.exception))
+        return str(caught.exception)
+
+    def test_reads_what_is_there(self):
+        self.write()
+        loaders = bmnist.bmnist(str(self.root), batch_size=7)
+        train, test = loaders[0].dataset, loaders[2].dataset
+        self.assertTrue(torch.equal(train.images, self.images[:60, None] > 127))
+        self.assertTrue(torch.equal(train.labels, self.labels[:60]))
+        self.assertTrue(torch.equal(test.images, self.images[60:, None] > 127))
+        self.assertEqual(self.defaults(), {'root': '../data/', 'batch_size': 128, 'num_workers': 0, 'download': True})
+
+    def defaults(self):
+        return {name: parameter.default for name, parameter in inspect.signature(bmnist.bmnist).parameters.items()}
+
+    def test_files_of_mnist(self):
+        self.doCleanups()  # the real table
+        self.assertEqual({name: md5 for name, (md5, _) in bmnist.FILES.items()},
+                         {'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
+                          'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
+                          't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
+                          't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637'})
+
+    def test_splits_and_batches(self):
+        """On tensors of MNIST's size whose labels are the images' numbers."""
+        images = torch.arange(256, dtype=torch.uint8).repeat(60_000 * 4 // 256 + 1)[:60_000 * 4].view(60_000, 2, 2)
+        labels, test_labels = torch.arange(60_000), 60_000 + torch.arange(10_000)
+        loaders = bmnist.data_loaders(images, labels, images[:10_000], test_labels)
+        seen = [torch.cat([batch_labels for _, batch_labels in loader]) for loader in loaders]
+        self.assertEqual([len(loader) for loader in loaders], [352, 40, 79])  # the last, smaller batch is there
+        self.assertFalse(torch.equal(seen[0], torch.arange(45_000)))
+        self.assertFalse(torch.equal(seen[0], torch.cat([batch_labels for _, batch_labels in loaders[0]])))
+        self.assertTrue(torch.equal(seen[0].sort().values, torch.arange(45_000)))
+        self.assertTrue(torch.equal(seen[1], torch.arange(45_000, 50_000)))
+        self.assertTrue(torch.equal(seen[2], test_labels))
+        imgs, numbers = next(iter(loaders[0]))
+        self.assertEqual((imgs.shape, imgs.dtype), ((128, 1, 2, 2), torch.float32))
+        self.assertEqual((numbers.shape, numbers.dtype), ((128,), torch.int64))
+        self.assertTrue(torch.equal(imgs[:, 0], (images[numbers].float() / 255 > 0.5).float()))
+
+    def test_threshold(self):
+        images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+        dataset = bmnist.BinaryImages(images, torch.zeros(1, dtype=torch.int64))
+        img, label = dataset[0]
+        self.assertTrue(torch.equal(img.flatten(), (torch.arange(256) >= 128).float()))
+        self.assertEqual((img.shape, label), ((1, 16, 16), 0))
+
+    def test_workers_change_nothing(self):
+        self.write()
+        batches = []
+        for num_workers in [0, 2]:
+            torch.manual_seed(3)
+            train_loader = bmnist.bmnist(self.root, batch_size=25, num_workers=num_workers)[0]
+            batches.append([imgs for _ in range(2) for imgs, _ in train_loader] + [torch.rand(3)])
+        self.assertEqual([len(imgs) for imgs in batches[0]], [25, 25, 10, 25, 25, 10, 3])
+        self.assertTrue(all(map(torch.equal, *batches)))
+
+    def test_missing(self):
+        for download in [False, True]:
+            error = self.error(download)
+            for part in [str(self.folder), *bmnist.FILES, '--dataset rendered', 'download']:
+                self.assertIn(part, error)
+        self.write()
+        (self.folder / 't10k-labels-idx1-ubyte').unlink()
+        self.assertIn('1 are missing', self.error())
+
+    def test_damaged_files(self):
+        good = self.content['train-images-idx3-ubyte']
+        twin = self.content['t10k-images-idx3-ubyte']
+        for problem, bad in [('truncated', good[:-100]), ('truncated', good[:200]), ('number', b''),
+                             ('number', b'\x1f\x8b' + good[2:]), ('number', b'\0\0\x08\x01' + good[4:]),
+                             ('MD5', good[:-1] + b'\x01'), ('files swapped', twin)]:
+            self.write(train_images=bad)
+            error = self.error(download=True)
+            self.assertIn(str(self.folder / 'train-images-idx3-ubyte'), error)
+            self.assertIn(problem, error)
+        train_labels, t10k_labels = (self.content[f'{split}-labels-idx1-ubyte'] for split in ['train', 't10k'])
+        self.write(train_labels=t10k_labels, t10k_labels=train_labels)
+        self.assertIn('train-labels-idx1-ubyte', self.error())
+
+    @contextlib.contextmanager
+    def mirror(self, cut_after=None):
+        """A local HTTP server as MNIST's only mirror; each answer breaks off after `cut_after` bytes, if given."""
+        packed = {f'{name}.gz': gzip.compress(content) for name, content in self.content.items()}
+        requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path[1:]
+                requests.append(name)
+                self.send_response(200 if name in packed else 404)
+                self.send_header('Content-Length', str(len(packed.get(name, b''))))
+                self.end_headers()
+                self.wfile.write(packed.get(name, b'')[:cut_after])
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+        with mock.patch.object(MNIST, 'mirrors', [f'http://127.0.0.1:{server.server_port}/']), \
+                mock.patch.object(MNIST, 'resources', resources):
+            yield requests
+        server.shutdown()
+        server.server_close()
+
+    def assert_complete(self):
+        left = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.name != '.lock'}
+        self.assertEqual(left, self.content)
+
+    def test_download(self):
+        with self.mirror() as requests, contextlib.redirect_stdout(io.StringIO()) as output:
+            bmnist.bmnist(self.root)
+            self.assertEqual(len(set(requests)), 4)
+            del requests[:]
+            bmnist.bmnist(self.root)
+            self.assertEqual(requests, [])
+        self.assertEqual(output.getvalue(), f'Downloading MNIST to {self.folder}\n')
+        self.assert_complete()
+
+    def test_broken_download_leaves_nothing_behind(self):
+        with self.mirror(cut_after=50):
+            self.assertIn('could not be downloaded', self.error(download=True))
+        self.assertEqual([path.name for path in self.folder.iterdir()], ['.lock'])
+        with self.mirror(), contextlib.redirect_stdout(io.StringIO()):
+            bmnist.bmnist(self.root)
+        self.assert_complete()
+
+    def test_download_after_a_process_was_killed(self):
+        staged = self.folder / '.download' / 'MNIST' / 'raw'
+        staged.mkdir(parents=True)
+        for name, content in self.content.items():
+            (staged / name).write_bytes(content[:99])
+        with self.mirror(), contextlib.redirect_stdout(io.StringIO()):
+            bmnist.bmnist(self.root)
+        self.assert_complete()
+
+    def test_packed_files_brought_along(self):
+        self.folder.mkdir(parents=True)
+        with self.mirror() as requests:
+            for name, content in self.content.items():
+                (self.folder / f'{name}.gz').write_bytes(gzip.compress(content))
+            with contextlib.redirect_stdout(io.StringIO()):
+                bmnist.bmnist(self.root)
+        self.assertEqual(requests, [])
+
+    def test_eight_processes_at_once(self):
+        context = multiprocessing.get_context('fork')
+        with self.mirror() as requests:
+            processes = [context.Process(target=self.load_quietly) for _ in range(8)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(60)
+                process.kill()
+        self.assertEqual([process.exitcode for process in processes], [0] * 8)
+        self.assertEqual({requests.count(name) for name in requests}, {requests.count(requests[0])})
+        self.assertLess(len(requests), 9)  # one process asked (twice per file: torchvision looks for redirections)
+        self.assert_complete()
+
+    def load_quietly(self):
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_loader = bmnist.bmnist(self.root)[0]
+        if not torch.equal(train_loader.dataset.images, self.images[:60, None] > 127):
+            sys.exit(3)
+
+    def test_command(self):
+        self.write()
+        with mock.patch.object(sys, 'argv', ['bmnist.py', '--data_dir', str(self.root)]), \
+                mock.patch.multiple(bmnist, NUM_TRAIN=50, NUM_VAL=10), \
+                contextlib.redirect_stdout(io.StringIO()) as output:
+            bmnist.main()
+        ink = (self.images[:50] > 127).float().mean().item()
+        self.assertRegex(output.getvalue(), rf'verified\ntrain +50 images +ink {ink:.2%}\nvalidation +10 images')
+        self.write(t10k_images=b'nonsense')
+        with self.assertRaises(SystemExit) as caught, mock.patch.object(sys, 'argv', ['x', f'--data_dir={self.root}']):
+            bmnist.main()
+        self.assertIn('t10k-images-idx3-ubyte is not MNIST', caught.exception.code)
+
+
+class TestRenderedDigits(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.images, cls.labels = rendered_digits()
+        cls.ink = cls.images > 127
+
+    def test_shapes_and_types(self):
+        self.assertEqual(self.images.shape, (60_000, 28, 28))
+        self.assertEqual(self.images.dtype, torch.uint8)
+        self.assertEqual((self.images.min().item(), self.images.max().item()), (0, 255))
+        self.assertEqual(self.labels.shape, (60_000,))
+        self.assertEqual(self.labels.dtype, torch.int64)
+
+    def test_number_of_images(self):
+        for number in (1, 3, 1_000, 1_001):
+            images, labels = rendered_digits(number)
+            self.assertTrue(torch.equal(images, self.images[:number]))
+            self.assertTrue(torch.equal(labels, self.labels[:number]))
+        for number in (0, -1):
+            with self.assertRaisesRegex(ValueError, "num_images must be at least 1"):
+                rendered_digits(number)
+
+    def test_seed(self):
+        images, labels = rendered_digits(5_000, seed=0)
+        self.assertTrue(torch.equal(images, self.images[:5_000]))
+        self.assertTrue(torch.equal(labels, self.labels[:5_000]))
+        images, labels = rendered_digits(5_000, seed=1)
+        self.assertLess((labels == self.labels[:5_000]).float().mean().item(), 0.2)
+        same = (images == self.images[:5_000]).flatten(1).all(1)
+        self.assertFalse(same.any())
+
+    def test_number_of_threads_does_not_matter(self):
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                images, labels = rendered_digits(5_000)
+                self.assertTrue(torch.equal(images, self.images[:5_000]))
+                self.assertTrue(torch.equal(labels, self.labels[:5_000]))
+                self.assertEqual(torch.get_num_threads(), threads)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_global_random_numbers_untouched(self):
+        before = torch.get_rng_state()
+        rendered_digits(100, seed=5)
+        self.assertTrue(torch.equal(torch.get_rng_state(), before))
+
+    def test_ink(self):
+        # MNIST has 0.13 of its pixels inked; no digit is empty or a blot.
+        shares = self.ink.flatten(1).float().mean(1)
+        self.assertGreater(shares.mean().item(), 0.11)
+        self.assertLess(shares.mean().item(), 0.15)
+        self.assertGreater(shares.min().item(), 0.03)
+        self.assertLess(shares.max().item(), 0.35)
+
+    def test_inside_the_frame(self):
+        border = torch.ones(28, 28, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        touching = self.ink[:, border].any(1).float().mean().item()
+        self.assertLess(touching, 0.01)  # the feet of some sevens; MNIST has 0.011
+
+    def test_size_and_centre(self):
+        rows, columns = self.ink.any(2), self.ink.any(1)
+        height, width = (28 - side.byte().argmax(1) - side.flip(1).byte().argmax(1) for side in (rows, columns))
+        longer = torch.maximum(height, width)
+        self.assertGreaterEqual(longer.min().item(), 17)
+        self.assertLessEqual(longer.max().item(), 21)
+        grey = self.images.float()
+        pixels = torch.arange(28.0)
+        for axis in (1, 2):
+            profile = grey.sum(3 - axis)
+            centre = (profile * pixels).sum(1) / profile.sum(1)
+            self.assertAlmostEqual(centre.mean().item(), 14, delta=0.2)
+            self.assertLess((centre - 14).abs().max().item(), 1.5)
+
+    def test_every_split_is_a_fair_sample(self):
+        for labels in self.labels.split([45_000, 5_000, 10_000]):
+            share = torch.bincount(labels, minlength=10) / len(labels)
+            self.assertEqual(len(share), 10)
+            self.assertGreater(share.min().item(), 0.08)
+            self.assertLess(share.max().item(), 0.12)
+
+    def test_labels_belong_to_the_images(self):
+        # Nearest class mean: 0.96 of all, 0.85 of the fives, with the right labels; 0.1 with shuffled ones.
+        train, test = self.ink[:45_000].flatten(1).float(), self.ink[50_000:].flatten(1).float()
+        train_labels, test_labels = self.labels[:45_000], self.labels[50_000:]
+        means = torch.stack([train[train_labels == digit].mean(0) for digit in range(10)])
+        right = torch.cdist(test, means).argmin(1) == test_labels
+        for digit in range(10):
+            self.assertGreater(right[test_labels == digit].float().mean().item(), 0.75, f"digit {digit}")
+
+    def test_labels_name_the_digits(self):
+        # Closed loops tell what a mean cannot: whether the pictures called 8 are eights. Background is filled from a
+        # corner; what stays dry is a hole. Zero, four, six, eight and nine have one; the others none.
+        paper = ~self.ink[50_000:52_000]
+        labels = self.labels[50_000:52_000]
+        wet = torch.zeros_like(paper)
+        wet[:, 0, 0] = True
+        while True:
+            spread = wet.clone()
+            spread[:, 1:] |= wet[:, :-1]
+            spread[:, :-1] |= wet[:, 1:]
+            spread[:, :, 1:] |= wet[:, :, :-1]
+            spread[:, :, :-1] |= wet[:, :, 1:]
+            spread &= paper
+            if torch.equal(spread, wet):
+                break
+            wet = spread
+        dry = paper & ~wet
+        hole = dry.flatten(1).sum(1) > 3
+        for digit in range(10):
+            share = hole[labels == digit].float().mean().item()
+            if digit in (0, 4, 6, 8, 9):
+                self.assertGreater(share, 0.9, f"digit {digit}")
+            else:
+                self.assertLess(share, 0.1, f"digit {digit}")
+        rows = torch.arange(28)[:, None].expand(28, 28)
+        mean_row = {digit: (dry[labels == digit] * rows).sum() / dry[labels == digit].sum() for digit in (6, 9)}
+        self.assertGreater(mean_row[6].item(), 15)  # the loop of a six is below the middle,
+        self.assertLess(mean_row[9].item(), 13)  # that of a nine above
+
+
+class TestGenerateCallback(unittest.TestCase):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.writer = mock.Mock()
+        self.trainer = types.SimpleNamespace(
+            logger=types.SimpleNamespace(experiment=self.writer, log_dir=self.folder), current_epoch=0)
+
+    def pictures(self):
+        """{(tag, epoch): picture} of all that went to TensorBoard."""
+        return {(call.args[0], call.args[2]): call.args[1] for call in self.writer.add_image.call_args_list}
+
+    def test_defaults(self):
+        parameters = inspect.signature(GenerateCallback).parameters
+        self.assertEqual({name: parameter.default for name, parameter in parameters.items()},
+                         {'batch_size': 64, 'every_n_epochs': 5, 'save_to_disk': False})
+
+    def test_rhythm_and_tags(self):
+        for z_dim, tags in [(3, {'Samples', 'Means'}), (2, {'Samples', 'Means', 'Manifold'})]:
+            self.writer.reset_mock()
+            callback, model = GenerateCallback(), VAE('MLP', [8], 32, z_dim, 1e-3)
+            callback.sample_and_save(self.trainer, model, epoch=0)
+            for self.trainer.current_epoch in range(12):
+                callback.on_train_epoch_end(self.trainer, model)
+            self.assertEqual(set(self.pictures()), {(tag, epoch) for tag in tags for epoch in [0, 5, 10]})
+            for (tag, _), picture in self.pictures().items():
+                self.assertEqual(picture.shape, (3, 602, 602) if tag == 'Manifold' else (3, 242, 242))
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_files(self):
+        GenerateCallback(save_to_disk=True).sample_and_save(self.trainer, VAE('CNN', [8], 4, 3, 1e-3), epoch=10)
+        self.assertEqual(set(os.listdir(self.folder)), {'epoch_10_samples.png', 'epoch_10_means.png'})
+
+    def test_same_latents_and_no_trace_in_the_random_numbers(self):
+        callback, model = GenerateCallback(batch_size=4), VAE('MLP', [8], 32, 3, 1e-3)
+        state = torch.get_rng_state()
+        for epoch in [1, 2]:
+            callback.sample_and_save(self.trainer, model, epoch)
+            self.assertTrue(torch.equal(torch.get_rng_state(), state))
+            torch.rand(1)
+            state = torch.get_rng_state()
+        pictures = self.pictures()
+        self.assertTrue(torch.equal(pictures['Samples', 1], pictures['Samples', 2]))
+
+
+def small_loaders(args):
+    """Loaders of rendered digits: 300 to train on, 50 to validate, 50 to test."""
+    images, labels = rendered_digits(400)
+    splits = [slice(0, 300), slice(300, 350), slice(350, 400)]
+    return tuple(bmnist.DataLoader(bmnist.BinaryImages(images[split], labels[split]), args.batch_size,
+                                   shuffle=split.start == 0, num_workers=args.num_workers,
+                                   collate_fn=bmnist.already_a_batch) for split in splits)
+
+
+class TestTraining(unittest.TestCase):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        patch = mock.patch.object(train_pl, 'load_data', small_loaders)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def namespace(self, **flags):
+        """The flags of the assignment's template and no other."""
+        return argparse.Namespace(**{**dict(model='MLP', z_dim=2, hidden_dims=[16], num_filters=4, lr=1e-3,
+                                            batch_size=128, epochs=6, seed=42, num_workers=0, log_dir=self.folder,
+                                            progress_bar=False), **flags})
+
+    def train(self, **flags):
+        """Trains and returns the run's folder and what was printed."""
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            train_vae(self.namespace(**flags))
+        return self.run_folder(), output.getvalue()
+
+    def run_folder(self):
+        return max((Path(self.folder) / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
+
+    def test_flags_and_defaults(self):
+        defaults = dict(model='MLP', z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80,
+                        seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist',
+                        data_dir='../data/', accelerator='auto')
+        self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
+
+    def test_a_run_from_a_notebook(self):
+        args = self.namespace()
+        before = copy.deepcopy(args)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            result = train_vae(args)
+        self.assertEqual(args, before)
+        self.assertEqual([list(metrics) for metrics in result], [['test_bpd']])
+        folder = self.run_folder()
+
+        names = {path.name for path in folder.iterdir()}
+        events = {name for name in names if name.startswith('events.out.tfevents')}
+        self.assertTrue(events)
+        self.assertEqual(names - events, {
+            'hparams.yaml', 'metrics.csv', 'results.json', 'checkpoints', 'bpd_curves.png', 'vae_manifold.png',
+            'samples_over_training.png', 'epoch_0_samples.png', 'epoch_0_means.png', 'epoch_5_samples.png',
+            'epoch_5_means.png'})
+        self.assertEqual(set(os.listdir(folder / 'checkpoints')), {'best.ckpt', 'last.ckpt'})
+        for path in folder.glob('*.png'):
+            self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
+
+        flags = {**vars(train_pl.make_parser().parse_args([])), **vars(args)}
+        hparams = yaml.safe_load((folder / 'hparams.yaml').read_text())
+        self.assertEqual(hparams, {**flags, 'model_name': 'MLP'})
+        with open(folder / 'metrics.csv') as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([int(row['epoch']) for row in rows], list(range(7)))
+        self.assertEqual((rows[0]['train_bpd'], float(rows[6]['train_ELBO']) > 0), ('', True))
+
+        results = json.loads((folder / 'results.json').read_text())
+        self.assertEqual(results['test_bpd'], result[0]['test_bpd'])
+        val_bpds = [float(row['val_bpd']) for row in rows[1:]]
+        self.assertEqual((results['best_val_bpd'], results['best_epoch']),
+                         (min(val_bpds), 1 + val_bpds.index(min(val_bpds))))
+        self.assertEqual((results['dataset'], results['seed']), ('mnist', 42))
+        self.assertEqual(results['hyperparameters'], flags)
+        self.assertEqual(results['versions']['torch'], torch.__version__)
+        self.assertEqual(results['versions']['pytorch_lightning'], pl.__version__)
+        self.assertTrue(1.0 < results['first_step_bpd'] < 1.1 and results['device'] and results['seconds'] > 0)
+
+        lines = output.getvalue().splitlines()
+        self.assertEqual([line[:11] for line in lines[1:8]], [f'epoch   {epoch}/6' for epoch in range(7)])
+        self.assertRegex(lines[2], r'^epoch   1/6  train bpd \d\.\d{4}  val bpd \d\.\d{4}  \d+\.\d s$')
+        self.assertEqual(lines[-2:], [f"test bpd {results['test_bpd']:.4f}", f'run folder {folder}'])
+        self.check_tensorboard(folder, rows, results)
+
+    def check_tensorboard(self, folder, rows, results):
+        events = EventAccumulator(str(folder), size_guidance={'images': 0}).Reload()
+        scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()['scalars']}
+        names = ['reconstruction_loss', 'regularization_loss', 'ELBO', 'bpd']
+        self.assertEqual(len(scalars), 9)
+        for name in names:
+            self.assertEqual(list(scalars[f'train_{name}']), list(range(1, 7)))
+            self.assertEqual(list(scalars[f'val_{name}']), list(range(7)))  # begins with the untrained model
+        for row in rows[1:]:
+            epoch, elbo = int(row['epoch']), float(row['train_ELBO'])
+            self.assertAlmostEqual(scalars['train_ELBO'][epoch], elbo, places=3)
+            self.assertAlmostEqual(float(row['train_reconstruction_loss']) + float(row['train_regularization_loss']),
+                                   elbo, places=2)
+            self.assertAlmostEqual(scalars['train_bpd'][epoch], elbo / np.log(2) / 784, places=5)
+        self.assertEqual(list(scalars['test_bpd']), [6])
+        self.assertAlmostEqual(scalars['test_bpd'][6], results['test_bpd'], places=6)
+        self.assertEqual({tag: [event.step for event in events.Images(tag)] for tag in events.Tags()['images']},
+                         {tag: [0, 5] for tag in ['Samples', 'Means', 'Manifold']})
+
+    def test_epoch_means_weigh_every_image_alike(self):
+        """The last batch of an epoch is smaller: 44 of 300 images."""
+        with mock.patch.object(VAE, 'forward', lambda self, imgs: 3 * [self.decoder.net[0].bias[0] * 0 + len(imgs)]):
+            folder, _ = self.train(epochs=1)
+        with open(folder / 'metrics.csv') as file:
+            rows = list(csv.DictReader(file))
+        self.assertAlmostEqual(float(rows[1]['train_bpd']), (2 * 128**2 + 44**2) / 300, places=3)
+
+    def test_checkpoints(self):
+        """best.ckpt is that of the lowest validation bpd and is what is tested; last.ckpt is the last epoch's."""
+        with mock.patch.object(VAE, 'validation_step', lambda self, batch, _: self.log(
+                'val_bpd', abs(self.current_epoch - 1.5) if self.trainer.state.fn == 'fit' else 9.)):
+            folder, _ = self.train(epochs=4, model='CNN')
+        best, last = (torch.load(folder / 'checkpoints' / f'{name}.ckpt', weights_only=True)
+                      for name in ['best', 'last'])
+        self.assertEqual((best['epoch'], last['epoch']), (1, 3))
+        self.assertEqual(json.loads((folder / 'results.json').read_text())['best_epoch'], 2)
+        model = VAE.load_from_checkpoint(folder / 'checkpoints' / 'best.ckpt')
+        self.assertEqual(dict(model.hparams), dict(model_name='CNN', hidden_dims=[16], num_filters=4, z_dim=2, lr=1e-3))
+        pl.seed_everything(42)
+        with torch.no_grad():
+            losses = [(len(imgs), model(imgs)[2].item()) for imgs, _ in small_loaders(self.namespace())[2]]
+        self.assertAlmostEqual(json.loads((folder / 'results.json').read_text())['test_bpd'],
+                               sum(n * bpd for n, bpd in losses) / 50, places=5)
+
+    def test_same_seed_same_weights(self):
+        def weights(**flags):
+            folder, _ = self.train(epochs=2, **flags)
+            return torch.load(folder / 'checkpoints' / 'last.ckpt', weights_only=True)['state_dict'].values()
+
+        first = list(weights())
+        self.assertTrue(all(map(torch.equal, first, weights())))
+        self.assertTrue(all(map(torch.equal, first, weights(num_workers=2))))
+        self.assertFalse(all(map(torch.equal, first, weights(seed=43))))
+
+    def test_loss_that_is_not_finite(self):
+        forward = VAE.forward
+        for value in [float('nan'), float('inf')]:
+            def diverge(model, imgs, value=value):
+                return [loss + value if model.training and model.current_epoch == 2 else loss
+                        for loss in forward(model, imgs)]
+
+            with mock.patch.object(VAE, 'forward', diverge), \
+                    self.assertRaisesRegex(run_folder.TrainingDiverged, r'^train_bpd became \w+ in epoch 3.* --lr'):
+                self.train()
+            last = torch.load(self.run_folder() / 'checkpoints' / 'last.ckpt', weights_only=True)
+            self.assertEqual(last['epoch'], 1)
+            self.assertTrue(all(weight.isfinite().all() for weight in last['state_dict'].values()))
+        with self.assertRaisesRegex(run_folder.TrainingDiverged, r'in epoch 1: try .*no checkpoint was written'):
+            self.train(lr=1e30)
+
+    def test_interrupt(self):
+        def on_train_epoch_start(model):
+            if model.current_epoch == 2:
+                raise KeyboardInterrupt
+
+        handler = signal.getsignal(signal.SIGINT)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
+        with mock.patch.object(VAE, 'on_train_epoch_start', on_train_epoch_start), \
+                self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(io.StringIO()) as output:
+            train_vae(self.namespace())
+        self.assertEqual(caught.exception.code, 1)
+        self.assertIn(f'Interrupted. {self.run_folder()} is complete up to epoch 2', output.getvalue())
+        VAE.load_from_checkpoint(self.run_folder() / 'checkpoints' / 'last.ckpt')
+
+    def test_runs_are_numbered(self):
+        folders = [Path(run_folder.new_run(self.folder).log_dir).name for _ in range(2)]
+        with mock.patch.object(run_folder.TensorBoardLogger, '_get_next_version', lambda self: 0):  # lost a race
+            folders.append(Path(run_folder.new_run(self.folder).log_dir).name)
+        self.assertEqual(folders, ['version_0', 'version_1', 'version_2'])
+
+    def main(self, *flags):
+        """Exit code and the error message of a command."""
+        error = io.StringIO()
+        with mock.patch.object(sys, 'argv', ['train_pl.py', *flags]), self.assertRaises(SystemExit) as caught, \
+                contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            train_pl.main()
+        code = caught.exception.code
+        return (1, code) if isinstance(code, str) else (code, error.getvalue())
+
+    def test_bad_flags(self):
+        log_dir = os.path.join(self.folder, 'logs')
+        for flags in ['--z_dim 0', '--hidden_dims -3', '--hidden_dims 512 0', '--hidden_dims', '--lr nan', '--lr 0',
+                      '--lr inf', '--batch_size 0', '--epochs -1', '--epochs 0', '--num_filters 0', '--num_workers -1',
+                      '--seed -1', '--z_dim two', '--model RNN', '--dataset cifar', '--no_such_flag']:
+            code, message = self.main(*flags.split(), '--log_dir', log_dir)
+            self.assertEqual(code, 2, flags)
+            self.assertRegex(message, r'^train_pl.py: error: .*\n\Z')
+            self.assertIn(flags.split()[0], message)
+        for flags in [dict(z_dim=0), dict(hidden_dims=[]), dict(lr=float('nan'))]:
+            with self.assertRaisesRegex(ValueError, next(iter(flags))):
+                train_vae(self.namespace(log_dir=log_dir, **flags))
+        self.assertFalse(os.path.exists(log_dir))
+
+    def test_other_errors_are_one_line(self):
+        log_dir = os.path.join(self.folder, 'logs')
+        with mock.patch.object(train_pl, 'load_data', mock.Mock(side_effect=bmnist.DataError('no data'))):
+            self.assertEqual(self.main('--log_dir', log_dir), (1, 'train_pl.py: error: no data'))
+        if not torch.cuda.is_available():
+            code, message = self.main('--accelerator', 'gpu', '--log_dir', log_dir)
+            self.assertEqual((code, message.count('\n')), (1, 0))
+        self.assertFalse(os.path.exists(log_dir))
+        Path(log_dir).touch()
+        code, message = self.main('--log_dir', log_dir)
+        self.assertEqual(code, 1)
+        self.assertRegex(message, 'cannot write to the log directory .*logs .*--log_dir')
+
+    def test_progress_bar(self):
+        with contextlib.redirect_stderr(io.StringIO()) as bar:
+            _, output = self.train(epochs=1, progress_bar=True)
+        self.assertIn('Epoch 0: 100%', output + bar.getvalue())
+        self.assertNotIn('epoch   1/1', output)
+
+
+class TestEntryPoint(unittest.TestCase):
+
+    def test_one_epoch_on_rendered_digits(self):
+        with tempfile.TemporaryDirectory() as folder:
+            run = subprocess.run([sys.executable, HERE / 'train_pl.py', '--dataset', 'rendered', '--epochs', '1',
+                                  '--log_dir', 'logs'], cwd=folder, capture_output=True, text=True, timeout=300)
+            self.assertEqual((run.returncode, run.stderr), (0, ''))
+            self.assertIn('rendered', run.stdout.splitlines()[0])
+            self.assertEqual(run.stdout.splitlines()[-1], 'run folder logs/lightning_logs/version_0')
+            results = json.loads((Path(folder) / 'logs/lightning_logs/version_0/results.json').read_text())
+            self.assertEqual(results['dataset'], 'rendered')
+            self.assertLess(results['test_bpd'], 0.5)
+            self.assertEqual(os.listdir(folder), ['logs'])
+
+
+if __name__ == '__main__':
+    unittest.main()
