@@ -184,9 +184,8 @@ def train_vae(args):
     trainer.validate(model, val_loader, verbose=False)
     trainer.fit(model, train_loader, val_loader)
 
-    # Seeded anew, so that the test depends on the checkpoint and the seed alone.
-    pl.seed_everything(args.seed)
     model = VAE.load_from_checkpoint(best.best_model_path)
+    pl.seed_everything(args.seed)  # anew, so that the test depends on the checkpoint and the seed alone
     test_result = trainer.test(model, test_loader, verbose=False)
     test_bpd = test_result[0]['test_bpd']
 
