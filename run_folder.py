@@ -56,11 +56,13 @@ def new_run(log_dir):
                                  "choose another one with --log_dir") from error
 
 
-def silence_lightning():
-    """Leaves the output to the epoch lines: without Lightning's notes, its advice on workers and old names it uses."""
-    for name in ["pytorch_lightning", "lightning_fabric"]:
+def quiet_libraries():
+    """Leaves the output to the epoch lines: errors and real warnings still come through."""
+    for name in ["pytorch_lightning", "lightning_fabric"]:  # start-up notes and tips
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # how it is getting on with its font cache
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
+    # Names that Lightning uses and newer versions of torch call old.
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")
 
 

@@ -159,7 +159,7 @@ def train_vae(args):
     start = time.perf_counter()
     args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
     check_flags(args)
-    run_folder.silence_lightning()
+    run_folder.quiet_libraries()
     train_loader, val_loader, test_loader = load_data(args)
 
     report = run_folder.EpochReport(print_lines=not args.progress_bar)
