@@ -42,4 +42,4 @@ def side_by_side(path, pictures):
         axes.imshow(imread(picture), interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
