@@ -748,7 +748,7 @@ class TestTraining(unittest.TestCase):
 
     def test_checkpoints(self):
         """best.ckpt is that of the lowest validation bpd and is what is tested; last.ckpt is the last epoch's."""
-        with mock.patch.object(VAE, 'validation_step', lambda self, batch, _: self.log(
+        with mock.patch.object(VAE, 'on_validation_epoch_end', lambda self: self.log(
                 'val_bpd', abs(self.current_epoch - 1.5) if self.trainer.state.fn == 'fit' else 9.)):
             folder, _ = self.train(epochs=4, model='CNN')
         best, last = (torch.load(folder / 'checkpoints' / f'{name}.ckpt', weights_only=True)
