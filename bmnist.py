@@ -194,7 +194,7 @@ def main():
     args = parser.parse_args()
     try:
         loaders = bmnist(args.data_dir)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"bmnist.py: error: {error}")
     print(f"MNIST in {Path(args.data_dir).expanduser() / 'MNIST' / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -419,6 +420,12 @@ class TestData(unittest.TestCase):
         with self.mirror(), contextlib.redirect_stdout(io.StringIO()):
             bmnist.bmnist(self.root)
         self.assert_complete()
+
+    def test_mirror_that_never_answers(self):
+        with socket.create_server(('127.0.0.1', 0)) as silent, mock.patch.object(bmnist, 'TIMEOUT', 0.2), \
+                mock.patch.object(MNIST, 'mirrors', [f'http://127.0.0.1:{silent.getsockname()[1]}/']):
+            self.assertIn('timed out', self.error(download=True))
+        self.assertIsNone(socket.getdefaulttimeout())
 
     def test_packed_files_brought_along(self):
         self.folder.mkdir(parents=True)
