@@ -125,9 +125,10 @@ class EpochReport(pl.Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         if isinstance(exception, KeyboardInterrupt):
-            done = self.history[-1]["epoch"] if self.history else 0
-            print(f"\nInterrupted. {trainer.logger.log_dir} is complete up to epoch {done}: metrics.csv, TensorBoard "
-                  "curves, pictures" + (", checkpoints/best.ckpt and last.ckpt" if done else ""), flush=True)
+            epoch = trainer.logger.epoch
+            checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
+            print(f"\nInterrupted in epoch {epoch}. {trainer.logger.log_dir} stays usable: metrics, curves and pictures "
+                  f"of the epochs before, {checkpoints}", flush=True)
 
     def curve(self, name):
         """Dict from epoch to the value of a metric, for the epochs that have it."""

@@ -807,7 +807,7 @@ class TestTraining(unittest.TestCase):
                 self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(io.StringIO()) as output:
             train_vae(self.namespace())
         self.assertEqual(caught.exception.code, 1)
-        self.assertIn(f'Interrupted. {self.run_folder()} is complete up to epoch 2', output.getvalue())
+        self.assertIn(f'Interrupted in epoch 3. {self.run_folder()} stays usable', output.getvalue())
         VAE.load_from_checkpoint(self.run_folder() / 'checkpoints' / 'last.ckpt')
 
     def test_runs_are_numbered(self):
