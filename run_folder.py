@@ -127,8 +127,8 @@ class EpochReport(pl.Callback):
         if isinstance(exception, KeyboardInterrupt):
             epoch = trainer.logger.epoch
             checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
-            print(f"\nInterrupted in epoch {epoch}. {trainer.logger.log_dir} stays usable: metrics, curves and pictures of "
-                  f"the epochs before, {checkpoints}", flush=True)
+            print(f"\nInterrupted in epoch {epoch}. {trainer.logger.log_dir} stays usable: "
+                  f"metrics, curves and pictures of the epochs before, {checkpoints}", flush=True)
 
     def curve(self, name):
         """Dict from epoch to the value of a metric, for the epochs that have it."""
