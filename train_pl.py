@@ -179,8 +179,8 @@ def train_vae(args):
 
     report = run_folder.EpochReport(print_lines=not args.progress_bar)
     generate = GenerateCallback(save_to_disk=True)
-    best = ModelCheckpoint(filename='best', monitor='val_bpd', mode='min', enable_version_counter=False)
-    last = ModelCheckpoint(filename='last', enable_version_counter=False)
+    best = ModelCheckpoint(filename='best', monitor='val_bpd', mode='min')
+    last = ModelCheckpoint(filename='last')
     trainer = pl.Trainer(default_root_dir=args.log_dir, accelerator=args.accelerator, devices=1, logger=False,
                          max_epochs=args.epochs, callbacks=[report, generate, best, last], num_sanity_val_steps=0,
                          log_every_n_steps=len(train_loader), enable_progress_bar=args.progress_bar,
