@@ -103,7 +103,7 @@ class EpochReport(pl.Callback):
         for name in ["train_bpd", "val_bpd"]:
             value = trainer.callback_metrics[name].item()
             if not math.isfinite(value):
-                kept = f"the checkpoints of epoch {epoch - 1} are kept in {trainer.logger.log_dir}"
+                kept = f"the checkpoints of the epochs before are kept in {trainer.logger.log_dir}"
                 raise TrainingDiverged(
                     f"{name} became {value} in epoch {epoch}: try a lower --lr than {pl_module.hparams.lr:g} "
                     f"({kept if epoch > 1 else 'no checkpoint was written yet'})")

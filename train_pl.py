@@ -20,6 +20,8 @@ from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from rendered_digits import rendered_digits
 from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
 
+CHOICES = {'model': ['MLP', 'CNN'], 'dataset': ['mnist', 'rendered'], 'accelerator': ['auto', 'cpu', 'gpu']}
+
 
 class VAE(pl.LightningModule):
 
@@ -239,7 +241,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Trains a variational autoencoder on binarised MNIST.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # Model hyperparameters
-    parser.add_argument('--model', default='MLP', choices=['MLP', 'CNN'], help="Kind of encoder and decoder")
+    parser.add_argument('--model', default='MLP', choices=CHOICES['model'], help="Kind of encoder and decoder")
     parser.add_argument('--z_dim', default=20, type=int, help="Dimensionality of the latent space")
     parser.add_argument('--hidden_dims', default=[512], type=int, nargs='+', metavar='WIDTH',
                         help="MLP only: widths of the encoder's hidden layers; the decoder has them reversed")
@@ -256,17 +258,20 @@ def make_parser():
     parser.add_argument('--log_dir', default='VAE_logs', help="Directory in which the runs' folders are made")
     parser.add_argument('--progress_bar', action='store_true',
                         help="Show a progress bar instead of a line per epoch; not for batch jobs")
-    parser.add_argument('--dataset', default='mnist', choices=['mnist', 'rendered'],
+    parser.add_argument('--dataset', default='mnist', choices=CHOICES['dataset'],
                         help="Data: MNIST, or digits rendered from fonts where there is no network (not comparable)")
     parser.add_argument('--data_dir', default='../data/',
                         help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
-    parser.add_argument('--accelerator', default='auto', choices=['auto', 'cpu', 'gpu'],
+    parser.add_argument('--accelerator', default='auto', choices=CHOICES['accelerator'],
                         help="Device that trains; auto takes a GPU where there is one")
     return parser
 
 
 def check_flags(args):
     """Raises a ValueError that names the flag whose value is of no use."""
+    for name, choices in CHOICES.items():  # argparse has checked those of a command, but nobody a notebook's
+        if getattr(args, name) not in choices:
+            raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}")
     for name, least in [('z_dim', 1), ('num_filters', 1), ('batch_size', 1), ('epochs', 1), ('num_workers', 0)]:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")

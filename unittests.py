@@ -834,7 +834,8 @@ class TestTraining(unittest.TestCase):
             self.assertEqual(code, 2, flags)
             self.assertRegex(message, r'^train_pl.py: error: .*\n\Z')
             self.assertIn(flags.split()[0], message)
-        for flags in [dict(z_dim=0), dict(hidden_dims=[]), dict(lr=float('nan'))]:
+        for flags in [dict(z_dim=0), dict(hidden_dims=[]), dict(lr=float('nan')), dict(model='RNN'),
+                      dict(dataset='MNIST')]:
             with self.assertRaisesRegex(ValueError, next(iter(flags))):
                 train_vae(self.namespace(log_dir=log_dir, **flags))
         self.assertFalse(os.path.exists(log_dir))
