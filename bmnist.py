@@ -14,7 +14,6 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import MNIST
@@ -42,20 +41,29 @@ class BinaryImages(Dataset):
     def __init__(self, images, labels):
         """
         Inputs:
-            images - uint8 tensor of shape [N,H,W], intensities; a pixel becomes 1 where intensity / 255 > 0.5, else 0.
+            images - uint8 tensor of shape [N,H,W], intensities; kept as it is, one byte per pixel.
             labels - int64 tensor of shape [N].
         """
-        self.images = (images > 127).unsqueeze(1)  # one byte per pixel
+        self.images = images
         self.labels = labels
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """Image(s) float32 [...,1,H,W] and label(s) int64 [...] at an index or a list of indices."""
-        return self.images[index].float(), self.labels[index]
+        """Binary image(s) float32 [...,1,H,W] and label(s) int64 [...] at an index or a list of indices."""
+        return binarize(self.images[index]), self.labels[index]
 
     __getitems__ = __getitem__  # DataLoader hands it the list of a batch's indices
+
+    def to(self, device):
+        """The same data set on a device."""
+        return BinaryImages(self.images.to(device), self.labels.to(device))
+
+
+def binarize(images):
+    """Intensities uint8 [...,H,W] to pixels float32 [...,1,H,W]: 1 where intensity / 255 > 0.5, else 0."""
+    return (images > 127).float().unsqueeze(-3)
 
 
 def already_a_batch(batch):
@@ -199,7 +207,7 @@ def main():
     print(f"MNIST in {Path(args.data_dir).expanduser() / 'MNIST' / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):
         images = loader.dataset.images
-        print(f"{name:10}  {len(images):6,} images  ink {torch.count_nonzero(images).item() / images.numel():.2%}")
+        print(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class EpochReport(pl.Callback):
         return {row["epoch"]: row[name] for row in self.history if name in row}
 
 
-def write_results(folder, args, report, test_bpd, device, seconds):
+def write_results(folder, args, report, test_bpd, device, fit_seconds, seconds):
     """
     Writes results.json, all or nothing.
     Inputs:
@@ -144,6 +144,7 @@ def write_results(folder, args, report, test_bpd, device, seconds):
         report - The run's EpochReport.
         test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
         device - torch.device that trained.
+        fit_seconds - Wall time of trainer.fit.
         seconds - Wall time of the run, from the reading of the data to the test.
     """
     val_bpd = report.curve("val_bpd")
@@ -162,6 +163,7 @@ def write_results(folder, args, report, test_bpd, device, seconds):
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "pytorch_lightning": pl.__version__},
         "device": torch.cuda.get_device_name(device) if is_gpu else f"{device.type}, {torch.get_num_threads()} threads",
+        "fit_seconds": round(fit_seconds, 1),
         "seconds": round(seconds, 1),
     }
     path = os.path.join(folder, "results.json")

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
 
+import cuda_graph
 import run_folder
 from bmnist import DataError, bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
@@ -46,7 +47,9 @@ class VAE(pl.LightningModule):
             self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim)
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
-        self.epoch_sums = {}  # of the losses in the current epoch: {'train': (number of images, sums), ...}
+        # Of the current epoch: number of images, and sums of their L_rec, L_reg and bpd.
+        self.register_buffer('train_sums', torch.zeros(4), persistent=False)
+        self.register_buffer('val_sums', torch.zeros(4), persistent=False)
 
     def forward(self, imgs):
         """
@@ -85,16 +88,17 @@ class VAE(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=True)
 
     def training_step(self, batch, batch_idx):
-        bpd = self.add_losses('train', batch[0])
+        return self.add_losses(self.train_sums, batch[0])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.trainer.is_last_batch:
-            self.log_losses('train')
-        return bpd
+            self.log_losses('train', self.train_sums)
 
     def validation_step(self, batch, batch_idx):
-        self.add_losses('val', batch[0])
+        self.add_losses(self.val_sums, batch[0])
 
     def on_validation_epoch_end(self):
-        self.log_losses('val')
+        self.log_losses('val', self.val_sums)
 
     def test_step(self, batch, batch_idx):
         _, _, bpd = self.forward(batch[0])
@@ -102,17 +106,16 @@ class VAE(pl.LightningModule):
 
     # The losses are summed here and logged once per epoch: self.log in every step would cost a third of the time.
 
-    def add_losses(self, stage, imgs):
-        """Adds the losses of a batch of images to the sums of 'train' or 'val', and returns its bpd."""
+    def add_losses(self, sums, imgs):
+        """Adds the losses of a batch of images to the sums of an epoch, in place, and returns its bpd."""
         L_rec, L_reg, bpd = self.forward(imgs)
-        num_imgs, loss_sums = self.epoch_sums.get(stage, (0, 0.))
-        self.epoch_sums[stage] = num_imgs + len(imgs), loss_sums + len(imgs) * torch.stack([L_rec, L_reg, bpd]).detach()
+        sums.add_(torch.stack([torch.ones_like(bpd), L_rec, L_reg, bpd]).detach(), alpha=len(imgs))
         return bpd
 
-    def log_losses(self, stage):
+    def log_losses(self, stage, sums):
         """Logs the means over the images of an epoch, under names that begin with 'train' or 'val'."""
-        num_imgs, loss_sums = self.epoch_sums.pop(stage)
-        L_rec, L_reg, bpd = loss_sums / num_imgs
+        L_rec, L_reg, bpd = sums[1:] / sums[0]
+        sums.zero_()
         self.log_dict({f'{stage}_reconstruction_loss': L_rec, f'{stage}_regularization_loss': L_reg,
                        f'{stage}_ELBO': L_rec + L_reg}, on_step=False, on_epoch=True, batch_size=1)
         self.log(f'{stage}_bpd', bpd, on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
@@ -194,12 +197,17 @@ def train_vae(args):
     print(f"{args.model} on {args.dataset}, {len(train_loader.dataset):,} training images, on {device}, in {log_dir}",
           flush=True)
 
+    torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
     pl.seed_everything(args.seed)
     model = VAE(model_name=args.model, hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim,
                 lr=args.lr)
     generate.sample_and_save(trainer, model, epoch=0)
     trainer.validate(model, val_loader, verbose=False)
+    if not args.plain and cuda_graph.suits(trainer, train_loader):
+        train_loader, val_loader = cuda_graph.speed_up(trainer, model, train_loader, val_loader)
+    fit_start = time.perf_counter()
     trainer.fit(model, train_loader, val_loader)
+    fit_seconds = time.perf_counter() - fit_start
 
     model = VAE.load_from_checkpoint(best.best_model_path)
     pl.seed_everything(args.seed)  # anew, so that the test depends on the checkpoint and the seed alone
@@ -208,7 +216,7 @@ def train_vae(args):
 
     if args.z_dim == 2:
         save_image(visualize_manifold(model.decoder), os.path.join(log_dir, 'vae_manifold.png'))
-    run_folder.write_results(log_dir, vars(args), report, test_bpd, device, time.perf_counter() - start)
+    run_folder.write_results(log_dir, vars(args), report, test_bpd, device, fit_seconds, time.perf_counter() - start)
     draw_figures(log_dir, args, report, generate.every_n_epochs, test_bpd)
     print(f"test bpd {test_bpd:.4f}\nrun folder {log_dir}", flush=True)
     return test_result
@@ -264,6 +272,8 @@ def make_parser():
                         help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
     parser.add_argument('--accelerator', default='auto', choices=CHOICES['accelerator'],
                         help="Device that trains; auto takes a GPU where there is one")
+    parser.add_argument('--plain', action='store_true',
+                        help="Train step by step on a GPU too, instead of replaying many steps at once as a CUDA graph")
     return parser
 
 

@@ -28,10 +28,13 @@ import torch
 import torch.distributions as D
 import torch.nn as nn
 import yaml
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import MNIST
 
 import bmnist
+import cuda_graph
 import run_folder
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
@@ -290,9 +293,9 @@ class TestData(unittest.TestCase):
         self.write()
         loaders = bmnist.bmnist(str(self.root), batch_size=7)
         train, test = loaders[0].dataset, loaders[2].dataset
-        self.assertTrue(torch.equal(train.images, self.images[:60, None] > 127))
+        self.assertTrue(torch.equal(train.images, self.images[:60]))
         self.assertTrue(torch.equal(train.labels, self.labels[:60]))
-        self.assertTrue(torch.equal(test.images, self.images[60:, None] > 127))
+        self.assertTrue(torch.equal(test.images, self.images[60:]))
         self.assertEqual(self.defaults(), {'root': '../data/', 'batch_size': 128, 'num_workers': 0, 'download': True})
 
     def defaults(self):
@@ -454,7 +457,7 @@ class TestData(unittest.TestCase):
         torch.set_num_threads(1)  # a forked process has lost the threads of its parent
         with contextlib.redirect_stdout(io.StringIO()):
             train_loader = bmnist.bmnist(self.root)[0]
-        if not torch.equal(train_loader.dataset.images, self.images[:60, None] > 127):
+        if not torch.equal(train_loader.dataset.images, self.images[:60]):
             sys.exit(3)
 
     def test_command(self):
@@ -678,7 +681,7 @@ class TestTraining(unittest.TestCase):
     def test_flags_and_defaults(self):
         defaults = dict(model='MLP', z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80,
                         seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist',
-                        data_dir='../data/', accelerator='auto')
+                        data_dir='../data/', accelerator='auto', plain=False)
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
 
     def test_a_run_from_a_notebook(self):
@@ -858,6 +861,153 @@ class TestTraining(unittest.TestCase):
             _, output = self.train(epochs=1, progress_bar=True)
         self.assertIn('Epoch 0: 100%', output + bar.getvalue())
         self.assertNotIn('epoch   1/1', output)
+
+
+class TestFastPath(unittest.TestCase):
+    """cuda_graph on a CPU: everything but the graph itself, in whose place a function runs again."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.replays = []  # the number of images of each chunk that a stand-in for a graph replayed
+        for patch in [mock.patch.object(train_pl, 'load_data', small_loaders),
+                      mock.patch.object(cuda_graph, 'CHUNK', 100)]:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def run_and_capture(self, function, indices):
+        """A graph's stand-in: a replay runs the function again and leaves its result in the same tensor."""
+        result = function(indices)
+        replay_result = torch.zeros_like(result)
+
+        def replay():
+            self.replays.append(len(indices))
+            replay_result.copy_(function(indices))
+
+        return result, replay, replay_result
+
+    def use_stand_in(self):
+        for patch in [mock.patch.object(cuda_graph.ChunkedSteps, 'use_graph', True),
+                      mock.patch.object(cuda_graph, 'run_and_capture', self.run_and_capture)]:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def train(self, fast, **flags):
+        """A run of train_vae, 8 steps per epoch: its metrics.csv, its last checkpoint and its results."""
+        args = dict(hidden_dims=[16], z_dim=16, batch_size=40, epochs=3, log_dir=self.folder, accelerator='cpu')
+        with mock.patch.object(cuda_graph, 'suits', lambda trainer, train_loader: fast), \
+                contextlib.redirect_stdout(io.StringIO()):
+            train_vae(argparse.Namespace(**{**args, **flags}))
+        folder = max((Path(self.folder) / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
+        with open(folder / 'metrics.csv') as file:
+            rows = [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader(file)]
+        return (rows, torch.load(folder / 'checkpoints' / 'last.ckpt', weights_only=True),
+                json.loads((folder / 'results.json').read_text()))
+
+    def compare(self, run, other, **tolerance):
+        """Two runs: the same names, epochs and counts, and the same numbers (within a tolerance)."""
+        for row, other_row in zip(run[0], other[0], strict=True):
+            self.assertEqual(row.keys(), other_row.keys())
+            for name, value in row.items():
+                self.assertAlmostEqual(float(value or 0), float(other_row[name] or 0), places=3, msg=name)
+        for name in ['epoch', 'global_step', 'hyper_parameters']:
+            self.assertEqual(run[1][name], other[1][name])
+        torch.testing.assert_close(run[1]['state_dict'], other[1]['state_dict'], **tolerance)
+        torch.testing.assert_close(run[1]['optimizer_states'], other[1]['optimizer_states'], **tolerance)
+        for name in ['test_bpd', 'first_step_bpd', 'best_val_bpd']:
+            self.assertAlmostEqual(run[2][name], other[2][name], places=5)
+
+    def test_chunks_are_plain_training_to_the_bit(self):
+        plain, chunks = self.train(fast=False), self.train(fast=True)
+        self.compare(plain, chunks, rtol=0, atol=0)
+        self.assertEqual(chunks[1]['global_step'], 3 * 8)  # 7 minibatches of 40 images and one of 20
+        self.assertEqual(self.train(fast=True, batch_size=128)[1]['global_step'], 3 * 3)  # larger than a chunk
+
+    def test_plain_flag(self):
+        with mock.patch.object(cuda_graph, 'speed_up', mock.Mock(side_effect=AssertionError)):
+            self.train(fast=True, plain=True)
+
+    def test_graph_is_replayed(self):
+        """Chunks of 80, 80, 80 and 60 images: the first of each size runs, the others are replayed."""
+        plain = self.train(fast=False)
+        self.use_stand_in()
+        fast = self.train(fast=True)
+        self.assertEqual(self.replays, [80, 80] + 2 * [80, 80, 80, 60])
+        self.compare(plain, fast, rtol=1e-4, atol=1e-5)  # a graph's learning rate is in single precision
+        groups, plain_groups = (run[1]['optimizer_states'][0]['param_groups'] for run in [fast, plain])
+        self.assertEqual(groups, plain_groups)
+
+    def test_checkpoints_continue_either_way(self):
+        run_folder.quiet_libraries()
+        train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40, num_workers=0))
+        final = {}
+        for first_fast in [False, True]:
+            path = None
+            for fast, epochs in [(first_fast, 2), (not first_fast, 4)]:
+                pl.seed_everything(epochs)
+                model = VAE('MLP', [16], 4, 2, 1e-3)
+                checkpoint = pl.callbacks.ModelCheckpoint(os.path.join(self.folder, f'{first_fast}_{epochs}'))
+                trainer = pl.Trainer(max_epochs=epochs, accelerator='cpu', logger=False, callbacks=[checkpoint],
+                                     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+                loaders = train_loader, val_loader
+                if fast:
+                    loaders = cuda_graph.speed_up(trainer, model, *loaders)
+                trainer.fit(model, *loaders, ckpt_path=path)
+                self.assertEqual((trainer.current_epoch, trainer.global_step), (epochs, 8 * epochs))
+                path = checkpoint.best_model_path
+                self.assertTrue(path.endswith(f'epoch={epochs - 1}-step={8 * epochs}.ckpt'), path)
+            final[first_fast] = model.state_dict()
+        torch.testing.assert_close(final[False], final[True], rtol=0, atol=0)
+
+    def test_learning_rate_reaches_the_graph(self):
+        self.use_stand_in()
+        trainer = mock.Mock(lr_scheduler_configs=[], optimizers=[torch.optim.Adam([torch.zeros(1)], lr=0.5)])
+        model = VAE('MLP', [16], 4, 2, 1e-3)
+        steps = cuda_graph.ChunkedSteps(trainer, model, None, batch_size=4)
+        with mock.patch.object(steps, 'steps', lambda indices: indices.sum()), \
+                mock.patch.object(steps, 'count_steps'):
+            for size in [4, 3]:
+                steps.training_step(torch.arange(size), 0)
+            trainer.optimizers[0].param_groups[0]['lr'] = 0.25
+            self.assertEqual(steps.training_step(torch.full([4], 2), 1), 8)
+        self.assertEqual([lr.item() for lr in steps.lrs], [0.25])
+        self.assertEqual(trainer.optimizers[0].param_groups[0]['lr'], 0.25)
+
+    def test_what_a_graph_cannot_do_is_an_error(self):
+        self.use_stand_in()
+
+        def scheduled(model):
+            optimizer = torch.optim.Adam(model.parameters())
+            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+
+        def logging(model, batch, batch_idx):
+            loss = model(batch[0])[2]
+            model.log('train_loss', loss)
+            return loss
+
+        for name, function in [('configure_optimizers', scheduled), ('training_step', logging)]:
+            with mock.patch.object(VAE, name, function), \
+                    self.assertRaisesRegex(MisconfigurationException, 'graph|plain'):
+                self.train(fast=True)
+
+    def test_where_it_suits(self):
+        loader = small_loaders(argparse.Namespace(batch_size=40, num_workers=0))[0]
+        room = 2 * 300 * 28 * 28
+        for device, world_size, free, expected in [('cuda', 1, room + 1, True), ('cuda', 1, room, False),
+                                                   ('cuda', 2, room + 1, False), ('cpu', 1, room + 1, False)]:
+            trainer = mock.Mock(world_size=world_size)
+            trainer.strategy.root_device = torch.device(device)
+            with mock.patch.object(torch.cuda, 'mem_get_info', lambda device, free=free: (free, free)):
+                self.assertEqual(cuda_graph.suits(trainer, loader), expected)
+
+    def test_checkpoints_in_the_background(self):
+        checkpoint_io = cuda_graph.BackgroundCheckpointIO(TorchCheckpointIO())
+        path = Path(self.folder) / 'a.ckpt'
+        checkpoint_io.save_checkpoint({'weight': torch.ones(2), 'epoch': 3}, path)
+        checkpoint_io.teardown()
+        self.assertEqual(torch.load(path)['weight'].tolist(), [1, 1])
+        self.assertEqual(os.listdir(self.folder), ['a.ckpt'])
 
 
 class TestEntryPoint(unittest.TestCase):

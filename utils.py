@@ -28,8 +28,9 @@ def KLD(mean, log_std):
     Outputs:
         KLD - Tensor of shape [...], in nats.
     """
+    log_var = 2 * log_std
     # expm1 keeps the digits that exp(x) - 1 loses for a posterior close to the prior.
-    return 0.5 * (torch.expm1(2 * log_std) - 2 * log_std + mean**2).sum(dim=-1)
+    return 0.5 * (torch.expm1(log_var) - log_var + mean**2).sum(dim=-1)
 
 
 def elbo_to_bpd(elbo, img_shape):
