@@ -14,6 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import MNIST
@@ -51,10 +52,13 @@ class BinaryImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """Binary image(s) float32 [...,1,H,W] and label(s) int64 [...] at an index or a list of indices."""
+        """Binary image(s) float32 [...,1,H,W] and label(s) int64 [...] at an index or a tensor of indices."""
         return binarize(self.images[index]), self.labels[index]
 
-    __getitems__ = __getitem__  # DataLoader hands it the list of a batch's indices
+    def __getitems__(self, indices):
+        """What DataLoader asks for: the images and labels of a batch, by the list of their indices."""
+        indices = torch.tensor(indices)
+        return binarize(self.images.index_select(0, indices)), self.labels.index_select(0, indices)
 
     def to(self, device):
         """The same data set on a device."""
@@ -63,7 +67,8 @@ class BinaryImages(Dataset):
 
 def binarize(images):
     """Intensities uint8 [...,H,W] to pixels float32 [...,1,H,W]: 1 where intensity / 255 > 0.5, else 0."""
-    return (images > 127).float().unsqueeze(-3)
+    pixels = torch.empty(images.shape, device=images.device)
+    return torch.gt(images, 127, out=pixels).unsqueeze(-3)  # without zeros and ones of another type in between
 
 
 def already_a_batch(batch):

@@ -13,16 +13,22 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
+STEP_HOOKS = ["on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"]
 
 
-def suits(trainer, train_loader):
-    """Whether a Trainer trains on a single CUDA device that has room for the training images."""
+def suits(trainer, model, train_loader):
+    """
+    Whether the fast path can train a module: on a single CUDA device that has room for the training images, and where
+    neither the module nor a callback has one of Lightning's hooks within a training step, which a graph does not call.
+    """
     device = trainer.strategy.root_device
     return (device.type == "cuda" and trainer.world_size == 1
-            and train_loader.dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2)
+            and train_loader.dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            and not any(is_overridden(hook, part) for hook in STEP_HOOKS for part in [model, *trainer.callbacks]))
 
 
 def speed_up(trainer, model, train_loader, val_loader):
@@ -95,7 +101,7 @@ class ChunkedSteps:
     def steps_and_capture(self, indices):
         """Trains on the first chunk of its size, and captures the graph for the chunks to come."""
         if self.trainer.lr_scheduler_configs:
-            raise MisconfigurationException("learning-rate schedulers need plain training: use --plain")
+            raise MisconfigurationException("a CUDA graph does not step learning-rate schedulers: train with --plain")
         graph_indices = indices.clone()
         with self.settings_of_a_graph():
             first_loss, *replay = run_and_capture(self.steps, graph_indices)
@@ -161,8 +167,13 @@ def run_and_capture(function, tensor):
     with torch.cuda.stream(stream):
         result = function(tensor)
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        replay_result = function(tensor)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            replay_result = function(tensor)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise MisconfigurationException(f"training_step cannot be captured as a CUDA graph ({reason}): it must not "
+                                        "wait for the GPU, as .item() and print do; train with --plain") from error
     return result, graph.replay, replay_result
 
 

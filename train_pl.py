@@ -203,7 +203,7 @@ def train_vae(args):
                 lr=args.lr)
     generate.sample_and_save(trainer, model, epoch=0)
     trainer.validate(model, val_loader, verbose=False)
-    if not args.plain and cuda_graph.suits(trainer, train_loader):
+    if not args.plain and cuda_graph.suits(trainer, model, train_loader):
         train_loader, val_loader = cuda_graph.speed_up(trainer, model, train_loader, val_loader)
     fit_start = time.perf_counter()
     trainer.fit(model, train_loader, val_loader)

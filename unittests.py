@@ -894,16 +894,18 @@ class TestFastPath(unittest.TestCase):
             self.addCleanup(patch.stop)
 
     def train(self, fast, **flags):
-        """A run of train_vae, 8 steps per epoch: its metrics.csv, its last checkpoint and its results."""
+        """A run of train_vae, 8 steps per epoch: its metrics.csv, last checkpoint, results and TensorBoard's x axes."""
         args = dict(hidden_dims=[16], z_dim=16, batch_size=40, epochs=3, log_dir=self.folder, accelerator='cpu')
-        with mock.patch.object(cuda_graph, 'suits', lambda trainer, train_loader: fast), \
+        with mock.patch.object(cuda_graph, 'suits', lambda trainer, model, train_loader: fast), \
                 contextlib.redirect_stdout(io.StringIO()):
             train_vae(argparse.Namespace(**{**args, **flags}))
         folder = max((Path(self.folder) / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
         with open(folder / 'metrics.csv') as file:
             rows = [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader(file)]
+        events = EventAccumulator(str(folder)).Reload()
+        curves = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
         return (rows, torch.load(folder / 'checkpoints' / 'last.ckpt', weights_only=True),
-                json.loads((folder / 'results.json').read_text()))
+                json.loads((folder / 'results.json').read_text()), curves)
 
     def compare(self, run, other, **tolerance):
         """Two runs: the same names, epochs and counts, and the same numbers (within a tolerance)."""
@@ -917,6 +919,7 @@ class TestFastPath(unittest.TestCase):
         torch.testing.assert_close(run[1]['optimizer_states'], other[1]['optimizer_states'], **tolerance)
         for name in ['test_bpd', 'first_step_bpd', 'best_val_bpd']:
             self.assertAlmostEqual(run[2][name], other[2][name], places=5)
+        self.assertEqual(run[3], other[3])
 
     def test_chunks_are_plain_training_to_the_bit(self):
         plain, chunks = self.train(fast=False), self.train(fast=True)
@@ -947,7 +950,7 @@ class TestFastPath(unittest.TestCase):
             for fast, epochs in [(first_fast, 2), (not first_fast, 4)]:
                 pl.seed_everything(epochs)
                 model = VAE('MLP', [16], 4, 2, 1e-3)
-                checkpoint = pl.callbacks.ModelCheckpoint(os.path.join(self.folder, f'{first_fast}_{epochs}'))
+                checkpoint = pl.callbacks.ModelCheckpoint(os.path.join(self.folder, f'{first_fast}'))
                 trainer = pl.Trainer(max_epochs=epochs, accelerator='cpu', logger=False, callbacks=[checkpoint],
                                      enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
                 loaders = train_loader, val_loader
@@ -991,15 +994,38 @@ class TestFastPath(unittest.TestCase):
                     self.assertRaisesRegex(MisconfigurationException, 'graph|plain'):
                 self.train(fast=True)
 
+    def test_capture(self):
+        """The calls to torch.cuda, on mocks of them."""
+        names = ['Stream', 'CUDAGraph', 'current_stream', 'stream', 'graph']
+        with mock.patch.multiple(torch.cuda, **{name: mock.MagicMock() for name in names}):
+            torch.cuda.graph.return_value.__exit__.return_value = False  # lets errors pass
+            function = mock.Mock(side_effect=[1, 2])
+            self.assertEqual(cuda_graph.run_and_capture(function, 5), (1, torch.cuda.CUDAGraph().replay, 2))
+            self.assertEqual(function.mock_calls, [mock.call(5), mock.call(5)])
+            function = mock.Mock(side_effect=[1, RuntimeError('not permitted when stream is capturing\nCUDA kernel')])
+            with self.assertRaisesRegex(MisconfigurationException, 'not permitted.* --plain$'):
+                cuda_graph.run_and_capture(function, 5)
+
     def test_where_it_suits(self):
+        class Watched(VAE):
+            def on_after_backward(self):
+                pass
+
+        class Watcher(pl.Callback):
+            def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+                pass
+
         loader = small_loaders(argparse.Namespace(batch_size=40, num_workers=0))[0]
-        room = 2 * 300 * 28 * 28
-        for device, world_size, free, expected in [('cuda', 1, room + 1, True), ('cuda', 1, room, False),
-                                                   ('cuda', 2, room + 1, False), ('cpu', 1, room + 1, False)]:
-            trainer = mock.Mock(world_size=world_size)
+        room = 2 * 300 * 28 * 28 + 1
+        generate = GenerateCallback()
+        for expected, device, world_size, free, vae, callback in [
+                (True, 'cuda', 1, room, VAE, generate), (False, 'cpu', 1, room, VAE, generate),
+                (False, 'cuda', 2, room, VAE, generate), (False, 'cuda', 1, room - 1, VAE, generate),
+                (False, 'cuda', 1, room, Watched, generate), (False, 'cuda', 1, room, VAE, Watcher())]:
+            trainer = mock.Mock(world_size=world_size, callbacks=[callback])
             trainer.strategy.root_device = torch.device(device)
             with mock.patch.object(torch.cuda, 'mem_get_info', lambda device, free=free: (free, free)):
-                self.assertEqual(cuda_graph.suits(trainer, loader), expected)
+                self.assertEqual(cuda_graph.suits(trainer, vae('MLP', [4], 4, 2, 1e-3), loader), expected)
 
     def test_checkpoints_in_the_background(self):
         checkpoint_io = cuda_graph.BackgroundCheckpointIO(TorchCheckpointIO())

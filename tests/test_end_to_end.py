@@ -132,6 +132,33 @@ class TestTraining(CommandTest):
         self.assertFalse((self.folder / 'logs').exists())
 
 
+class TestBenchmarks(CommandTest):
+    """That they run and write what they say; not what they measure."""
+
+    def assert_written(self, name, *flags):
+        code, stdout, stderr = self.run_command(f'benchmarks/{name}.py', '--rounds', '1', *flags)
+        self.assertEqual((code, stderr), (0, ''))
+        path, = self.folder.glob(f'{name}_*.json')
+        self.assertEqual(path.with_suffix('.png').read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
+        return stdout, json.loads(path.read_text())
+
+    def test_speed(self):
+        stdout, measured = self.assert_written('speed', '--dataset', 'rendered', '--whole_run', '1')
+        for way, row in measured['summary'].items():
+            self.assertRegex(stdout, rf'(?m)^{way} .*{measured["ways"][way]}$')
+            self.assertTrue(row['min'] > 0.1 and row['memory_mib'] > 100, row)
+        self.assertEqual(measured['summary']['bare loop']['ratio'], 1)
+        self.assertGreater(measured['whole_run']['process'], measured['whole_run']['fit'])
+        self.assertGreater(min(measured['start']['first step']), 1)
+
+    def test_growth(self):
+        _, measured = self.assert_written('growth', '--batch_sizes', '500', '--widths', '16', '--num_images', '200000')
+        self.assertTrue(all(measured[name][0]['seconds'] > 0.1 for name in ['batch size', 'hidden width']))
+        images = measured['images'][0]
+        self.assertEqual((images['images'], images['bytes_per_pixel']), (200_000, 1))
+        self.assertLess(images['process_mib'] * 2**20 / (784 * 200_000), 1.3)  # no second copy
+
+
 class TestDownload(CommandTest):
     """Real processes that download a small stand-in for MNIST from a local server."""
 

@@ -1,0 +1,138 @@
+"""
+How time and memory grow: with the batch size and the hidden width (an epoch of `python train_pl.py` on rendered digits,
+each in a process of its own), and with the number of images (the data loader alone, up to 4.5 million rendered ones).
+
+    python benchmarks/growth.py
+
+Takes the GPU where there is one. Prints every measurement, and writes them to growth_DEVICE.json and .png.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+import speed
+from bmnist import BinaryImages, already_a_batch
+from rendered_digits import rendered_digits
+
+
+def epochs(rounds, *flags):
+    """Median seconds of an epoch of the package with some flags, and its peak memory."""
+    command = [sys.executable, str(Path(speed.__file__)), "--dataset", "rendered", "--rounds", str(rounds), *flags]
+    turns = speed.measure_epochs(command, ["package"], rounds)["package"]
+    return {"seconds": statistics.median(turn["seconds"] for turn in turns), "memory_mib": turns[-1]["memory_mib"],
+            "gpu_mib": turns[-1]["gpu_mib"]}
+
+
+def resident_bytes():
+    """Memory that this process holds."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 2**10
+
+
+def load(num_images):
+    """
+    Seconds per image of the training loader of bmnist (median of 3 epochs), bytes per pixel of the images that it
+    holds, and by how much the process has grown in the middle of an epoch, with labels and the shuffled order.
+    """
+    rendered_digits(10_000)  # warm: the fonts, torch's own memory
+    before = resident_bytes()
+    loader = DataLoader(BinaryImages(*rendered_digits(num_images)), 128, shuffle=True, collate_fn=already_a_batch)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for batch_idx, _ in enumerate(loader):
+            if batch_idx == len(loader) // 2:
+                grown = resident_bytes() - before
+        seconds.append(time.perf_counter() - start)
+    images = loader.dataset.images
+    return {"seconds_per_image": statistics.median(seconds) / num_images, "process_mib": grown / 2**20,
+            "bytes_per_pixel": images.nbytes / images.numel()}
+
+
+def measure(name, values, function):
+    """A list with what a function returns for each value, printed as it comes."""
+    measured = []
+    for value in values:
+        measured.append({name: value, **function(value)})
+        print("  ".join(f"{key} {number:.4g}" if isinstance(number, float) else f"{key} {number:,}"
+                        for key, number in measured[-1].items()), flush=True)
+    return measured
+
+
+def load_in_a_process(num_images):
+    return json.loads(subprocess.run([sys.executable, __file__, "--load", str(num_images)], check=True,
+                                     capture_output=True, text=True).stdout)
+
+
+def plot(path, results, title):
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(2, 3)
+    for (above, below), name, label in zip(panels.T[:2], ["batch size", "hidden width"],
+                                           ["images per minibatch", "hidden units"]):
+        values = [row[name] for row in results[name]]
+        above.plot(values, [row["seconds"] for row in results[name]], "o-")
+        above.set(ylabel="seconds per epoch")
+        below.plot(values, [row["memory_mib"] for row in results[name]], "o-", label="main memory")
+        if results[name][0]["gpu_mib"]:
+            below.plot(values, [row["gpu_mib"] for row in results[name]], "o-", label="GPU memory")
+        below.set(ylabel="peak memory in MiB", xlabel=label)
+        for axes in above, below:
+            axes.set(xscale="log")
+            axes.set_xticks(values, values)
+            axes.minorticks_off()
+    above, below = panels.T[2]
+    values = [row["images"] for row in results["images"]]
+    above.plot(values, [row["seconds_per_image"] * 1e6 for row in results["images"]], "o-")
+    above.set(ylabel="microseconds per image, loader alone")
+    below.plot(values, [row["process_mib"] for row in results["images"]], "o-", label="growth of the process")
+    below.plot(values, [784 * value / 2**20 for value in values], "k--", label="one byte per pixel")
+    below.set(ylabel="memory in MiB", xlabel="images in the data set")
+    above.set(xscale="log")
+    for axes in panels.flat:
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.grid(alpha=0.3)
+    below.set(xscale="log", yscale="log", ylim=(5, None))
+    for axes in panels[1]:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", default=[32, 128, 512, 2048, 8192], type=int, nargs="+")
+    parser.add_argument("--widths", default=[128, 256, 512, 1024, 2048, 4096], type=int, nargs="+")
+    parser.add_argument("--num_images", default=[45_000, 142_000, 450_000, 1_420_000, 4_500_000], type=int, nargs="+")
+    parser.add_argument("--rounds", default=3, type=int, help="Counted epochs of each (default: %(default)s)")
+    parser.add_argument("--out", default=".", help="Directory of the JSON file and the plot (default: %(default)s)")
+    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)  # what a process of its own measures
+    args = parser.parse_args()
+    if args.load:
+        return print(json.dumps(load(args.load)))
+
+    platform_info = speed.machine()
+    results = {
+        "machine": platform_info,
+        "batch size": measure("batch size", args.batch_sizes,
+                              lambda size: epochs(args.rounds, "--batch_size", str(size))),
+        "hidden width": measure("hidden width", args.widths,
+                                lambda width: epochs(args.rounds, "--hidden_dims", str(width))),
+        "images": measure("images", args.num_images, load_in_a_process),
+    }
+    print(", ".join(f"{name} {value}" for name, value in platform_info.items() if value))
+    path = Path(args.out) / f"growth_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(path.with_suffix(".png"), results, f"Default MLP, 45,000 images (left, middle) and the data loader (right), "
+                                            f"{platform_info['gpu'] or platform_info['cpu']}")
+
+
+if __name__ == "__main__":
+    main()

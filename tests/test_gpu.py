@@ -1,0 +1,90 @@
+"""
+What only a GPU can show: `python -m unittest tests/test_gpu.py`, some minutes on one CUDA device; skipped without one.
+Uses MNIST where it is found, in ../shared/data or ../data beside the repository, else rendered digits.
+"""
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MNIST_DIR = next((path for path in [REPOSITORY.parent / 'shared' / 'data', REPOSITORY.parent / 'data']
+                  if (path / 'MNIST' / 'raw').is_dir()), None)
+sys.path.insert(0, str(REPOSITORY))
+
+import cuda_graph  # noqa: E402
+from train_pl import VAE, train_vae  # noqa: E402
+
+
+def weights(checkpoint):
+    return list(checkpoint['state_dict'].values())
+
+
+@unittest.skipUnless(torch.cuda.is_available(), 'there is no CUDA device')
+class TestGPU(unittest.TestCase):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def train(self, **flags):
+        """The last checkpoint and the results of a run."""
+        data = dict(dataset='mnist', data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset='rendered')
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_vae(argparse.Namespace(**{'epochs': 2, 'log_dir': str(self.folder), **data, **flags}))
+        run = max((self.folder / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
+        return (torch.load(run / 'checkpoints' / 'last.ckpt', weights_only=True),
+                json.loads((run / 'results.json').read_text()))
+
+    def test_a_seed_repeats_itself(self):
+        for flags in [dict(model=model, plain=plain) for model in ['MLP', 'CNN'] for plain in [False, True]]:
+            (first, results), (second, other_results) = self.train(**flags), self.train(**flags)
+            self.assertTrue(all(map(torch.equal, weights(first), weights(second))), flags)
+            self.assertEqual(results['test_bpd'], other_results['test_bpd'])
+
+    def test_replays_are_the_steps(self):
+        """A graph's replays against the same chunks run step by step."""
+        def run_again(function, indices):
+            result = function(indices)
+            replay_result = torch.zeros_like(result)
+            return result, lambda: replay_result.copy_(function(indices)), replay_result
+
+        torch.set_float32_matmul_precision('high')  # as in a graph
+        self.addCleanup(torch.set_float32_matmul_precision, 'highest')
+        for model in ['MLP', 'CNN']:
+            replayed, results = self.train(model=model)
+            with mock.patch.object(cuda_graph, 'run_and_capture', run_again):
+                stepped, other_results = self.train(model=model)
+            for weight, other in zip(weights(replayed), weights(stepped), strict=True):
+                torch.testing.assert_close(weight, other, rtol=0.01, atol=0.01)  # rounding grows as training goes on
+            self.assertAlmostEqual(results['first_step_bpd'], other_results['first_step_bpd'], places=5)
+            self.assertAlmostEqual(results['test_bpd'], other_results['test_bpd'], places=3)
+
+    def test_checkpoints_are_those_of_plain_training(self):
+        (fast, _), (plain, _) = self.train(), self.train(plain=True)
+        self.assertEqual(fast['global_step'], plain['global_step'])
+        self.assertEqual(fast['global_step'], 2 * 352)
+        self.assertEqual(fast.keys(), plain.keys())
+        groups, plain_groups = (run['optimizer_states'][0]['param_groups'] for run in [fast, plain])
+        self.assertEqual(groups, plain_groups)
+        self.assertEqual({weight.device.type for weight in weights(fast)}, {'cpu'})
+        path = self.folder / 'lightning_logs' / 'version_0' / 'checkpoints' / 'best.ckpt'
+        VAE.load_from_checkpoint(path, map_location='cpu').sample(2)
+
+    def test_fast_and_plain_agree_after_80_epochs(self):
+        bpds = {plain: [self.train(plain=plain, epochs=80, seed=seed)[1]['test_bpd'] for seed in [1, 2, 3]]
+                for plain in [False, True]}
+        print(f'\ntest bpd of seeds 1, 2, 3: fast {bpds[False]}, plain {bpds[True]}')
+        self.assertAlmostEqual(sum(bpds[False]) / 3, sum(bpds[True]) / 3, delta=0.001)
+
+
+if __name__ == '__main__':
+    unittest.main()
