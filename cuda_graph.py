@@ -10,7 +10,7 @@ import contextlib
 import math
 
 import torch
-from lightning_fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -178,7 +178,8 @@ def run_and_capture(function, tensor):
 
 
 class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """Copies a checkpoint to the CPU's memory at once, and writes it to disk while the GPU goes on."""
+    """Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        super().save_checkpoint(move_data_to_device(checkpoint, "cpu"), path, storage_options)
+        checkpoint = apply_to_collection(checkpoint, torch.Tensor, torch.Tensor.to, "cpu", copy=True)
+        super().save_checkpoint(checkpoint, path, storage_options)

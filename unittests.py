@@ -956,6 +956,7 @@ class TestFastPath(unittest.TestCase):
                 loaders = train_loader, val_loader
                 if fast:
                     loaders = cuda_graph.speed_up(trainer, model, *loaders)
+                    trainer.strategy.checkpoint_io = cuda_graph.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
                 trainer.fit(model, *loaders, ckpt_path=path)
                 self.assertEqual((trainer.current_epoch, trainer.global_step), (epochs, 8 * epochs))
                 path = checkpoint.best_model_path
@@ -1030,7 +1031,9 @@ class TestFastPath(unittest.TestCase):
     def test_checkpoints_in_the_background(self):
         checkpoint_io = cuda_graph.BackgroundCheckpointIO(TorchCheckpointIO())
         path = Path(self.folder) / 'a.ckpt'
-        checkpoint_io.save_checkpoint({'weight': torch.ones(2), 'epoch': 3}, path)
+        weight = torch.ones(2)
+        checkpoint_io.save_checkpoint({'weight': weight, 'epoch': 3}, path)
+        weight.zero_()
         checkpoint_io.teardown()
         self.assertEqual(torch.load(path)['weight'].tolist(), [1, 1])
         self.assertEqual(os.listdir(self.folder), ['a.ckpt'])
