@@ -145,7 +145,7 @@ class TestBenchmarks(CommandTest):
     def test_speed(self):
         stdout, measured = self.assert_written('speed', '--dataset', 'rendered', '--whole_run', '1')
         for way, row in measured['summary'].items():
-            self.assertRegex(stdout, rf'(?m)^{way} .*{measured["ways"][way]}$')
+            self.assertRegex(stdout, rf'(?m)^{way} .*{re.escape(measured["ways"][way])}$')
             self.assertTrue(row['min'] > 0.1 and row['memory_mib'] > 100, row)
         self.assertEqual(measured['summary']['bare loop']['ratio'], 1)
         self.assertGreater(measured['whole_run']['process'], measured['whole_run']['fit'])
