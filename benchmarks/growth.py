@@ -31,29 +31,23 @@ def epochs(rounds, *flags):
             "gpu_mib": turns[-1]["gpu_mib"]}
 
 
-def resident_bytes():
-    """Memory that this process holds."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 2**10
-
-
 def load(num_images):
     """
     Seconds per image of the training loader of bmnist (median of 3 epochs), bytes per pixel of the images that it
     holds, and by how much the process has grown in the middle of an epoch, with labels and the shuffled order.
     """
     rendered_digits(10_000)  # warm: the fonts, torch's own memory
-    before = resident_bytes()
+    before = speed.memory_mib("VmRSS")
     loader = DataLoader(BinaryImages(*rendered_digits(num_images)), 128, shuffle=True, collate_fn=already_a_batch)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         for batch_idx, _ in enumerate(loader):
             if batch_idx == len(loader) // 2:
-                grown = resident_bytes() - before
+                grown = speed.memory_mib("VmRSS") - before
         seconds.append(time.perf_counter() - start)
     images = loader.dataset.images
-    return {"seconds_per_image": statistics.median(seconds) / num_images, "process_mib": grown / 2**20,
+    return {"seconds_per_image": statistics.median(seconds) / num_images, "process_mib": grown,
             "bytes_per_pixel": images.nbytes / images.numel()}
 
 

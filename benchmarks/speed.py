@@ -44,6 +44,12 @@ WAYS = {
 IMPORTS = "import os, torch, torchvision, pytorch_lightning; os._exit(0)"
 
 
+def memory_mib(name):
+    """Memory of this process: VmRSS is what it holds now, VmHWM the most that it ever held."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 2**10
+
+
 def turns():
     """Yields whenever the parent process asks for an epoch, and answers with its seconds and the peaks of memory."""
     for _ in sys.stdin:
@@ -54,9 +60,7 @@ def turns():
             torch.cuda.synchronize()
             gpu_mib = torch.cuda.max_memory_allocated() / 2**20
         seconds = time.perf_counter() - start
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        print(json.dumps({"seconds": seconds, "memory_mib": int(peak.split()[1]) / 2**10, "gpu_mib": gpu_mib}),
-              flush=True)
+        print(json.dumps({"seconds": seconds, "memory_mib": memory_mib("VmHWM"), "gpu_mib": gpu_mib}), flush=True)
     os._exit(0)  # the parent has what it wanted
 
 

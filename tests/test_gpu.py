@@ -35,11 +35,14 @@ class TestGPU(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
-    def train(self, **flags):
-        """The last checkpoint and the results of a run."""
+    def train(self, plain=False, **flags):
+        """The last checkpoint and the results of a run, which took the path that it should."""
         data = dict(dataset='mnist', data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset='rendered')
-        with contextlib.redirect_stdout(io.StringIO()):
-            train_vae(argparse.Namespace(**{'epochs': 2, 'log_dir': str(self.folder), **data, **flags}))
+        flags = {'epochs': 2, 'log_dir': str(self.folder), 'plain': plain, **data, **flags}
+        with contextlib.redirect_stdout(io.StringIO()), \
+                mock.patch.object(cuda_graph, 'run_and_capture', wraps=cuda_graph.run_and_capture) as capture:
+            train_vae(argparse.Namespace(**flags))
+        self.assertEqual(capture.call_count, 0 if plain else 2)  # chunks of 8,192 images, and the last one of 4,040
         run = max((self.folder / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
         return (torch.load(run / 'checkpoints' / 'last.ckpt', weights_only=True),
                 json.loads((run / 'results.json').read_text()))
