@@ -45,10 +45,17 @@ from train_pl import VAE, GenerateCallback, train_vae
 from utils import KLD, elbo_to_bpd, manifold_latents, sample_reparameterize, visualize_manifold
 
 HERE = Path(__file__).resolve().parent
-torch.manual_seed(0)
 
 
-class TestKLD(unittest.TestCase):
+class SeededTest(unittest.TestCase):
+    """A test that draws the same random numbers, alone or after others."""
+
+    def run(self, result=None):
+        torch.manual_seed(0)
+        return super().run(result)
+
+
+class TestKLD(SeededTest):
 
     def test_unit_gaussian_is_exactly_zero(self):
         self.assertTrue((KLD(torch.zeros(5, 3), torch.zeros(5, 3)) == 0).all())
@@ -67,7 +74,7 @@ class TestKLD(unittest.TestCase):
         self.assertAlmostEqual(KLD(torch.zeros(1), log_std).item() * 1e8, 1., places=2)
 
 
-class TestReparameterization(unittest.TestCase):
+class TestReparameterization(SeededTest):
 
     def test_gradients(self):
         mean, std = torch.randn(16, 4, requires_grad=True), torch.rand(16, 4).add(0.5).requires_grad_()
@@ -89,7 +96,7 @@ class TestReparameterization(unittest.TestCase):
         self.assertTrue(torch.equal(sample_reparameterize(mean, torch.zeros(5)), mean))
 
 
-class TestBPD(unittest.TestCase):
+class TestBPD(SeededTest):
 
     def test_uniform_image_has_one_bit_per_pixel(self):
         for shape in [(8, 1, 28, 28), (8, 3, 11, 17)]:
@@ -99,7 +106,7 @@ class TestBPD(unittest.TestCase):
             torch.testing.assert_close(bpd, torch.ones(8))
 
 
-class TestManifold(unittest.TestCase):
+class TestManifold(SeededTest):
 
     class Decoder(nn.Module):
         """Paints each image in the grey of one of its latents' percentiles."""
@@ -138,7 +145,7 @@ class TestManifold(unittest.TestCase):
             manifold_latents(0)
 
 
-class TestNetworks(unittest.TestCase):
+class TestNetworks(SeededTest):
 
     def defaults(self, network):
         return {name: parameter.default for name, parameter in inspect.signature(network).parameters.items()}
@@ -203,7 +210,7 @@ class TestNetworks(unittest.TestCase):
         self.assertIsInstance(decoder[-1], nn.ConvTranspose2d)
 
 
-class TestVAE(unittest.TestCase):
+class TestVAE(SeededTest):
 
     def models(self, **hyperparameters):
         for model_name in ['MLP', 'CNN']:
@@ -263,7 +270,7 @@ def idx(tensor):
     return head + tensor.to(torch.uint8).numpy().tobytes()
 
 
-class TestData(unittest.TestCase):
+class TestData(SeededTest):
     """The data path on a small stand-in for MNIST: 60 training images and 10 test images."""
 
     def setUp(self):
@@ -476,7 +483,7 @@ class TestData(unittest.TestCase):
         self.assertIn('t10k-images-idx3-ubyte is not MNIST', caught.exception.code)
 
 
-class TestRenderedDigits(unittest.TestCase):
+class TestRenderedDigits(SeededTest):
     @classmethod
     def setUpClass(cls):
         cls.images, cls.labels = rendered_digits()
@@ -599,7 +606,7 @@ class TestRenderedDigits(unittest.TestCase):
         self.assertLess(mean_row[9].item(), 13)  # that of a nine above
 
 
-class TestGenerateCallback(unittest.TestCase):
+class TestGenerateCallback(SeededTest):
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -655,7 +662,7 @@ def small_loaders(args):
                                    collate_fn=bmnist.already_a_batch) for split in splits)
 
 
-class TestTraining(unittest.TestCase):
+class TestTraining(SeededTest):
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -872,7 +879,7 @@ class TestTraining(unittest.TestCase):
         self.assertNotIn('epoch   1/1', output)
 
 
-class TestFastPath(unittest.TestCase):
+class TestFastPath(SeededTest):
     """cuda_graph on a CPU: everything but the graph itself, in whose place a function runs again."""
 
     def setUp(self):
@@ -1058,7 +1065,7 @@ class TestFastPath(unittest.TestCase):
         self.assertEqual(os.listdir(self.folder), ['a.ckpt'])
 
 
-class TestEntryPoint(unittest.TestCase):
+class TestEntryPoint(SeededTest):
 
     def test_one_epoch_on_rendered_digits(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -146,14 +146,14 @@ class TestBenchmarks(CommandTest):
         stdout, measured = self.assert_written('speed', '--dataset', 'rendered', '--whole_run', '1')
         for way, row in measured['summary'].items():
             self.assertRegex(stdout, rf'(?m)^{way} .*{re.escape(measured["ways"][way])}$')
-            self.assertTrue(row['min'] > 0.1 and row['memory_mib'] > 100, row)
+            self.assertTrue(row['min'] > 0 and row['memory_mib'] > 100, row)
         self.assertEqual(measured['summary']['bare loop']['ratio'], 1)
         self.assertGreater(measured['whole_run']['process'], measured['whole_run']['fit'])
         self.assertGreater(min(measured['start']['first step']), 1)
 
     def test_growth(self):
         _, measured = self.assert_written('growth', '--batch_sizes', '500', '--widths', '16', '--num_images', '200000')
-        self.assertTrue(all(measured[name][0]['seconds'] > 0.1 for name in ['batch size', 'hidden width']))
+        self.assertTrue(all(measured[name][0]['seconds'] > 0 for name in ['batch size', 'hidden width']))
         images = measured['images'][0]
         self.assertEqual((images['images'], images['bytes_per_pixel']), (200_000, 1))
         self.assertLess(images['process_mib'] * 2**20 / (784 * 200_000), 1.3)  # no second copy
