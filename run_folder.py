@@ -1,59 +1,270 @@
-"""Where a run lives and what it leaves there: its folder, the lines and figures of each epoch, results.json."""
+"""
+Where a run lives, whether it goes on from there, and what it leaves: its folder, checkpoints, the lines and figures of
+each epoch, results.json.
+"""
+import contextlib
 import csv
+import glob
+import io
 import json
 import logging
 import math
 import os
+import pickle
 import platform
+import shutil
+import sys
 import time
 import warnings
+import zipfile
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+import yaml
+from filelock import FileLock, Timeout
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
+
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# Flags that say where and how a run is computed, not what: they may change when it is continued.
+NEUTRAL = {"run_name", "log_dir", "data_dir", "num_workers", "progress_bar", "accelerator", "devices", "num_nodes",
+           "plain"}
 
 
 class RunFolderError(RuntimeError):
-    """The run's folder cannot be made."""
+    """The run's folder cannot be made or continued; the message is one line that says what to do."""
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
+class Run(NamedTuple):
+    folder: str
+    checkpoint: str | None  # the checkpoint to continue from
+    epoch: int  # its number of epochs, 0 without one
+    seconds: float  # that these epochs took
+
+
+def finished_results(log_dir, name, flags):
+    """
+    The results of a finished run; None where it is unfinished or new. Changes nothing.
+    Raises:
+        RunFolderError - where the folder is another one's: other hyperparameters, or no run at all.
+    """
+    folder = os.path.join(os.path.expanduser(log_dir), name)
+    if not os.path.isdir(folder) or set(os.listdir(folder)) <= {".lock", "hparams.yaml.tmp"}:
+        return None  # new, or it was killed at once
+    try:
+        with open(os.path.join(folder, "hparams.yaml")) as file:
+            there = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder} is there already, but holds no run: choose another --run_name") from None
+    flags = as_plain_values(flags)
+    differences = [f"--{flag} was {there[flag]}, is {flags[flag]}" for flag in flags
+                   if flag in there and flag not in NEUTRAL and there[flag] != flags[flag]]
+    if differences:
+        raise RunFolderError(f"{folder} holds a run with other hyperparameters ({'; '.join(differences)}): "
+                             "give the same ones to continue it, or choose another --run_name")
+    path = os.path.join(folder, "results.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def open_run(log_dir, name, flags):
+    """
+    Makes the folder of a run, or finds where to continue it, and keeps it to this process while the context lasts.
+    Inputs:
+        log_dir - Directory of all runs.
+        name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
+        flags - Dict of every flag; its values are plain ones.
+    Outputs:
+        run - A Run. What its folder holds is that of the epochs up to its checkpoint.
+    Raises:
+        RunFolderError - where the folder cannot be made, is in use, or is another one's (see finished_results).
+    """
+    log_dir = os.path.expanduser(log_dir)
+    try:
+        folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
+        os.makedirs(folder, exist_ok=True)
+        lock = FileLock(os.path.join(folder, ".lock"), timeout=LOCK_TIMEOUT)
+        lock.acquire()
+    except Timeout:
+        raise RunFolderError(f"{folder} is in use by another process: wait for it, or choose another --run_name "
+                             "for this one") from None
+    except OSError as error:
+        raise RunFolderError(f"cannot write to the log directory {log_dir} ({error.strerror}); "
+                             "choose another one with --log_dir") from error
+    with lock:
+        if finished_results(log_dir, os.path.relpath(folder, log_dir), flags):
+            raise RunFolderError(f"{folder} was finished by another process just now")
+        path, checkpoint = newest_checkpoint(os.path.join(folder, "checkpoints"))
+        write_whole(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(as_plain_values(flags)))
+        history = checkpoint["callbacks"]["EpochReport"]["history"] if checkpoint else []
+        go_back(folder, history)
+        yield Run(folder, path, max(len(history) - 1, 0), sum(row["seconds"] for row in history))
+
+
+def numbered_folder(log_dir):
+    """Makes the next free folder `<log_dir>/lightning_logs/version_N`, for this process alone."""
+    version = TensorBoardLogger(log_dir).version
+    while True:
+        folder = os.path.join(log_dir, "lightning_logs", f"version_{version}")
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            version += 1  # another process was faster
+
+
+def newest_checkpoint(folder):
+    """
+    Finds the checkpoint of the latest epoch in a folder, and makes it last.ckpt if it has another name: where last.ckpt
+    is damaged, or where the process was killed after it had written another one.
+    Outputs:
+        path, checkpoint - Where it is, and what it holds; None, None if there is no checkpoint.
+    Raises:
+        RunFolderError - where there are checkpoints, but all of them damaged.
+    """
+    checkpoints, damages = {}, []
+    for name in [LAST, PREVIOUS, BEST]:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                checkpoints[name] = read_checkpoint(os.path.join(folder, name))
+            except DamagedCheckpoint as error:
+                damages.append(str(error))
+    if not checkpoints and damages:
+        raise RunFolderError(f"{'; '.join(damages)}: delete {os.path.dirname(folder)} to start over, or choose "
+                             "another --run_name")
+    if not checkpoints:
+        return None, None
+    newest = max(checkpoints, key=lambda name: checkpoints[name]["epoch"])
+    for damage in damages:
+        print(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}", file=sys.stderr)
+    last = os.path.join(folder, LAST)
+    if newest != LAST:
+        shutil.copyfile(os.path.join(folder, newest), f"{last}.tmp")
+        os.replace(f"{last}.tmp", last)
+    return last, checkpoints[newest]
+
+
+def read_checkpoint(path):
+    """
+    What a checkpoint holds, tensors on the CPU.
+    Raises: DamagedCheckpoint, FileNotFoundError
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load would not notice a flipped bit
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["callbacks"]["EpochReport"]
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+    return checkpoint
+
+
+class DamagedCheckpoint(RunFolderError):
+    """A file is not a checkpoint, or not all of it."""
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes each checkpoint under another name first, so that it is whole or not there; keeps the last but one."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == LAST and os.path.exists(path):
+            os.replace(path, os.path.join(folder, PREVIOUS))
+        os.replace(f"{path}.tmp", path)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        folder = os.path.dirname(path)
+        for state in checkpoint["callbacks"].values():
+            if "dirpath" in state:  # a ModelCheckpoint's, whose folder may have been moved since
+                for name in ["best_model_path", "kth_best_model_path"]:
+                    state[name] = os.path.join(folder, os.path.basename(state[name])) if state[name] else ""
+                state["best_k_models"] = {os.path.join(folder, os.path.basename(path)): score
+                                          for path, score in state["best_k_models"].items()}
+                state["dirpath"] = folder
+        return checkpoint
+
+
+def go_back(folder, history):
+    """
+    Makes a run's folder that of an epoch: metrics.csv and what TensorBoard shows, without what was logged later. Of
+    the epoch itself the scalars are dropped, too, since not all of them may be there: EpochReport logs them again.
+    """
+    epoch = len(history) - 1
+    for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        if not history:
+            os.remove(path)
+            continue
+        with open(f"{path}.tmp", "wb") as file:
+            writer = RecordWriter(file)
+            for record in RawEventFileLoader(path).Load():
+                event = Event.FromString(record)
+                if event.step < epoch or event.step == epoch and any(v.HasField("image") for v in event.summary.value):
+                    writer.write(record)
+        os.replace(f"{path}.tmp", path)
+    write_metrics(folder, history)
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
+        os.remove(path)  # of a process that was killed
+
+
+def write_metrics(folder, history):
+    """Writes metrics.csv, a row per epoch."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, EpochReport.columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_whole(os.path.join(folder, "metrics.csv"), text.getvalue())
+
+
+def write_whole(path, text):
+    """Writes a text file, all or nothing."""
+    with open(f"{path}.tmp", "w", newline="") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def as_plain_values(flags):
+    """Flags as they come back from a file: tuples as lists."""
+    return json.loads(json.dumps(flags))
+
+
 class EpochLogger(TensorBoardLogger):
     """
-    TensorBoard logger whose x axis is the number of epochs trained, so that the curves of training, validation and
-    test share one axis. EpochReport sets `epoch`; it is 0 until training begins.
+    TensorBoard logger of a run's folder, whose x axis is the number of epochs trained, so that the curves of training,
+    validation and test share one axis. EpochReport sets `epoch`; it is 0 until training begins.
     """
 
     epoch = 0
 
+    def __init__(self, folder):
+        super().__init__(folder, name="", version="", default_hp_metric=False)
+
+    @property
+    def log_dir(self):
+        return self.save_dir
+
     def log_metrics(self, metrics, step=None):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, self.epoch)
-
-
-def new_run(log_dir):
-    """
-    Makes the folder of a new run, `<log_dir>/lightning_logs/version_N` with the next free N, as Lightning numbers
-    them, but for this process alone, also when several start at once.
-    Outputs:
-        logger - The run's EpochLogger; the folder is logger.log_dir.
-    Raises:
-        RunFolderError - where the folder cannot be made.
-    """
-    log_dir = os.path.expanduser(log_dir)
-    version = TensorBoardLogger(log_dir).version
-    while True:
-        logger = EpochLogger(log_dir, version=version, default_hp_metric=False)
-        try:
-            os.makedirs(logger.log_dir)
-            return logger
-        except FileExistsError:
-            version += 1  # another process was faster
-        except OSError as error:
-            raise RunFolderError(f"cannot write to the log directory {log_dir} ({error.strerror}); "
-                                 "choose another one with --log_dir") from error
 
 
 def quiet_libraries():
@@ -62,6 +273,8 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # how it is getting on with its font cache
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a continued run's
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, too
     # Names that Lightning uses and newer versions of torch call old.
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")
 
@@ -82,6 +295,17 @@ class EpochReport(pl.Callback):
         self.history = []
         self.first_step_bpd = None  # the very first minibatch of training, before any update
 
+    def state_dict(self):
+        return {"history": self.history, "first_step_bpd": self.first_step_bpd}
+
+    def load_state_dict(self, state_dict):
+        self.history, self.first_step_bpd = state_dict["history"], state_dict["first_step_bpd"]
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.logger.epoch = len(self.history) - 1
+        if trainer.logger.epoch > 0:  # it continues: see go_back
+            trainer.logger.log_metrics({name: value for name, value in self.history[-1].items() if name != "seconds"})
+
     def on_validation_start(self, trainer, pl_module):
         if trainer.state.fn == "validate":
             self.start = time.perf_counter()
@@ -96,13 +320,15 @@ class EpochReport(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.first_step_bpd is None:
-            self.first_step_bpd = outputs["loss"].item()
+            self.first_step_bpd = trainer.strategy.reduce(outputs["loss"].detach()).item()
 
     def on_train_epoch_end(self, trainer, pl_module):
         epoch = trainer.current_epoch + 1
         for name in ["train_bpd", "val_bpd"]:
             value = trainer.callback_metrics[name].item()
             if not math.isfinite(value):
+                if not trainer.is_global_zero:
+                    sys.exit(1)
                 kept = f"the checkpoints of the epochs before are kept in {trainer.logger.log_dir}"
                 raise TrainingDiverged(
                     f"{name} became {value} in epoch {epoch}: try a lower --lr than {pl_module.hparams.lr:g} "
@@ -110,25 +336,26 @@ class EpochReport(pl.Callback):
         self.report(trainer, epoch)
 
     def report(self, trainer, epoch):
-        """Adds the metrics that the trainer holds as an epoch to the history, to metrics.csv and to stdout."""
+        """Adds the metrics that the trainer holds as an epoch to the history, which goes to metrics.csv, and prints."""
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name in self.columns}
         self.history.append({"epoch": epoch, **metrics, "seconds": round(time.perf_counter() - self.start, 3)})
-        with open(os.path.join(trainer.logger.log_dir, "metrics.csv"), "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if epoch == 0:
-                writer.writeheader()
-            writer.writerow(self.history[-1])
+        if not trainer.is_global_zero:
+            return
+        write_metrics(trainer.logger.log_dir, self.history)
+        trainer.logger.experiment.flush()  # so that all of the epochs before is there when this one's checkpoint is
         if self.print_lines:
             bpds = "  ".join(f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16
                              for stage in ["train", "val"])
             print(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s", flush=True)
 
     def on_exception(self, trainer, pl_module, exception):
-        if isinstance(exception, KeyboardInterrupt):
-            epoch = trainer.logger.epoch
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
             checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
-            print(f"\nInterrupted in epoch {epoch}. {trainer.logger.log_dir} stays usable: "
-                  f"metrics, curves and pictures of the epochs before, {checkpoints}", flush=True)
+            name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
+            print(f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
+                  f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
+                  "continues it", flush=True)
 
     def curve(self, name):
         """Dict from epoch to the value of a metric, for the epochs that have it."""
@@ -144,8 +371,8 @@ def write_results(folder, args, report, test_bpd, device, fit_seconds, seconds):
         report - The run's EpochReport.
         test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
         device - torch.device that trained.
-        fit_seconds - Wall time of trainer.fit.
-        seconds - Wall time of the run, from the reading of the data to the test.
+        fit_seconds - Wall time of trainer.fit; that of a continued run begins with the seconds of the epochs before.
+        seconds - Wall time of the run, from the reading of the data to the test; the same.
     """
     val_bpd = report.curve("val_bpd")
     del val_bpd[0]  # untrained
@@ -166,8 +393,4 @@ def write_results(folder, args, report, test_bpd, device, fit_seconds, seconds):
         "fit_seconds": round(fit_seconds, 1),
         "seconds": round(seconds, 1),
     }
-    path = os.path.join(folder, "results.json")
-    with open(path + ".tmp", "w") as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    write_whole(os.path.join(folder, "results.json"), json.dumps(results, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -9,12 +10,16 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
 
 import cuda_graph
+import processes
 import run_folder
+import slurm_job
 from bmnist import DataError, bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
@@ -47,7 +52,7 @@ class VAE(pl.LightningModule):
             self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim)
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
-        # Of the current epoch: number of images, and sums of their L_rec, L_reg and bpd.
+        # Of the current epoch, in this process: number of images, and sums of their L_rec, L_reg and bpd.
         self.register_buffer('train_sums', torch.zeros(4), persistent=False)
         self.register_buffer('val_sums', torch.zeros(4), persistent=False)
 
@@ -102,7 +107,7 @@ class VAE(pl.LightningModule):
 
     def test_step(self, batch, batch_idx):
         _, _, bpd = self.forward(batch[0])
-        self.log('test_bpd', bpd, batch_size=len(batch[0]))
+        self.log('test_bpd', bpd, batch_size=len(batch[0]), sync_dist=True)
 
     # The losses are summed here and logged once per epoch: self.log in every step would cost a third of the time.
 
@@ -113,12 +118,13 @@ class VAE(pl.LightningModule):
         return bpd
 
     def log_losses(self, stage, sums):
-        """Logs the means over the images of an epoch, under names that begin with 'train' or 'val'."""
+        """Logs the means over an epoch's images, of all processes, under names that begin with 'train' or 'val'."""
         L_rec, L_reg, bpd = sums[1:] / sums[0]
+        epoch_mean = dict(on_step=False, on_epoch=True, sync_dist=True, batch_size=int(sums[0]))
         sums.zero_()
         self.log_dict({f'{stage}_reconstruction_loss': L_rec, f'{stage}_regularization_loss': L_reg,
-                       f'{stage}_ELBO': L_rec + L_reg}, on_step=False, on_epoch=True, batch_size=1)
-        self.log(f'{stage}_bpd', bpd, on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
+                       f'{stage}_ELBO': L_rec + L_reg}, **epoch_mean)
+        self.log(f'{stage}_bpd', bpd, prog_bar=True, **epoch_mean)
 
 
 class GenerateCallback(pl.Callback):
@@ -141,6 +147,7 @@ class GenerateCallback(pl.Callback):
         if epoch % self.every_n_epochs == 0:
             self.sample_and_save(trainer, pl_module, epoch)
 
+    @rank_zero_only
     def sample_and_save(self, trainer, pl_module, epoch):
         """
         Adds samples and means as 8x8 grids to TensorBoard, with 2 latent dimensions the manifold too, and writes the
@@ -180,45 +187,87 @@ def train_vae(args):
     args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
     check_flags(args)
     run_folder.quiet_libraries()
-    train_loader, val_loader, test_loader = load_data(args)
+    name = args.run_name or slurm_job.run_name()
+    trainer = make_trainer(args, name)
+    processes.start(trainer)
+    with contextlib.ExitStack() as stack:
+        if name:
+            results = processes.on_rank_zero(
+                trainer, lambda: run_folder.finished_results(args.log_dir, name, vars(args)))
+            if results:
+                if trainer.is_global_zero:
+                    print(f"{os.path.join(args.log_dir, name)} is finished: test bpd {results['test_bpd']:.4f}",
+                          flush=True)
+                return [{'test_bpd': results['test_bpd']}]
+        loaders = []
+        processes.on_rank_zero(trainer, lambda: loaders.extend(load_data(args)))  # before the others look for the data
+        loaders = [processes.share_out(loader, trainer, args.seed) for loader in loaders or load_data(args)]
+        # Only now that nothing else can be wrong; it is this run's alone until the stack is left.
+        run = processes.on_rank_zero(
+            trainer, lambda: stack.enter_context(run_folder.open_run(args.log_dir, name, vars(args))))
+        return train_run(args, trainer, run, loaders, start - run.seconds)
 
-    report = run_folder.EpochReport(print_lines=not args.progress_bar)
-    generate = GenerateCallback(save_to_disk=True)
-    best = ModelCheckpoint(filename='best', monitor='val_bpd', mode='min')
-    last = ModelCheckpoint(filename='last')
-    trainer = pl.Trainer(default_root_dir=args.log_dir, accelerator=args.accelerator, devices=1, logger=False,
-                         max_epochs=args.epochs, callbacks=[report, generate, best, last], num_sanity_val_steps=0,
-                         log_every_n_steps=len(train_loader), enable_progress_bar=args.progress_bar,
-                         enable_model_summary=False)
-    trainer.logger = run_folder.new_run(args.log_dir)  # only now that nothing else can be wrong
+
+def make_trainer(args, run_name):
+    """The Trainer that the flags ask for, with every callback, and without a logger as long as it has no folder."""
+    num_processes = args.devices * args.num_nodes
+    # Buffers are left alone: each process sums its own losses.
+    strategy = DDPStrategy(broadcast_buffers=False) if num_processes > 1 else 'auto'
+    callbacks = [processes.SeedEpochs(args.seed), slurm_job.StayInQueue(), GenerateCallback(save_to_disk=True),
+                 run_folder.EpochReport(print_lines=not args.progress_bar),
+                 ModelCheckpoint(filename='best', monitor='val_bpd', mode='min', enable_version_counter=False),
+                 ModelCheckpoint(filename='last', enable_version_counter=False)]
+    try:
+        return pl.Trainer(
+            # A folder of the run's own, since under SLURM Lightning loads an hpc_ckpt_N.ckpt that it finds there.
+            default_root_dir=os.path.join(args.log_dir, run_name or ''), max_epochs=args.epochs, callbacks=callbacks,
+            accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, strategy=strategy,
+            plugins=[run_folder.CheckpointFiles(), *slurm_job.environment(args.devices, args.num_nodes)],
+            use_distributed_sampler=False, logger=False, enable_progress_bar=args.progress_bar,
+            enable_model_summary=False, num_sanity_val_steps=0)
+    except (ValueError, RuntimeError) as error:  # flags that do not fit the tasks that SLURM started
+        raise MisconfigurationException(str(error)) from error
+
+
+def train_run(args, trainer, run, loaders, start):
+    """Trains, or goes on, and leaves all results in the run's folder; what comes and goes is as in train_vae."""
+    train_loader, val_loader, test_loader = loaders
+    generate, report = (next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+                        for kind in [GenerateCallback, run_folder.EpochReport])
+    trainer.logger = run_folder.EpochLogger(run.folder)
     trainer.logger.log_hyperparams(vars(args))
-    log_dir = trainer.logger.log_dir
+    trainer.log_every_n_steps = len(train_loader)
     device = trainer.strategy.root_device
-    print(f"{args.model} on {args.dataset}, {len(train_loader.dataset):,} training images, on {device}, in {log_dir}",
-          flush=True)
+    if trainer.is_global_zero:
+        print(f"{args.model} on {args.dataset}, {len(train_loader.dataset):,} training images, on {device}"
+              + (f" x {trainer.world_size}" if trainer.world_size > 1 else "") + f", in {run.folder}"
+              + (f", continued after epoch {run.epoch}" if run.checkpoint else ""), flush=True)
 
     torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
     pl.seed_everything(args.seed)
     model = VAE(model_name=args.model, hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim,
                 lr=args.lr)
-    generate.sample_and_save(trainer, model, epoch=0)
-    trainer.validate(model, val_loader, verbose=False)
+    if not run.checkpoint:
+        generate.sample_and_save(trainer, model, epoch=0)
+        trainer.validate(model, val_loader, verbose=False)
     if not args.plain and cuda_graph.suits(trainer, model, train_loader):
         train_loader, val_loader = cuda_graph.speed_up(trainer, model, train_loader, val_loader)
-    fit_start = time.perf_counter()
-    trainer.fit(model, train_loader, val_loader)
+    loaders[0].sampler.set_epoch(run.epoch)  # Lightning does so, too, but after worker processes have begun to read
+    fit_start = time.perf_counter() - run.seconds
+    trainer.fit(model, train_loader, val_loader, ckpt_path=run.checkpoint)
     fit_seconds = time.perf_counter() - fit_start
 
-    model = VAE.load_from_checkpoint(best.best_model_path)
-    pl.seed_everything(args.seed)  # anew, so that the test depends on the checkpoint and the seed alone
+    model = VAE.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
     test_result = trainer.test(model, test_loader, verbose=False)
-    test_bpd = test_result[0]['test_bpd']
-
-    if args.z_dim == 2:
-        save_image(visualize_manifold(model.decoder), os.path.join(log_dir, 'vae_manifold.png'))
-    run_folder.write_results(log_dir, vars(args), report, test_bpd, device, fit_seconds, time.perf_counter() - start)
-    draw_figures(log_dir, args, report, generate.every_n_epochs, test_bpd)
-    print(f"test bpd {test_bpd:.4f}\nrun folder {log_dir}", flush=True)
+    if trainer.is_global_zero:
+        test_bpd = test_result[0]['test_bpd']
+        if args.z_dim == 2:
+            save_image(visualize_manifold(model.decoder), os.path.join(run.folder, 'vae_manifold.png'))
+        draw_figures(run.folder, args, report, generate.every_n_epochs, test_bpd)
+        # Last of all: it says that the run is finished.
+        run_folder.write_results(run.folder, vars(args), report, test_bpd, device, fit_seconds,
+                                 time.perf_counter() - start)
+        print(f"test bpd {test_bpd:.4f}\nrun folder {run.folder}", flush=True)
     return test_result
 
 
@@ -241,7 +290,7 @@ def load_data(args):
         images, labels = rendered_digits(num_images=60_000)
         return data_loaders(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:],
                             args.batch_size, args.num_workers)
-    return bmnist(args.data_dir, args.batch_size, args.num_workers)
+    return bmnist(args.data_dir, args.batch_size, args.num_workers, download=rank_zero_only.rank == 0)
 
 
 def make_parser():
@@ -257,13 +306,16 @@ def make_parser():
                         help="CNN only: number of channels of the layers next to the image; the others have twice that")
     # Optimiser hyperparameters
     parser.add_argument('--lr', default=1e-3, type=float, help="Learning rate of Adam")
-    parser.add_argument('--batch_size', default=128, type=int, help="Number of images per minibatch")
+    parser.add_argument('--batch_size', default=128, type=int,
+                        help="Number of images per minibatch, over all devices and nodes")
     # Other hyperparameters
     parser.add_argument('--epochs', default=80, type=int, help="Number of epochs, passes over the training images")
     parser.add_argument('--seed', default=42, type=int, help="Seed of all random numbers")
     parser.add_argument('--num_workers', default=0, type=int,
                         help="Worker processes per data loader; the images are in memory, so 0 is the fastest")
     parser.add_argument('--log_dir', default='VAE_logs', help="Directory in which the runs' folders are made")
+    parser.add_argument('--run_name', help="The run's folder in the log directory; a run that is there is continued. "
+                        "Default: lightning_logs/version_N, in a batch job of SLURM job_ID")
     parser.add_argument('--progress_bar', action='store_true',
                         help="Show a progress bar instead of a line per epoch; not for batch jobs")
     parser.add_argument('--dataset', default='mnist', choices=CHOICES['dataset'],
@@ -272,6 +324,8 @@ def make_parser():
                         help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
     parser.add_argument('--accelerator', default='auto', choices=CHOICES['accelerator'],
                         help="Device that trains; auto takes a GPU where there is one")
+    parser.add_argument('--devices', default=1, type=int, help="Number of GPUs, or of processes on a CPU, per node")
+    parser.add_argument('--num_nodes', default=1, type=int, help="Number of nodes")
     parser.add_argument('--plain', action='store_true',
                         help="Train step by step on a GPU too, instead of replaying many steps at once as a CUDA graph")
     return parser
@@ -282,13 +336,20 @@ def check_flags(args):
     for name, choices in CHOICES.items():  # argparse has checked those of a command, but nobody a notebook's
         if getattr(args, name) not in choices:
             raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}")
-    for name, least in [('z_dim', 1), ('num_filters', 1), ('batch_size', 1), ('epochs', 1), ('num_workers', 0)]:
+    for name, least in [('z_dim', 1), ('num_filters', 1), ('batch_size', 1), ('epochs', 1), ('num_workers', 0),
+                        ('devices', 1), ('num_nodes', 1)]:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if not args.hidden_dims or min(args.hidden_dims) < 1:
         raise ValueError(f"--hidden_dims must be one or more widths of at least 1, got {args.hidden_dims}")
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise ValueError(f"--lr must be a finite number above 0, got {args.lr}")
+    if args.batch_size % (args.devices * args.num_nodes):
+        raise ValueError(f"--batch_size {args.batch_size} is the minibatch over all devices: it must be a multiple of "
+                         f"--devices {args.devices} x --num_nodes {args.num_nodes}")
+    if args.run_name is not None and (os.path.isabs(args.run_name)
+                                      or os.path.normpath(args.run_name).split(os.sep)[0] in ('.', '..')):
+        raise ValueError(f"--run_name must be a folder inside the log directory, got {args.run_name!r}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
 

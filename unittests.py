@@ -20,6 +20,7 @@ import threading
 import types
 import unittest
 import warnings
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -32,11 +33,14 @@ import yaml
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torchvision.datasets import MNIST
 
 import bmnist
 import cuda_graph
+import processes
 import run_folder
+import slurm_job
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
@@ -662,7 +666,36 @@ def small_loaders(args):
                                    collate_fn=bmnist.already_a_batch) for split in splits)
 
 
-class TestTraining(SeededTest):
+def scalars_and_images(folder):
+    """All that a run's event files hold: how often each (tag, step, value) is there."""
+    points = Counter()
+    for path in folder.glob('events.out.tfevents.*'):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name in ('scalars', 'images'):
+                    points[value.tag, event.step, value.tensor.SerializeToString()] += 1
+    return points
+
+
+def what_a_run_left(folder):
+    """Everything that must not depend on whether a run was interrupted, by name."""
+    with open(folder / 'metrics.csv') as file:
+        metrics = [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader(file)]
+    results = json.loads((folder / 'results.json').read_text())
+    left = {'metrics.csv': metrics, 'TensorBoard': scalars_and_images(folder),
+            'results.json': {name: value for name, value in results.items() if 'seconds' not in name},
+            'files': sorted(path.name for path in folder.rglob('*') if 'tfevents' not in path.name)}
+    for name in ['best', 'last']:
+        checkpoint = torch.load(folder / 'checkpoints' / f'{name}.ckpt', weights_only=True)
+        left[name] = {**checkpoint['state_dict'], 'epoch': checkpoint['epoch'], 'step': checkpoint['global_step'],
+                      'adam': [list(state.values()) for state in checkpoint['optimizer_states'][0]['state'].values()]}
+    for path in folder.glob('epoch_*.png'):
+        left[path.name] = path.read_bytes()
+    return left
+
+
+class TrainingTest(SeededTest):
+    """A test that trains on few digits, in a folder of its own."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -678,6 +711,18 @@ class TestTraining(SeededTest):
                                             batch_size=128, epochs=6, seed=42, num_workers=0, log_dir=self.folder,
                                             progress_bar=False), **flags})
 
+    def main(self, *flags):
+        """Exit code and the error message of a command."""
+        error = io.StringIO()
+        with mock.patch.object(sys, 'argv', ['train_pl.py', *flags]), self.assertRaises(SystemExit) as caught, \
+                contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            train_pl.main()
+        code = caught.exception.code
+        return (1, code) if isinstance(code, str) else (code, error.getvalue())
+
+
+class TestTraining(TrainingTest):
+
     def train(self, **flags):
         """Trains on the CPU, whose results repeat bit for bit; returns the run's folder and what was printed."""
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -690,7 +735,7 @@ class TestTraining(SeededTest):
     def test_flags_and_defaults(self):
         defaults = dict(model='MLP', z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80,
                         seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist',
-                        data_dir='../data/', accelerator='auto', plain=False)
+                        data_dir='../data/', accelerator='auto', plain=False, run_name=None, devices=1, num_nodes=1)
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
 
     def test_a_run_from_a_notebook(self):
@@ -706,16 +751,16 @@ class TestTraining(SeededTest):
         events = {name for name in names if name.startswith('events.out.tfevents')}
         self.assertTrue(events)
         self.assertEqual(names - events, {
-            'hparams.yaml', 'metrics.csv', 'results.json', 'checkpoints', 'bpd_curves.png', 'vae_manifold.png',
+            '.lock', 'hparams.yaml', 'metrics.csv', 'results.json', 'checkpoints', 'bpd_curves.png', 'vae_manifold.png',
             'samples_over_training.png', 'epoch_0_samples.png', 'epoch_0_means.png', 'epoch_5_samples.png',
             'epoch_5_means.png'})
-        self.assertEqual(set(os.listdir(folder / 'checkpoints')), {'best.ckpt', 'last.ckpt'})
+        self.assertEqual(set(os.listdir(folder / 'checkpoints')), {'best.ckpt', 'last.ckpt', 'previous.ckpt'})
         for path in folder.glob('*.png'):
             self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
 
         flags = {**vars(train_pl.make_parser().parse_args([])), **vars(args)}
         hparams = yaml.safe_load((folder / 'hparams.yaml').read_text())
-        self.assertEqual(hparams, {**flags, 'model_name': 'MLP'})
+        self.assertEqual(hparams, flags)
         with open(folder / 'metrics.csv') as file:
             rows = list(csv.DictReader(file))
         self.assertEqual([int(row['epoch']) for row in rows], list(range(7)))
@@ -783,7 +828,7 @@ class TestTraining(SeededTest):
         model = VAE.load_from_checkpoint(folder / 'checkpoints' / 'best.ckpt')
         self.assertEqual(list(best['state_dict']), [name for name, _ in model.named_parameters()])
         self.assertEqual(dict(model.hparams), dict(model_name='CNN', hidden_dims=[16], num_filters=4, z_dim=2, lr=1e-3))
-        pl.seed_everything(42)
+        torch.manual_seed(processes.derived_seed(42, 0, 0))
         with torch.no_grad():
             losses = [(len(imgs), model(imgs)[2].item()) for imgs, _ in small_loaders(self.namespace())[2]]
         self.assertAlmostEqual(json.loads((folder / 'results.json').read_text())['test_bpd'],
@@ -830,25 +875,19 @@ class TestTraining(SeededTest):
         VAE.load_from_checkpoint(self.run_folder() / 'checkpoints' / 'last.ckpt')
 
     def test_runs_are_numbered(self):
-        folders = [Path(run_folder.new_run(self.folder).log_dir).name for _ in range(3)]
-        with mock.patch.object(run_folder.TensorBoardLogger, '_get_next_version', lambda self: 0):  # lost a race
-            folders.append(Path(run_folder.new_run(self.folder).log_dir).name)
-        self.assertEqual(folders, [f'version_{number}' for number in range(4)])
-
-    def main(self, *flags):
-        """Exit code and the error message of a command."""
-        error = io.StringIO()
-        with mock.patch.object(sys, 'argv', ['train_pl.py', *flags]), self.assertRaises(SystemExit) as caught, \
-                contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            train_pl.main()
-        code = caught.exception.code
-        return (1, code) if isinstance(code, str) else (code, error.getvalue())
+        folders = []
+        for version in [None, None, 0]:  # the last one has lost a race for the number
+            with mock.patch.object(run_folder.TensorBoardLogger, '_get_next_version', lambda self: 0) if version == 0 \
+                    else contextlib.nullcontext(), run_folder.open_run(self.folder, None, {}) as run:
+                folders.append(os.path.relpath(run.folder, self.folder))
+        self.assertEqual(folders, [f'lightning_logs/version_{number}' for number in range(3)])
 
     def test_bad_flags(self):
         log_dir = os.path.join(self.folder, 'logs')
         for flags in ['--z_dim 0', '--hidden_dims -3', '--hidden_dims 512 0', '--hidden_dims', '--lr nan', '--lr 0',
                       '--lr inf', '--batch_size 0', '--epochs -1', '--epochs 0', '--num_filters 0', '--num_workers -1',
-                      '--seed -1', '--z_dim two', '--model RNN', '--dataset cifar', '--no_such_flag']:
+                      '--seed -1', '--devices 0', '--num_nodes 0', '--batch_size 7 --devices 2', '--run_name ..',
+                      '--z_dim two', '--model RNN', '--dataset cifar', '--no_such_flag']:
             code, message = self.main(*flags.split(), '--log_dir', log_dir)
             self.assertEqual(code, 2, flags)
             self.assertRegex(message, r'^train_pl.py: error: .*\n\Z')
@@ -877,6 +916,306 @@ class TestTraining(SeededTest):
             _, output = self.train(epochs=1, progress_bar=True)
         self.assertIn('Epoch 0: 100%', output + bar.getvalue())
         self.assertNotIn('epoch   1/1', output)
+
+
+class TestContinuedRuns(TrainingTest):
+    """Runs that stop somewhere and are given again by the same name, against one that never stopped."""
+
+    def train(self, **flags):
+        """A run's result and what was printed; on the CPU, and on its plain path unless a test says otherwise."""
+        flags = {'accelerator': 'cpu', 'log_dir': os.path.join(self.folder, 'stopped'), 'run_name': 'run', **flags}
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
+            result = train_vae(self.namespace(**flags))
+        return result, output.getvalue()
+
+    def stop_at(self, owner, name, epoch, **flags):
+        """Trains until a method is called while the number of epochs trained is `epoch`, and ends the process there."""
+        original, trainers = getattr(owner, name), []
+        make_trainer = train_pl.make_trainer
+
+        def method(*args, **kwargs):
+            if trainers[0].current_epoch == epoch:
+                raise Killed
+            return original(*args, **kwargs)
+
+        def remember(*args):
+            trainers.append(make_trainer(*args))
+            return trainers[0]
+
+        with mock.patch.object(owner, name, method), mock.patch.object(train_pl, 'make_trainer', remember), \
+                self.assertRaises(Killed):
+            self.train(**flags)
+
+    @property
+    def run_there(self):
+        return Path(self.folder) / 'stopped' / 'run'
+
+    def check(self, **flags):
+        """Continues the run that was stopped and compares it with one that never was. Returns what was printed."""
+        _, output = self.train(**flags)
+        self.train(**{**flags, 'log_dir': os.path.join(self.folder, 'undisturbed')})
+        left, expected = map(what_a_run_left, [self.run_there, Path(self.folder) / 'undisturbed' / 'run'])
+        for run in [left, expected]:
+            del run['results.json']['hyperparameters']  # their log directories differ
+        self.assertEqual(left.keys(), expected.keys())
+        for name in left:
+            if name in ['best', 'last']:
+                torch.testing.assert_close(left[name], expected[name], rtol=0, atol=0)
+            else:
+                self.assertEqual(left[name], expected[name], name)
+        return output
+
+    def test_stopped_at_the_start_of_an_epoch(self):
+        for epoch in [0, 3]:
+            self.stop_at(VAE, 'on_train_epoch_start', epoch)
+        output = self.check()
+        self.assertIn(f'in {self.run_there}, continued after epoch 3\nepoch   4/6', output)
+
+    def test_stopped_between_two_checkpoints(self):
+        """After best.ckpt and before last.ckpt: of an epoch in the middle, and of the last one."""
+        save = run_folder.CheckpointFiles.save_checkpoint
+
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            if checkpoint['epoch'] in [2, 5] and path.endswith('last.ckpt'):
+                raise Killed
+            save(self, checkpoint, path)
+
+        for _ in range(2):
+            with mock.patch.object(run_folder.CheckpointFiles, 'save_checkpoint', save_checkpoint), \
+                    self.assertRaises(Killed):
+                self.train()
+        self.assertIn('continued after epoch 6\ntest bpd', self.check())
+
+    def test_stopped_while_it_logs(self):
+        """After the checkpoint of an epoch and before the epoch's means of training are in TensorBoard."""
+        self.stop_at(run_folder.EpochLogger, 'log_metrics', 2)
+        self.check()
+
+    def test_stopped_while_it_tests_and_draws(self):
+        for owner, name in [(VAE, 'test_step'), (train_pl, 'draw_figures'), (run_folder, 'write_results')]:
+            self.stop_at(owner, name, 6)
+        self.check()
+
+    def test_other_models_and_paths(self):
+        self.stop_at(VAE, 'on_train_epoch_start', 3, model='CNN', z_dim=3)
+        self.check(model='CNN', z_dim=3, num_workers=1)
+
+    def test_a_folder_that_was_moved(self):
+        """The score of the best checkpoint is kept, although it is another file now."""
+        def log_best_first(model):
+            model.log('val_bpd', float(model.current_epoch))
+
+        with mock.patch.object(VAE, 'on_validation_epoch_end', log_best_first):
+            self.stop_at(VAE, 'on_train_epoch_start', 3)
+            os.rename(self.run_there, Path(self.folder) / 'run')
+            self.train(log_dir=self.folder)
+        best = torch.load(Path(self.folder) / 'run' / 'checkpoints' / 'best.ckpt', weights_only=True)
+        self.assertEqual(best['epoch'], 0)
+
+    def test_damaged_checkpoints(self):
+        self.stop_at(VAE, 'on_train_epoch_start', 4)
+        last = self.run_there / 'checkpoints' / 'last.ckpt'
+        good = last.read_bytes()
+        middle = len(good) // 2
+        for bad in [good[:-100], good[:1000], b'', b'nonsense',
+                    good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]]:
+            (last.parent / 'best.ckpt').write_bytes(bad)  # which is of the same epoch
+            last.write_bytes(bad)
+            with contextlib.redirect_stderr(io.StringIO()) as error:
+                run_folder.newest_checkpoint(last.parent)
+            self.assertRegex(error.getvalue(),
+                             rf'{last} is damaged \(.*\); continuing from previous.ckpt, epoch 3\n')
+            self.assertEqual(last.read_bytes(), (last.parent / 'previous.ckpt').read_bytes())
+        last.write_bytes(good[:-100])
+        self.assertIn('continued after epoch 3', self.check())
+
+    def test_all_checkpoints_damaged(self):
+        self.stop_at(VAE, 'on_train_epoch_start', 2)
+        for path in (self.run_there / 'checkpoints').iterdir():
+            path.write_bytes(b'nonsense')
+        before = self.contents()
+        with self.assertRaisesRegex(run_folder.RunFolderError, 'last.ckpt is damaged.*previous.*delete.*--run_name'):
+            self.train()
+        self.assertEqual(self.contents(), before)
+
+    def contents(self):
+        """All files of the run and when they were changed."""
+        return {path: (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
+                for path in [self.run_there, *self.run_there.rglob('*')]}
+
+    def test_a_finished_run_is_left_alone(self):
+        result, _ = self.train(epochs=1)
+        before = self.contents()
+        with mock.patch.object(train_pl, 'load_data', mock.Mock(side_effect=AssertionError)):
+            again, output = self.train(epochs=1, num_workers=1)
+        self.assertEqual((again, output),
+                         (result, f"{self.run_there} is finished: test bpd {result[0]['test_bpd']:.4f}\n"))
+        self.assertEqual(self.contents(), before)
+
+    def test_other_hyperparameters(self):
+        for epoch in [0, 1]:
+            self.stop_at(VAE, 'on_train_epoch_start', epoch)
+            before = self.contents()
+            with self.assertRaises(run_folder.RunFolderError) as caught:
+                self.train(hidden_dims=[8, 4], seed=1, num_workers=1)
+            self.assertIn('(--hidden_dims was [16], is [8, 4]; --seed was 42, is 1)', str(caught.exception))
+            self.assertEqual(self.contents(), before)
+        self.assertIn('continued', self.train(hidden_dims=(16,), epochs=6)[1])
+
+    def test_a_folder_that_is_no_run(self):
+        self.run_there.mkdir(parents=True)
+        (self.run_there / 'thesis.tex').touch()
+        with self.assertRaisesRegex(run_folder.RunFolderError, 'holds no run: choose another --run_name'):
+            self.train()
+        self.assertEqual(os.listdir(self.run_there), ['thesis.tex'])
+
+    def test_one_process_at_a_time(self):
+        with mock.patch.object(run_folder, 'LOCK_TIMEOUT', 0.1), \
+                run_folder.open_run(self.run_there.parent, 'run', {}), \
+                self.assertRaisesRegex(run_folder.RunFolderError, 'in use by another process'):
+            self.train()
+        self.train(epochs=1)
+
+    def test_run_names(self):
+        for name in ['', '.', '..', '/tmp/run', '../run', 'a/../..']:
+            with self.assertRaisesRegex(ValueError, '--run_name'):
+                self.train(run_name=name)
+        self.assertEqual(os.listdir(self.folder), [])
+        self.train(run_name='sweep/a', epochs=1)
+        self.assertTrue((Path(self.folder) / 'stopped' / 'sweep' / 'a' / 'results.json').exists())
+
+    def test_a_checkpoint_is_whole_or_not_there(self):
+        files, path = run_folder.CheckpointFiles(), os.path.join(self.folder, 'last.ckpt')
+        for epoch in range(3):
+            files.save_checkpoint({'epoch': epoch}, path)
+
+        def half(checkpoint, file):
+            file.write(b'half')
+            raise Killed
+
+        with mock.patch.object(torch, 'save', half), self.assertRaises(Killed):
+            files.save_checkpoint({'epoch': 3}, path)
+        epochs = {name: torch.load(os.path.join(self.folder, name), weights_only=True)['epoch']
+                  for name in ['last.ckpt', 'previous.ckpt']}
+        self.assertEqual(epochs, {'last.ckpt': 2, 'previous.ckpt': 1})
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL; no code of ours or Lightning's goes on after it, but for its clean-up."""
+
+
+class TestSlurmJob(TrainingTest):
+    """A batch job as the program sees it; tests/test_slurm.py runs real ones."""
+
+    def setUp(self):
+        super().setUp()
+        job = dict(SLURM_JOB_ID='7', SLURM_JOB_NAME='vae', SLURM_NTASKS='1', SLURM_PROCID='0', SLURM_LOCALID='0',
+                   SLURM_NODEID='0')
+        patch = mock.patch.dict(os.environ, job)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for number in [signal.SIGTERM, signal.SIGUSR1]:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+
+    def test_names(self):
+        self.assertEqual(slurm_job.run_name(), 'job_7')
+        with mock.patch.dict(os.environ, SLURM_ARRAY_JOB_ID='5', SLURM_ARRAY_TASK_ID='2'):
+            self.assertEqual(slurm_job.run_name(), 'job_5_2')
+        with mock.patch.dict(os.environ, SLURM_JOB_NAME='interactive'):
+            self.assertIsNone(slurm_job.run_name())
+        with mock.patch.object(sys, 'ps1', '>>> ', create=True):
+            self.assertIsNone(slurm_job.run_name())
+        del os.environ['SLURM_JOB_ID']
+        self.assertIsNone(slurm_job.run_name())
+
+    def test_checkpoints_of_other_jobs_are_not_read(self):
+        """Lightning's hpc_ckpt_N.ckpt, which it would load from the Trainer's root directory."""
+        for folder in ['', 'logs']:
+            os.makedirs(os.path.join(self.folder, folder), exist_ok=True)
+            Path(self.folder, folder, 'hpc_ckpt_1.ckpt').write_bytes(b'of another job')
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_vae(self.namespace(log_dir=os.path.join(self.folder, 'logs'), epochs=1))
+        self.assertEqual(set(os.listdir(os.path.join(self.folder, 'logs'))), {'hpc_ckpt_1.ckpt', 'job_7'})
+
+    def test_signals(self):
+        """SIGTERM changes nothing; SIGUSR1 requeues the job; both at each stage, where Lightning has its handlers."""
+        seen = []
+
+        def kill_twice(model):
+            seen.append(model.trainer.state.fn)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        hooks = ['on_train_epoch_start', 'on_validation_epoch_start', 'on_test_epoch_start']
+        with mock.patch.multiple(VAE, **dict.fromkeys(hooks, kill_twice)), \
+                mock.patch.object(subprocess, 'run') as run, contextlib.redirect_stdout(io.StringIO()) as output:
+            train_vae(self.namespace(epochs=2))
+        self.assertEqual(seen, ['validate', *['fit'] * 4, 'test'])
+        self.assertEqual(run.mock_calls, [mock.call(['scontrol', 'requeue', '7'])] * 6)
+        self.assertEqual(output.getvalue().count('Time is almost up: job 7 is requeued'), 6)
+        self.assertTrue((Path(self.folder) / 'job_7' / 'results.json').exists())
+
+    def test_signals_outside_of_a_job(self):
+        del os.environ['SLURM_JOB_ID']
+        with mock.patch.object(VAE, 'on_train_epoch_start', lambda self: os.kill(os.getpid(), signal.SIGTERM)), \
+                self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            train_vae(self.namespace())
+
+    def test_tasks_that_do_not_fit_the_flags(self):
+        for variables, devices in [(dict(SLURM_NTASKS='4'), 1), (dict(SLURM_NNODES='2'), 2),
+                                   (dict(SLURM_NTASKS='4', SLURM_NTASKS_PER_NODE='4'), 1)]:
+            with mock.patch.dict(os.environ, variables):
+                code, message = self.main(f'--log_dir={self.folder}', '--accelerator=cpu', f'--devices={devices}')
+            self.assertEqual((code, message.count('\n')), (1, 0), message)
+            self.assertRegex(message, '^train_pl.py: error: You set .*(tasks|nodes)')
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+class TestProcesses(SeededTest):
+
+    def test_shares_make_the_minibatches_of_one_process(self):
+        images, labels = torch.zeros(23, 2, 2, dtype=torch.uint8), torch.arange(23)
+        for shuffle in [True, False]:
+            loader = bmnist.DataLoader(bmnist.BinaryImages(images, labels), 8, shuffle=shuffle,
+                                       collate_fn=bmnist.already_a_batch)
+            orders = set()
+            for epoch in range(2):
+                batches = {}
+                for world_size in [1, 2, 4]:
+                    trainers = [types.SimpleNamespace(world_size=world_size, global_rank=rank)
+                                for rank in range(world_size)]
+                    shares = [processes.share_out(loader, trainer, seed=3) for trainer in trainers]
+                    if shuffle:
+                        for share in shares:
+                            share.sampler.set_epoch(epoch)
+                    labels_of = [[batch_labels.tolist() for _, batch_labels in share] for share in shares]
+                    batches[world_size] = [sorted(sum(parts, [])) for parts in zip(*labels_of, strict=True)]
+                orders.add(str(batches[1]))
+                for world_size in [2, 4]:
+                    self.assertEqual(batches[world_size][:2], batches[1][:2])
+                    self.assertEqual(set(batches[world_size][2]), set(batches[1][2]) if not shuffle else
+                                     set(batches[1][2]) | set(batches[world_size][2]))
+                    self.assertEqual(len(batches[world_size][2]), 8 if shuffle else 7)
+                self.assertEqual(sorted(sum(batches[1], [])), list(range(23)))
+            self.assertEqual(len(orders), 2 if shuffle else 1)
+
+    def test_seeds(self):
+        seeds = {processes.derived_seed(seed, epoch, rank) for seed in range(5) for epoch in range(5)
+                 for rank in range(5)}
+        self.assertEqual(len(seeds), 125)
+
+    def test_on_rank_zero(self):
+        """Two processes, of which the second gets what the first one sent."""
+        sent = []
+        first = types.SimpleNamespace(is_global_zero=True, strategy=mock.Mock(broadcast=lambda x: sent.append(x) or x))
+        second = types.SimpleNamespace(is_global_zero=False, strategy=mock.Mock(broadcast=lambda x: sent[-1]))
+        self.assertEqual(processes.on_rank_zero(first, lambda: 5), 5)
+        self.assertEqual(processes.on_rank_zero(second, None), 5)
+        with self.assertRaises(ZeroDivisionError):
+            processes.on_rank_zero(first, lambda: 1 / 0)
+        with self.assertRaises(SystemExit) as caught:
+            processes.on_rank_zero(second, None)
+        self.assertEqual(caught.exception.code, 1)
 
 
 class TestFastPath(SeededTest):

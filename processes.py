@@ -1,0 +1,77 @@
+"""The processes of a run, one or several: their start, their shares of each minibatch, their random numbers."""
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+
+def start(trainer):
+    """Starts a Trainer's processes and connects them, which Lightning does too, but only in fit, validate or test."""
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.launch(trainer.strategy.setup_environment)
+
+
+def on_rank_zero(trainer, function):
+    """Calls a function in the first process alone; all return its result. Its error is raised there, and ends all."""
+    result = error = None
+    if trainer.is_global_zero:
+        try:
+            result = function()
+        except Exception as caught:  # the others must not wait for a process that has given up
+            error = caught
+    result, error = trainer.strategy.broadcast((result, error))
+    if error is not None:
+        raise error if trainer.is_global_zero else SystemExit(1)
+    return result
+
+
+def share_out(loader, trainer, seed):
+    """
+    The share of a data loader that belongs to this process.
+    Inputs:
+        loader - DataLoader; its batch size is that of the minibatch over all processes, which must divide it.
+        trainer - The Trainer, after `start`.
+        seed - Seed of the order, where the loader shuffles; it changes with each epoch that Lightning begins.
+    Outputs:
+        loader - DataLoader of every W-th image of every minibatch, with W processes. The order depends on nothing but
+            seed and epoch. Where it is shuffled and W does not divide the number of images, up to W - 1 come twice;
+            where it is not, the shares differ in length and each image comes once.
+    """
+    dataset, world_size, rank = loader.dataset, trainer.world_size, trainer.global_rank
+    if isinstance(loader.sampler, RandomSampler):
+        sampler = DistributedSampler(dataset, world_size, rank, seed=derived_seed(seed, dtype=np.uint32))
+    else:
+        sampler = range(rank, len(dataset), world_size)
+    return DataLoader(dataset, loader.batch_size // world_size, sampler=sampler, num_workers=loader.num_workers,
+                      collate_fn=loader.collate_fn)
+
+
+def derived_seed(*numbers, dtype=np.uint64):
+    """A seed from several numbers; other numbers, however close, give an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
+
+
+class SeedEpochs(pl.Callback):
+    """
+    Begins every epoch, the validation before the first one, and the test with random numbers that depend on the seed,
+    the epoch and the process alone. So a run that continues from an epoch's checkpoint goes on as if never stopped.
+    """
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def seed_process(self, trainer, epoch):
+        torch.manual_seed(derived_seed(self.seed, epoch, trainer.global_rank))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:  # only now, since the data loader has drawn a number, in the first epoch of a fit earlier
+            self.seed_process(trainer, trainer.current_epoch + 1)  # than in others
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            self.seed_process(trainer, epoch=0)
+
+    def on_test_start(self, trainer, pl_module):
+        self.seed_process(trainer, epoch=0)

@@ -1,0 +1,28 @@
+# What the job scripts beside this file share: the environment, and a training run that SLURM may end and start again.
+
+fail() { echo "$0: error: $*" >&2; exit 1; }
+
+[ -f train_pl.py ] || fail "no train_pl.py in $PWD: give the sbatch command in the repository's folder"
+eval "${ACTIVATE:-}"
+command -v python > /dev/null || fail "no python here: set ACTIVATE, as in export ACTIVATE='source ~/vae/bin/activate'"
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+# Ahead of the time limit, USR1 (#SBATCH --signal) requeues the job. TERM announces a preemption, after which SLURM
+# requeues the job by itself, but only if it is still there to be killed.
+requeue() {
+  echo "Time is almost up: requeueing"
+  scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+}
+trap requeue USR1
+trap : TERM
+
+# Runs train_pl.py with these flags, one process per task, and ends as it does.
+train() {
+  srun --kill-on-bad-exit=1 python train_pl.py --dataset mnist "$@" &
+  local status=1
+  while kill -0 $! 2> /dev/null; do  # a signal ends wait, too
+    wait $!
+    status=$?
+  done
+  exit $status
+}
