@@ -178,8 +178,18 @@ def run_and_capture(function, tensor):
 
 
 class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on."""
+    """
+    Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on, up to the time when
+    the same file is to be written again.
+    """
+
+    def __init__(self, checkpoint_io):
+        super().__init__(checkpoint_io)
+        self.written = {}  # from path to a job that follows its writing
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if path in self.written:
+            self.written[path].result()
         checkpoint = apply_to_collection(checkpoint, torch.Tensor, torch.Tensor.to, "cpu", copy=True)
         super().save_checkpoint(checkpoint, path, storage_options)
+        self.written[path] = self._executor.submit(int)

@@ -1,4 +1,6 @@
 """The figures of a training run for a report, drawn by matplotlib."""
+from statistics import mean, stdev
+
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -43,3 +45,23 @@ def side_by_side(path, pictures):
         axes.set_title(title)
         axes.set_axis_off()
     figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
+
+
+def bpd_by_setting(path, bpds):
+    """
+    Draws the test bpd of many runs, a row per setting: each run, their mean and their standard deviation.
+    Inputs:
+        path - The PNG file to write.
+        bpds - Dict from setting to the list of its runs' test bpd.
+    """
+    figure = Figure(figsize=(7, 1.3 + 0.45 * len(bpds)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, values in enumerate(bpds.values()):
+        axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.4, label="one run" if row == 0 else None)
+        axes.errorbar(mean(values), row, xerr=stdev(values) if len(values) > 1 else None, fmt="|", color="black",
+                      markersize=14, capsize=4, label="mean, standard deviation" if row == 0 else None)
+    axes.set(xlabel="test bpd, bits per dimension", yticks=range(len(bpds)), yticklabels=list(bpds))
+    axes.set_ylim(len(bpds) - 0.5, -0.5)  # the first one on top, as in a table
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,7 +1,8 @@
-"""The processes of a run, one or several: their start, their shares of each minibatch, their random numbers."""
+"""The processes of a run, one or several: their start, their shares of each minibatch and its noise, the seeds."""
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -54,24 +55,39 @@ def derived_seed(*numbers, dtype=np.uint64):
 
 class SeedEpochs(pl.Callback):
     """
-    Begins every epoch, the validation before the first one, and the test with random numbers that depend on the seed,
-    the epoch and the process alone. So a run that continues from an epoch's checkpoint goes on as if never stopped.
+    Begins every epoch, the validation before the first one, and the test with random numbers that depend on seed and
+    epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
     """
 
     def __init__(self, seed):
         super().__init__()
         self.seed = seed
 
-    def seed_process(self, trainer, epoch):
-        torch.manual_seed(derived_seed(self.seed, epoch, trainer.global_rank))
-
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0:  # only now, since the data loader has drawn a number, in the first epoch of a fit earlier
-            self.seed_process(trainer, trainer.current_epoch + 1)  # than in others
+            torch.manual_seed(derived_seed(self.seed, trainer.current_epoch + 1))  # than in others
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.state.fn == "validate":
-            self.seed_process(trainer, epoch=0)
+            torch.manual_seed(derived_seed(self.seed))
 
     def on_test_start(self, trainer, pl_module):
-        self.seed_process(trainer, epoch=0)
+        torch.manual_seed(derived_seed(self.seed))
+
+
+class SharedNoise(TorchFunctionMode):
+    """
+    With several processes, a context in which torch.randn_like of a process's share of a minibatch gives its rows of
+    the noise that a single process would draw for the whole one. So their number changes nothing but the rounding.
+    """
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.randn_like:
+            share, = args
+            size = len(share) * self.world_size, *share.shape[1:]
+            return torch.randn(size, dtype=share.dtype, device=share.device)[self.rank::self.world_size]
+        return function(*args, **(kwargs or {}))

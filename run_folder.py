@@ -222,18 +222,13 @@ def go_back(folder, history):
                 if event.step < epoch or event.step == epoch and any(v.HasField("image") for v in event.summary.value):
                     writer.write(record)
         os.replace(f"{path}.tmp", path)
-    write_metrics(folder, history)
-    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
-        os.remove(path)  # of a process that was killed
-
-
-def write_metrics(folder, history):
-    """Writes metrics.csv, a row per epoch."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, EpochReport.columns)
+    metrics = io.StringIO(newline="")
+    writer = csv.DictWriter(metrics, EpochReport.columns)
     writer.writeheader()
     writer.writerows(history)
-    write_whole(os.path.join(folder, "metrics.csv"), text.getvalue())
+    write_whole(os.path.join(folder, "metrics.csv"), metrics.getvalue())
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
+        os.remove(path)  # of a process that was killed
 
 
 def write_whole(path, text):
@@ -341,7 +336,8 @@ class EpochReport(pl.Callback):
         self.history.append({"epoch": epoch, **metrics, "seconds": round(time.perf_counter() - self.start, 3)})
         if not trainer.is_global_zero:
             return
-        write_metrics(trainer.logger.log_dir, self.history)
+        with open(os.path.join(trainer.logger.log_dir, "metrics.csv"), "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(self.history[-1])
         trainer.logger.experiment.flush()  # so that all of the epochs before is there when this one's checkpoint is
         if self.print_lines:
             bpds = "  ".join(f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16

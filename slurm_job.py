@@ -60,7 +60,7 @@ class StayInQueue(pl.Callback):
 
 def requeue(signum, frame):
     if rank_zero_only.rank == 0:
-        print(f"Time is almost up: job {job_id()} is requeued", flush=True)
+        os.write(1, f"Time is almost up: requeueing job {job_id()}\n".encode())  # print may be what was interrupted
         subprocess.run(["scontrol", "requeue", job_id()])
 
 

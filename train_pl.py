@@ -205,6 +205,8 @@ def train_vae(args):
         # Only now that nothing else can be wrong; it is this run's alone until the stack is left.
         run = processes.on_rank_zero(
             trainer, lambda: stack.enter_context(run_folder.open_run(args.log_dir, name, vars(args))))
+        if trainer.world_size > 1:
+            stack.enter_context(processes.SharedNoise(trainer))
         return train_run(args, trainer, run, loaders, start - run.seconds)
 
 
@@ -220,7 +222,8 @@ def make_trainer(args, run_name):
     try:
         return pl.Trainer(
             # A folder of the run's own, since under SLURM Lightning loads an hpc_ckpt_N.ckpt that it finds there.
-            default_root_dir=os.path.join(args.log_dir, run_name or ''), max_epochs=args.epochs, callbacks=callbacks,
+            default_root_dir=os.path.expanduser(os.path.join(args.log_dir, run_name or '')),
+            max_epochs=args.epochs, callbacks=callbacks,
             accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, strategy=strategy,
             plugins=[run_folder.CheckpointFiles(), *slurm_job.environment(args.devices, args.num_nodes)],
             use_distributed_sampler=False, logger=False, enable_progress_bar=args.progress_bar,

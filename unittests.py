@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import unittest
 import warnings
@@ -41,6 +42,7 @@ import cuda_graph
 import processes
 import run_folder
 import slurm_job
+import summary
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
@@ -828,7 +830,7 @@ class TestTraining(TrainingTest):
         model = VAE.load_from_checkpoint(folder / 'checkpoints' / 'best.ckpt')
         self.assertEqual(list(best['state_dict']), [name for name, _ in model.named_parameters()])
         self.assertEqual(dict(model.hparams), dict(model_name='CNN', hidden_dims=[16], num_filters=4, z_dim=2, lr=1e-3))
-        torch.manual_seed(processes.derived_seed(42, 0, 0))
+        torch.manual_seed(processes.derived_seed(42))
         with torch.no_grad():
             losses = [(len(imgs), model(imgs)[2].item()) for imgs, _ in small_loaders(self.namespace())[2]]
         self.assertAlmostEqual(json.loads((folder / 'results.json').read_text())['test_bpd'],
@@ -997,7 +999,16 @@ class TestContinuedRuns(TrainingTest):
         self.check()
 
     def test_other_models_and_paths(self):
-        self.stop_at(VAE, 'on_train_epoch_start', 3, model='CNN', z_dim=3)
+        """A CNN, that begins in chunks with their checkpoints in the background, and goes on without, with workers."""
+        def speed_up(trainer, *args):
+            trainer.strategy.checkpoint_io = cuda_graph.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
+            return original(trainer, *args)
+
+        original = cuda_graph.speed_up
+        with mock.patch.object(cuda_graph, 'suits', return_value=True), \
+                mock.patch.object(cuda_graph, 'speed_up', speed_up):
+            for epoch in [2, 4]:
+                self.stop_at(VAE, 'on_train_epoch_start', epoch, model='CNN', z_dim=3)
         self.check(model='CNN', z_dim=3, num_workers=1)
 
     def test_a_folder_that_was_moved(self):
@@ -1148,11 +1159,12 @@ class TestSlurmJob(TrainingTest):
 
         hooks = ['on_train_epoch_start', 'on_validation_epoch_start', 'on_test_epoch_start']
         with mock.patch.multiple(VAE, **dict.fromkeys(hooks, kill_twice)), \
-                mock.patch.object(subprocess, 'run') as run, contextlib.redirect_stdout(io.StringIO()) as output:
+                mock.patch.object(subprocess, 'run') as run, mock.patch.object(os, 'write') as write, \
+                contextlib.redirect_stdout(io.StringIO()):
             train_vae(self.namespace(epochs=2))
         self.assertEqual(seen, ['validate', *['fit'] * 4, 'test'])
         self.assertEqual(run.mock_calls, [mock.call(['scontrol', 'requeue', '7'])] * 6)
-        self.assertEqual(output.getvalue().count('Time is almost up: job 7 is requeued'), 6)
+        self.assertEqual(write.mock_calls.count(mock.call(1, b'Time is almost up: requeueing job 7\n')), 6)
         self.assertTrue((Path(self.folder) / 'job_7' / 'results.json').exists())
 
     def test_signals_outside_of_a_job(self):
@@ -1169,6 +1181,49 @@ class TestSlurmJob(TrainingTest):
             self.assertEqual((code, message.count('\n')), (1, 0), message)
             self.assertRegex(message, '^train_pl.py: error: You set .*(tasks|nodes)')
         self.assertEqual(os.listdir(self.folder), [])
+
+
+class TestSummary(SeededTest):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def add_run(self, name, test_bpd=None, **flags):
+        """The folder of a finished run, or without test_bpd of one that goes on."""
+        (self.folder / name).mkdir(parents=True)
+        (self.folder / name / 'hparams.yaml').touch()
+        if test_bpd:
+            (self.folder / name / 'results.json').write_text(json.dumps(dict(
+                test_bpd=test_bpd, best_val_bpd=test_bpd + 0.01, hyperparameters=dict(lr=0.001, **flags))))
+
+    def summary(self, *folders):
+        """What the command prints, with its plot in plot.png."""
+        words = ['summary.py', *map(str, folders), '--plot', str(self.folder / 'plot.png')]
+        with mock.patch.object(sys, 'argv', words), contextlib.redirect_stdout(io.StringIO()) as output:
+            summary.main()
+        return output.getvalue().splitlines()
+
+    def test_table(self):
+        for seed, bpd in [(1, 0.16), (2, 0.18)]:
+            self.add_run(f'job_7_{seed}', bpd, z_dim=20, hidden_dims=[512], seed=seed, run_name=f'{seed}')
+        self.add_run('a/job_7_3', 0.3, z_dim=3, hidden_dims=[64, 32], seed=1, run_name=None)
+        self.add_run('job_7_4', None)
+        lines = self.summary(self.folder)
+        self.assertEqual([line.split() for line in lines[1:3]], [
+            ['z_dim', '3,', 'hidden_dims', '64', '32', '1', '0.3000', '0.3100'],
+            ['z_dim', '20,', 'hidden_dims', '512', '2', '0.1700', '+-', '0.0141', '0.1800', '+-', '0.0141']])
+        self.assertEqual(lines[3], f"not finished: {self.folder / 'job_7_4'}")
+        self.assertEqual((self.folder / 'plot.png').read_bytes()[:4], b'\x89PNG')
+        lines = self.summary(self.folder / 'job_7_1', self.folder / 'job_7_2', self.folder / 'job_7_2')
+        self.assertRegex(lines[1], '^all runs +2 ')  # a folder that was named twice counts once
+
+    def test_nothing_to_sum_up(self):
+        self.add_run('job_8', None)
+        with self.assertRaises(SystemExit) as caught:
+            self.summary(self.folder)
+        self.assertRegex(caught.exception.code, 'summary.py: error: there is no finished run in .*results.json')
 
 
 class TestProcesses(SeededTest):
@@ -1200,9 +1255,19 @@ class TestProcesses(SeededTest):
             self.assertEqual(len(orders), 2 if shuffle else 1)
 
     def test_seeds(self):
-        seeds = {processes.derived_seed(seed, epoch, rank) for seed in range(5) for epoch in range(5)
-                 for rank in range(5)}
-        self.assertEqual(len(seeds), 125)
+        seeds = {processes.derived_seed(seed, epoch) for seed in range(9) for epoch in range(9)}
+        self.assertEqual(len(seeds), 81)
+
+    def test_shares_of_the_noise(self):
+        mean, std = torch.randn(2, 12, 5)
+        torch.manual_seed(1)
+        expected = sample_reparameterize(mean, std)
+        for world_size in [2, 3]:
+            for rank in range(world_size):
+                torch.manual_seed(1)
+                with processes.SharedNoise(types.SimpleNamespace(global_rank=rank, world_size=world_size)):
+                    z = sample_reparameterize(mean[rank::world_size], std[rank::world_size])
+                torch.testing.assert_close(z, expected[rank::world_size], rtol=0, atol=0)
 
     def test_on_rank_zero(self):
         """Two processes, of which the second gets what the first one sent."""
@@ -1394,14 +1459,30 @@ class TestFastPath(SeededTest):
                 self.assertEqual(cuda_graph.suits(trainer, vae('MLP', [4], 4, 2, 1e-3), loader), expected)
 
     def test_checkpoints_in_the_background(self):
-        checkpoint_io = cuda_graph.BackgroundCheckpointIO(TorchCheckpointIO())
-        path = Path(self.folder) / 'a.ckpt'
+        """The weights are those of the call; no file waits while a newer one of its name is made."""
+        running, most = [], 0
+
+        class SlowCheckpointIO(TorchCheckpointIO):
+            def save_checkpoint(self, checkpoint, path, storage_options=None):
+                time.sleep(0.05)
+                super().save_checkpoint(checkpoint, path)
+                running.remove(path)
+
+        checkpoint_io = cuda_graph.BackgroundCheckpointIO(SlowCheckpointIO())
+        path, other_path = Path(self.folder) / 'a.ckpt', Path(self.folder) / 'b.ckpt'
         weight = torch.ones(2)
-        checkpoint_io.save_checkpoint({'weight': weight, 'epoch': 3}, path)
+        for epoch in range(3):
+            running += [path, other_path]
+            checkpoint_io.save_checkpoint({'weight': weight, 'epoch': epoch}, path)
+            checkpoint_io.save_checkpoint({'weight': weight, 'epoch': epoch}, other_path)
+            most = max(most, len(running))
         weight.zero_()
         checkpoint_io.teardown()
-        self.assertEqual(torch.load(path)['weight'].tolist(), [1, 1])
-        self.assertEqual(os.listdir(self.folder), ['a.ckpt'])
+        self.assertEqual(running, [])
+        self.assertLessEqual(most, 2)
+        loaded = torch.load(path)
+        self.assertEqual((loaded['weight'].tolist(), loaded['epoch']), ([1, 1], 2))
+        self.assertEqual(set(os.listdir(self.folder)), {'a.ckpt', 'b.ckpt'})
 
 
 class TestEntryPoint(SeededTest):

@@ -24,5 +24,7 @@ train() {
     wait $!
     status=$?
   done
+  # Killed by TERM before it could ignore it. The job must not end by itself: a preempted one would not be requeued.
+  [ $status -ne 143 ] || sleep 600
   exit $status
 }

@@ -53,10 +53,10 @@ class CommandTest(unittest.TestCase):
         stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
 
-    def train(self, *flags):
+    def train(self, *flags, **variables):
         """Trains one epoch on rendered digits, or what the flags say, and returns the run's folder and its results."""
         flags = ['--dataset', 'rendered', '--epochs', '1', *flags]
-        code, stdout, stderr = self.run_command('train_pl.py', *flags)
+        code, stdout, stderr = self.run_command('train_pl.py', *flags, **variables)
         self.assertEqual((code, stderr), (0, ''))
         folder = self.folder / re.search(r'run folder (.*)\n\Z', stdout)[1]
         return folder, json.loads((folder / 'results.json').read_text())
@@ -77,6 +77,16 @@ class TestTraining(CommandTest):
             weights.append(torch.load(folder / 'checkpoints' / 'last.ckpt', weights_only=True)['state_dict'].values())
         self.assertTrue(all(map(torch.equal, weights[0], weights[1])))
         self.assertTrue(all(map(torch.equal, weights[0], weights[2])))
+
+    def test_two_processes_reach_the_bpd_of_one(self):
+        bpds = {}
+        for devices in ['1', '2']:
+            for seed in ['1', '2', '3']:
+                _, results = self.train('--accelerator', 'cpu', '--hidden_dims', '64', '--epochs', '4', '--seed', seed,
+                                        '--devices', devices, OMP_NUM_THREADS='1')
+                bpds[devices, seed] = results['test_bpd']
+        for seed in ['1', '2', '3']:
+            self.assertAlmostEqual(bpds['1', seed], bpds['2', seed], delta=0.001)
 
     def test_interrupt(self):
         process = self.start(REPOSITORY / 'train_pl.py', '--dataset', 'rendered', '--hidden_dims', '64')

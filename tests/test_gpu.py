@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 import unittest
@@ -38,12 +39,13 @@ class TestGPU(unittest.TestCase):
     def train(self, plain=False, **flags):
         """The last checkpoint and the results of a run, which took the path that it should."""
         data = dict(dataset='mnist', data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset='rendered')
-        flags = {'epochs': 2, 'log_dir': str(self.folder), 'plain': plain, **data, **flags}
+        flags = {'epochs': 2, 'log_dir': str(self.folder), 'run_name': tempfile.mkdtemp(dir=self.folder)[-8:],
+                 'plain': plain, **data, **flags}
         with contextlib.redirect_stdout(io.StringIO()), \
                 mock.patch.object(cuda_graph, 'run_and_capture', wraps=cuda_graph.run_and_capture) as capture:
             train_vae(argparse.Namespace(**flags))
         self.assertEqual(capture.call_count, 0 if plain else 2)  # chunks of 8,192 images, and the last one of 4,040
-        run = max((self.folder / 'lightning_logs').iterdir(), key=lambda path: int(path.name.split('_')[1]))
+        run = self.folder / flags['run_name']
         return (torch.load(run / 'checkpoints' / 'last.ckpt', weights_only=True),
                 json.loads((run / 'results.json').read_text()))
 
@@ -79,8 +81,22 @@ class TestGPU(unittest.TestCase):
         groups, plain_groups = (run['optimizer_states'][0]['param_groups'] for run in [fast, plain])
         self.assertEqual(groups, plain_groups)
         self.assertEqual({weight.device.type for weight in weights(fast)}, {'cpu'})
-        path = self.folder / 'lightning_logs' / 'version_0' / 'checkpoints' / 'best.ckpt'
+        path = next(self.folder.glob('*/checkpoints/best.ckpt'))
         VAE.load_from_checkpoint(path, map_location='cpu').sample(2)
+
+    def test_a_run_that_stopped_goes_on_as_if_it_had_not(self):
+        def stop(model):
+            if model.current_epoch == 2:
+                raise InterruptedError
+
+        for plain in [False, True]:
+            undisturbed, results = self.train(plain, epochs=4)
+            with mock.patch.object(VAE, 'on_train_epoch_start', stop), self.assertRaises(InterruptedError):
+                self.train(plain, epochs=4, run_name='stopped')
+            continued, other_results = self.train(plain, epochs=4, run_name='stopped')
+            self.assertTrue(all(map(torch.equal, weights(undisturbed), weights(continued))))
+            self.assertEqual(results['test_bpd'], other_results['test_bpd'])
+            shutil.rmtree(self.folder / 'stopped')
 
     def test_fast_and_plain_agree_after_80_epochs(self):
         bpds = {plain: [self.train(plain=plain, epochs=80, seed=seed)[1]['test_bpd'] for seed in [1, 2, 3]]

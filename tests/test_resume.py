@@ -78,6 +78,19 @@ class ResumeTest(unittest.TestCase):
     def test_random_kills_cnn(self):
         self.kill_at_random('--epochs', '16', '--model', 'CNN', '--num_filters', '1', '--batch_size', '500')
 
+    def test_two_processes(self):
+        """Killed once; the second process ends by itself, since it has lost the first."""
+        flags = ['--accelerator', 'cpu', '--devices', '2', '--epochs', '3', '--hidden_dims', '32']
+        self.finish('undisturbed', *flags)
+        process = self.start('killed', *flags)
+        for line in process.stdout:
+            if line.startswith('epoch   2/3'):
+                process.kill()
+                break
+        process.communicate(timeout=120)
+        self.assertIn('continued after epoch', self.finish('killed', *flags))
+        self.assert_same('undisturbed', 'killed')
+
 
 if __name__ == '__main__':
     unittest.main()
