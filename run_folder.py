@@ -29,13 +29,11 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
-
-
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Flags that say where and how a run is computed, not what: they may change when it is continued.
 NEUTRAL = {"run_name", "log_dir", "data_dir", "num_workers", "progress_bar", "accelerator", "devices", "num_nodes",
            "plain"}
+LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
 
 
 class RunFolderError(RuntimeError):

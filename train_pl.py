@@ -217,7 +217,7 @@ def make_trainer(args, run_name):
     strategy = DDPStrategy(broadcast_buffers=False) if num_processes > 1 else 'auto'
     callbacks = [processes.SeedEpochs(args.seed), slurm_job.StayInQueue(), GenerateCallback(save_to_disk=True),
                  run_folder.EpochReport(print_lines=not args.progress_bar),
-                 ModelCheckpoint(filename='best', monitor='val_bpd', mode='min', enable_version_counter=False),
+                 ModelCheckpoint(filename='best', monitor='val_bpd', mode='min'),
                  ModelCheckpoint(filename='last', enable_version_counter=False)]
     try:
         return pl.Trainer(

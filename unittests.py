@@ -968,21 +968,24 @@ class TestContinuedRuns(TrainingTest):
         return output
 
     def test_stopped_at_the_start_of_an_epoch(self):
-        for epoch in [0, 3]:
+        """The last time after an epoch with pictures, and with files that were being written."""
+        for epoch in [0, 3, 5]:
             self.stop_at(VAE, 'on_train_epoch_start', epoch)
+        for name in ['metrics.csv.tmp', 'checkpoints/best.ckpt.tmp']:
+            (self.run_there / name).touch()
         output = self.check()
-        self.assertIn(f'in {self.run_there}, continued after epoch 3\nepoch   4/6', output)
+        self.assertIn(f'in {self.run_there}, continued after epoch 5\nepoch   6/6', output)
 
     def test_stopped_between_two_checkpoints(self):
-        """After best.ckpt and before last.ckpt: of an epoch in the middle, and of the last one."""
+        """After best.ckpt and before last.ckpt: of the first epoch, of one in the middle, and of the last one."""
         save = run_folder.CheckpointFiles.save_checkpoint
 
         def save_checkpoint(self, checkpoint, path, storage_options=None):
-            if checkpoint['epoch'] in [2, 5] and path.endswith('last.ckpt'):
+            if checkpoint['epoch'] in [0, 2, 5] and path.endswith('last.ckpt'):
                 raise Killed
             save(self, checkpoint, path)
 
-        for _ in range(2):
+        for _ in range(3):
             with mock.patch.object(run_folder.CheckpointFiles, 'save_checkpoint', save_checkpoint), \
                     self.assertRaises(Killed):
                 self.train()
@@ -1161,11 +1164,17 @@ class TestSlurmJob(TrainingTest):
         with mock.patch.multiple(VAE, **dict.fromkeys(hooks, kill_twice)), \
                 mock.patch.object(subprocess, 'run') as run, mock.patch.object(os, 'write') as write, \
                 contextlib.redirect_stdout(io.StringIO()):
-            train_vae(self.namespace(epochs=2))
+            train_vae(self.namespace(epochs=2, batch_size=20))  # several batches at each stage
         self.assertEqual(seen, ['validate', *['fit'] * 4, 'test'])
         self.assertEqual(run.mock_calls, [mock.call(['scontrol', 'requeue', '7'])] * 6)
         self.assertEqual(write.mock_calls.count(mock.call(1, b'Time is almost up: requeueing job 7\n')), 6)
         self.assertTrue((Path(self.folder) / 'job_7' / 'results.json').exists())
+
+    def test_lightning_does_not_requeue(self):
+        plugin, = slurm_job.environment(devices=1, num_nodes=1)
+        self.assertFalse(plugin.auto_requeue)
+        del os.environ['SLURM_NTASKS']
+        self.assertEqual(slurm_job.environment(devices=1, num_nodes=1), [])
 
     def test_signals_outside_of_a_job(self):
         del os.environ['SLURM_JOB_ID']

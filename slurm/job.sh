@@ -1,6 +1,6 @@
 # What the job scripts beside this file share: the environment, and a training run that SLURM may end and start again.
 
-fail() { echo "$0: error: $*" >&2; exit 1; }
+fail() { echo "$SLURM_JOB_NAME: error: $*" >&2; exit 1; }
 
 [ -f train_pl.py ] || fail "no train_pl.py in $PWD: give the sbatch command in the repository's folder"
 eval "${ACTIVATE:-}"
