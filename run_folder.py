@@ -209,6 +209,8 @@ def go_back(folder, history):
     the epoch itself the scalars are dropped, too, since not all of them may be there: EpochReport logs them again.
     """
     epoch = len(history) - 1
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
+        os.remove(path)  # half-written by a process that was killed
     for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
         if not history:
             os.remove(path)
@@ -225,8 +227,6 @@ def go_back(folder, history):
     writer.writeheader()
     writer.writerows(history)
     write_whole(os.path.join(folder, "metrics.csv"), metrics.getvalue())
-    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
-        os.remove(path)  # of a process that was killed
 
 
 def write_whole(path, text):

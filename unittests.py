@@ -971,8 +971,8 @@ class TestContinuedRuns(TrainingTest):
         """The last time after an epoch with pictures, and with files that were being written."""
         for epoch in [0, 3, 5]:
             self.stop_at(VAE, 'on_train_epoch_start', epoch)
-        for name in ['metrics.csv.tmp', 'checkpoints/best.ckpt.tmp']:
-            (self.run_there / name).touch()
+        for path in [*self.run_there.glob('events.out.tfevents.*'), self.run_there / 'checkpoints' / 'best.ckpt']:
+            path.with_name(f'{path.name}.tmp').write_bytes(path.read_bytes())
         output = self.check()
         self.assertIn(f'in {self.run_there}, continued after epoch 5\nepoch   6/6', output)
 
