@@ -180,13 +180,32 @@ class TestSlurm(unittest.TestCase):
                     self.assertEqual(left[name], expected[name], name)
         self.assertIn('Time is almost up', self.output(limited))
 
-    def test_preempted_before_it_is_ready(self):
-        """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
+    def stand_in(self, script):
+        """A shell script in the place of Python; returns what activates it."""
         program = self.checkout / 'bin' / 'python'
         program.parent.mkdir()
-        program.write_text('#!/bin/sh\necho life $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100\n')
+        program.write_text(f'#!/bin/sh\n{script}\n')
         program.chmod(0o755)
-        job_id = self.submit('--nodelist=n1', 'slurm/train.sbatch', ACTIVATE=f'PATH={program.parent}:$PATH')
+        return f'PATH={program.parent}:$PATH'
+
+    def test_flags_and_threads(self):
+        (self.checkout / 'settings.txt').write_text('# a comment\n--lr 1e-3 --hidden_dims 64 32\n\n--lr 1e-4\n')
+        activate = self.stand_in('echo "$OMP_NUM_THREADS: $*"')
+        sweep = self.submit('--array=0-1', 'slurm/sweep.sbatch', '--epochs', '3', SETTINGS='settings.txt',
+                            ACTIVATE=activate)
+        ddp = self.submit('--nodes=2', '--ntasks-per-node=2', 'slurm/train_ddp.sbatch', '--lr', '0.1',
+                          ACTIVATE=activate)
+        train = self.submit('--cpus-per-task=2', 'slurm/train.sbatch', '--z_dim', '2 3', ACTIVATE=activate)
+        self.wait_for_end(f'{sweep}_0', f'{sweep}_1', ddp, train)
+        beginning = 'train_pl.py --dataset mnist'
+        self.assertEqual([self.output(job_id) for job_id in [f'{sweep}_0', f'{sweep}_1', ddp, train]], [
+            f'1: {beginning} --lr 1e-3 --hidden_dims 64 32 --epochs 3\n', f'1: {beginning} --lr 1e-4 --epochs 3\n',
+            4 * f'1: {beginning} --num_nodes 2 --devices 2 --lr 0.1\n', f'2: {beginning} --z_dim 2 3\n'])
+
+    def test_preempted_before_it_is_ready(self):
+        """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
+        activate = self.stand_in('echo life $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
+        job_id = self.submit('--nodelist=n1', 'slurm/train.sbatch', ACTIVATE=activate)
         self.wait_for(lambda: 'life' in self.output(job_id), 60)
         (self.checkout / 'short.sh').write_text('#!/bin/sh\n')
         urgent = self.submit('--nodelist=n1', '--exclusive', '--partition=high', 'short.sh')
