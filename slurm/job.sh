@@ -4,7 +4,7 @@ fail() { echo "$SLURM_JOB_NAME: error: $*" >&2; exit 1; }
 
 [ -f train_pl.py ] || fail "no train_pl.py in $PWD: give the sbatch command in the repository's folder"
 eval "${ACTIVATE:-}"
-command -v python > /dev/null || fail "no python here: set ACTIVATE, as in export ACTIVATE='source ~/vae/bin/activate'"
+command -v python > /dev/null || fail "no python here: set ACTIVATE, as in export ACTIVATE='source ~/vae-env/bin/activate'"
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 # Ahead of the time limit, USR1 (#SBATCH --signal) requeues the job. TERM announces a preemption, after which SLURM
