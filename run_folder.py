@@ -336,7 +336,7 @@ class EpochReport(pl.Callback):
             return
         with open(os.path.join(trainer.logger.log_dir, "metrics.csv"), "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(self.history[-1])
-        trainer.logger.experiment.flush()  # so that all of the epochs before is there when this one's checkpoint is
+        trainer.logger.experiment.flush()  # what was logged so far is on disk ahead of this epoch's checkpoint
         if self.print_lines:
             bpds = "  ".join(f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16
                              for stage in ["train", "val"])

@@ -875,6 +875,10 @@ class TestTraining(TrainingTest):
         self.assertEqual(caught.exception.code, 1)
         self.assertIn(f'Interrupted in epoch 3. {self.run_folder()} stays usable', output.getvalue())
         VAE.load_from_checkpoint(self.run_folder() / 'checkpoints' / 'last.ckpt')
+        self.assertIn('The same command and --run_name lightning_logs/version_0 continues it', output.getvalue())
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            train_vae(self.namespace(run_name='lightning_logs/version_0'))
+        self.assertIn('version_0, continued after epoch 2\n', output.getvalue())
 
     def test_runs_are_numbered(self):
         folders = []
