@@ -1000,6 +1000,19 @@ class TestContinuedRuns(TrainingTest):
         self.stop_at(run_folder.EpochLogger, 'log_metrics', 2)
         self.check()
 
+    def test_pictures_are_on_disk_before_their_checkpoint(self):
+        pictures = {}
+
+        def save_checkpoint(files, checkpoint, path, storage_options=None):
+            pictures[checkpoint['epoch'] + 1] = {(tag, step) for tag, step, _ in scalars_and_images(self.run_there)
+                                                 if tag[0].isupper()}
+            save(files, checkpoint, path)
+
+        save = run_folder.CheckpointFiles.save_checkpoint
+        with mock.patch.object(run_folder.CheckpointFiles, 'save_checkpoint', save_checkpoint):
+            self.train(epochs=5)
+        self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in ['Samples', 'Means', 'Manifold']})
+
     def test_stopped_while_it_tests_and_draws(self):
         for owner, name in [(VAE, 'test_step'), (train_pl, 'draw_figures'), (run_folder, 'write_results')]:
             self.stop_at(owner, name, 6)
