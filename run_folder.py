@@ -182,9 +182,8 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        torch.save(checkpoint, f"{path}.tmp")  # by name: Ctrl-C in a Python file's write would become a RuntimeError
+        with open(f"{path}.tmp", "rb") as file:
             os.fsync(file.fileno())
         if name == LAST and os.path.exists(path):
             os.replace(path, os.path.join(folder, PREVIOUS))

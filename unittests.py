@@ -1120,8 +1120,8 @@ class TestContinuedRuns(TrainingTest):
         for epoch in range(3):
             files.save_checkpoint({'epoch': epoch}, path)
 
-        def half(checkpoint, file):
-            file.write(b'half')
+        def half(checkpoint, path):
+            Path(path).write_bytes(b'half')
             raise Killed
 
         with mock.patch.object(torch, 'save', half), self.assertRaises(Killed):
