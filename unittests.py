@@ -1108,7 +1108,7 @@ class TestContinuedRuns(TrainingTest):
         self.train(epochs=1)
 
     def test_run_names(self):
-        for name in ['', '.', '..', '/tmp/run', '../run', 'a/../..']:
+        for name in ['', '.', '..', os.path.abspath('run'), '../run', 'a/../..']:
             with self.assertRaisesRegex(ValueError, '--run_name'):
                 self.train(run_name=name)
         self.assertEqual(os.listdir(self.folder), [])
