@@ -1,4 +1,6 @@
 """The processes of a run, one or several: their start, their shares of each minibatch and its noise, the seeds."""
+import contextlib
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -7,10 +9,21 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 
-def start(trainer):
-    """Starts a Trainer's processes and connects them, which Lightning does too, but only in fit, validate or test."""
+@contextlib.contextmanager
+def connected(trainer):
+    """
+    A context in which a Trainer's processes run and are connected. Lightning would start them only in fit, validate or
+    test. It would not disconnect them, and gloo's threads, if they still run when Python ends, at times abort it.
+    """
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(trainer.strategy.setup_environment)
+    yield
+    disconnect(trainer)  # not after an error, when a process may be in the middle of an exchange
+
+
+def disconnect(trainer):
+    if trainer.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def on_rank_zero(trainer, function):
@@ -23,6 +36,7 @@ def on_rank_zero(trainer, function):
             error = caught
     result, error = trainer.strategy.broadcast((result, error))
     if error is not None:
+        disconnect(trainer)
         raise error if trainer.is_global_zero else SystemExit(1)
     return result
 

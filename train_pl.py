@@ -189,8 +189,8 @@ def train_vae(args):
     run_folder.quiet_libraries()
     name = args.run_name or slurm_job.run_name()
     trainer = make_trainer(args, name)
-    processes.start(trainer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.connected(trainer))
         if name:
             results = processes.on_rank_zero(
                 trainer, lambda: run_folder.finished_results(args.log_dir, name, vars(args)))

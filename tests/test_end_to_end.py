@@ -88,6 +88,17 @@ class TestTraining(CommandTest):
         for seed in ['1', '2', '3']:
             self.assertAlmostEqual(bpds['1', seed], bpds['2', seed], delta=0.001)
 
+    def test_processes_disconnect(self):
+        """From a script of one's own. Gloo's threads, where they still run, at times abort the end of Python."""
+        (self.folder / 'script.py').write_text(
+            "import argparse, torch, train_pl\n"
+            "train_pl.train_vae(argparse.Namespace(dataset='rendered', epochs=1, accelerator='cpu', devices=2))\n"
+            "print('connected:', torch.distributed.is_initialized())\n")
+        process = self.start('script.py', PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')
+        stdout, stderr = process.communicate(timeout=600)
+        self.assertEqual((process.returncode, stderr), (0, ''))
+        self.assertEqual(re.findall('connected: .*', stdout), ['connected: False'] * 2)
+
     def test_interrupt(self):
         process = self.start(REPOSITORY / 'train_pl.py', '--dataset', 'rendered', '--hidden_dims', '64')
         for line in process.stdout:
