@@ -18,11 +18,11 @@ def connected(trainer):
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(trainer.strategy.setup_environment)
     yield
-    disconnect(trainer)  # not after an error, when a process may be in the middle of an exchange
+    disconnect()  # not after an error, when a process may be in the middle of an exchange
 
 
-def disconnect(trainer):
-    if trainer.world_size > 1:
+def disconnect():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -36,7 +36,7 @@ def on_rank_zero(trainer, function):
             error = caught
     result, error = trainer.strategy.broadcast((result, error))
     if error is not None:
-        disconnect(trainer)
+        disconnect()
         raise error if trainer.is_global_zero else SystemExit(1)
     return result
 
@@ -46,7 +46,7 @@ def share_out(loader, trainer, seed):
     The share of a data loader that belongs to this process.
     Inputs:
         loader - DataLoader; its batch size is that of the minibatch over all processes, which must divide it.
-        trainer - The Trainer, after `start`.
+        trainer - The Trainer, once it is `connected`.
         seed - Seed of the order, where the loader shuffles; it changes with each epoch that Lightning begins.
     Outputs:
         loader - DataLoader of every W-th image of every minibatch, with W processes. The order depends on nothing but
