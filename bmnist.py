@@ -6,6 +6,7 @@ cluster often have no network), and prints the splits.
 """
 import argparse
 import contextlib
+import copy
 import http.client
 import io
 import os
@@ -28,7 +29,9 @@ FILES = {
     "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", 7_840_016),
     "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", 10_008),
 }
-NUM_TRAIN, NUM_VAL = 45_000, 5_000
+TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all images but those of the validation set
+NUM_VAL = 5_000
+BINARIZATIONS = ["threshold", "stochastic"]
 TIMEOUT = 20  # seconds without an answer until a download is given up; by default a firewall can hold it for minutes
 
 
@@ -62,7 +65,42 @@ class BinaryImages(Dataset):
 
     def to(self, device):
         """The same data set on a device."""
-        return BinaryImages(self.images.to(device), self.labels.to(device))
+        moved = copy.copy(self)
+        vars(moved).update({name: tensor.to(device) for name, tensor in vars(self).items()})
+        return moved
+
+
+class SampledImages(BinaryImages):
+    """
+    Images whose pixels are each drawn from Bernoulli(intensity / 255), as in most of the literature (Salakhutdinov &
+    Murray 2008). `images` holds the drawn ones, as intensities 0 and 255.
+    """
+
+    def __init__(self, images, labels, seed=0):
+        """
+        Inputs:
+            images, labels - As in BinaryImages; the images are left as they are.
+            seed - Seed of the first draw, see redraw.
+        """
+        super().__init__(images.clone(), labels)
+        self.grey = images.flatten().gt(0).logical_and_(images.flatten() < 255).nonzero().squeeze(1)
+        self.intensities = images.flatten()[self.grey]  # the other pixels are what they are
+        self.redraw(seed)
+
+    def redraw(self, seed):
+        """Draws all pixels anew, in place; the same seed gives the same ones again on the same kind of device."""
+        generator = torch.Generator(self.images.device).manual_seed(seed)
+        # Of 255 equally likely numbers, `intensity` are below it.
+        numbers = torch.empty_like(self.intensities).random_(0, 255, generator=generator)
+        self.images.view(-1)[self.grey] = torch.where(numbers < self.intensities, 255, 0).to(torch.uint8)
+
+
+class RedrawingLoader(DataLoader):
+    """A DataLoader of SampledImages that draws them anew for each pass, from torch's global random numbers."""
+
+    def __iter__(self):
+        self.dataset.redraw(torch.randint(2**62, ()).item())
+        return super().__iter__()
 
 
 def binarize(images):
@@ -76,46 +114,54 @@ def already_a_batch(batch):
     return batch
 
 
-def data_loaders(train_images, train_labels, test_images, test_labels, batch_size=128, num_workers=0):
+def data_loaders(train_images, train_labels, test_images, test_labels, batch_size=128, num_workers=0,
+                 binarization="threshold", train_size=45_000):
     """
-    Splits and binarises grey images: the first 45,000 train, the next 5,000 validate, the test images test.
+    Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
     Inputs:
         train_images, test_images - uint8 tensors of shape [N,28,28]
         train_labels, test_labels - int64 tensors of shape [N]
         batch_size - Number of images per batch; the last batch of an epoch may be smaller.
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
+        binarization - "threshold", or "stochastic": each pixel is drawn from Bernoulli(intensity), anew for every pass
+            over the training set, and always the same for validation and test.
+        train_size - Number of training images, 45,000 or 55,000.
     Outputs:
         train_loader (shuffled), val_loader, test_loader - Their batches are (imgs, labels): float32 [B,1,28,28] of
             zeros and ones, and int64 [B].
     """
-    val_end = NUM_TRAIN + NUM_VAL
+    for name, value, choices in [("binarization", binarization, BINARIZATIONS), ("train_size", train_size, TRAIN_SIZES)]:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    Images, TrainLoader = (SampledImages, RedrawingLoader) if binarization == "stochastic" else (BinaryImages, DataLoader)
+    val_end = train_size + NUM_VAL
     splits = [
-        (BinaryImages(train_images[:NUM_TRAIN], train_labels[:NUM_TRAIN]), True),
-        (BinaryImages(train_images[NUM_TRAIN:val_end], train_labels[NUM_TRAIN:val_end]), False),
-        (BinaryImages(test_images, test_labels), False),
+        (TrainLoader, Images(train_images[:train_size], train_labels[:train_size]), True),
+        (DataLoader, Images(train_images[train_size:val_end], train_labels[train_size:val_end]), False),
+        (DataLoader, Images(test_images, test_labels), False),
     ]
     return tuple(
-        DataLoader(split, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=already_a_batch)
-        for split, shuffle in splits
+        Loader(split, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=already_a_batch)
+        for Loader, split, shuffle in splits
     )
 
 
-def bmnist(root='../data/', batch_size=128, num_workers=0, download=True):
+def bmnist(root='../data/', batch_size=128, num_workers=0, download=True, binarization="threshold", train_size=45_000):
     """
-    Returns data loaders for MNIST, binarised with a fixed threshold.
-    (The "binary MNIST" of the literature is sampled from the intensities instead; a threshold is the assignment's
-    choice, simpler and reproducible.)
+    Returns data loaders for MNIST, binarised with a fixed threshold (the assignment's choice, simple and reproducible)
+    or by sampling from the intensities (as in most of the literature).
     Inputs:
         root - Directory of the data; the files are in its subfolder MNIST/raw.
         batch_size - Number of images per batch
         num_workers - Number of worker processes of each loader
         download - If True, MNIST is downloaded where it is missing.
+        binarization, train_size - See data_loaders.
     Outputs:
         train_loader, val_loader, test_loader - See data_loaders.
     Raises:
         DataError - where a file is missing and cannot be downloaded, or is not MNIST's.
     """
-    return data_loaders(*load_mnist(root, download), batch_size, num_workers)
+    return data_loaders(*load_mnist(root, download), batch_size, num_workers, binarization, train_size)
 
 
 def load_mnist(root='../data/', download=True):

@@ -47,6 +47,7 @@ def speed_up(trainer, model, train_loader, val_loader):
     """
     device = trainer.strategy.root_device
     train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
+    train_loader.sampler.dataset = train_set  # which it may draw anew for each epoch
     batch_size = train_loader.batch_size
     model.automatic_optimization = False
     model.training_step = ChunkedSteps(trainer, model, train_set, batch_size).training_step

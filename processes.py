@@ -55,7 +55,7 @@ def share_out(loader, trainer, seed):
     """
     dataset, world_size, rank = loader.dataset, trainer.world_size, trainer.global_rank
     if isinstance(loader.sampler, RandomSampler):
-        sampler = DistributedSampler(dataset, world_size, rank, seed=derived_seed(seed, dtype=np.uint32))
+        sampler = EpochSampler(dataset, world_size, rank, seed=derived_seed(seed, dtype=np.uint32))
     else:
         sampler = range(rank, len(dataset), world_size)
     return DataLoader(dataset, loader.batch_size // world_size, sampler=sampler, num_workers=loader.num_workers,
@@ -65,6 +65,15 @@ def share_out(loader, trainer, seed):
 def derived_seed(*numbers, dtype=np.uint64):
     """A seed from several numbers; other numbers, however close, give an unrelated one."""
     return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
+
+
+class EpochSampler(DistributedSampler):
+    """Draws with each epoch's order also the images anew, where they are drawn (bmnist.SampledImages)."""
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "redraw"):
+            self.dataset.redraw(derived_seed(self.seed, epoch))
 
 
 class SeedEpochs(pl.Callback):

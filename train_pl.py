@@ -20,13 +20,14 @@ import cuda_graph
 import processes
 import run_folder
 import slurm_job
-from bmnist import DataError, bmnist, data_loaders
+from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, DataError, bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from rendered_digits import rendered_digits
 from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
 
-CHOICES = {'model': ['MLP', 'CNN'], 'dataset': ['mnist', 'rendered'], 'accelerator': ['auto', 'cpu', 'gpu']}
+CHOICES = {'model': ['MLP', 'CNN'], 'lr_schedule': ['constant', 'cosine'], 'dataset': ['mnist', 'rendered'],
+           'binarization': BINARIZATIONS, 'train_size': TRAIN_SIZES, 'accelerator': ['auto', 'cpu', 'gpu']}
 
 
 class VAE(pl.LightningModule):
@@ -172,6 +173,18 @@ class GenerateCallback(pl.Callback):
             writer.add_image('Manifold', visualize_manifold(pl_module.decoder).cpu(), epoch)
 
 
+class CosineLearningRate(pl.Callback):
+    """
+    Lowers the learning rate from its initial value towards 0 along half a cosine (Loshchilov & Hutter 2017, without
+    restarts). It changes between epochs alone, and depends on nothing but the epoch.
+    """
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        lr = pl_module.hparams.lr * (1 + math.cos(math.pi * trainer.current_epoch / trainer.max_epochs)) / 2
+        for group in trainer.optimizers[0].param_groups:
+            group['lr'] = lr
+
+
 def train_vae(args):
     """
     Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one.
@@ -219,6 +232,8 @@ def make_trainer(args, run_name):
                  run_folder.EpochReport(print_lines=not args.progress_bar),
                  ModelCheckpoint(filename='best', monitor='val_bpd', mode='min'),
                  ModelCheckpoint(filename='last', enable_version_counter=False)]
+    if args.lr_schedule == 'cosine':
+        callbacks.append(CosineLearningRate())
     try:
         return pl.Trainer(
             # A folder of the run's own, since under SLURM Lightning loads an hpc_ckpt_N.ckpt that it finds there.
@@ -290,10 +305,12 @@ def draw_figures(log_dir, args, report, every_n_epochs, test_bpd):
 def load_data(args):
     """The loaders of training, validation and test set that the flags ask for."""
     if args.dataset == 'rendered':
-        images, labels = rendered_digits(num_images=60_000)
-        return data_loaders(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:],
-                            args.batch_size, args.num_workers)
-    return bmnist(args.data_dir, args.batch_size, args.num_workers, download=rank_zero_only.rank == 0)
+        num_train = args.train_size + NUM_VAL
+        images, labels = rendered_digits(num_images=num_train + 10_000)
+        return data_loaders(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:],
+                            args.batch_size, args.num_workers, args.binarization, args.train_size)
+    return bmnist(args.data_dir, args.batch_size, args.num_workers, rank_zero_only.rank == 0, args.binarization,
+                  args.train_size)
 
 
 def make_parser():
@@ -309,6 +326,8 @@ def make_parser():
                         help="CNN only: number of channels of the layers next to the image; the others have twice that")
     # Optimiser hyperparameters
     parser.add_argument('--lr', default=1e-3, type=float, help="Learning rate of Adam")
+    parser.add_argument('--lr_schedule', default='constant', choices=CHOICES['lr_schedule'],
+                        help="Learning rate over the epochs: constant, or falling to 0 along half a cosine")
     parser.add_argument('--batch_size', default=128, type=int,
                         help="Number of images per minibatch, over all devices and nodes")
     # Other hyperparameters
@@ -323,6 +342,11 @@ def make_parser():
                         help="Show a progress bar instead of a line per epoch; not for batch jobs")
     parser.add_argument('--dataset', default='mnist', choices=CHOICES['dataset'],
                         help="Data: MNIST, or digits rendered from fonts where there is no network (not comparable)")
+    parser.add_argument('--binarization', default='threshold', choices=CHOICES['binarization'],
+                        help="Pixels: 1 where the intensity exceeds 0.5; or drawn from Bernoulli(intensity), anew for "
+                        "every epoch of training, as in most of the literature")
+    parser.add_argument('--train_size', default=45_000, type=int, choices=CHOICES['train_size'],
+                        help="Number of training images; the 5,000 images after them validate")
     parser.add_argument('--data_dir', default='../data/',
                         help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
     parser.add_argument('--accelerator', default='auto', choices=CHOICES['accelerator'],
@@ -338,7 +362,7 @@ def check_flags(args):
     """Raises a ValueError that names the flag whose value is of no use."""
     for name, choices in CHOICES.items():  # argparse has checked those of a command, but nobody a notebook's
         if getattr(args, name) not in choices:
-            raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}")
+            raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, got {getattr(args, name)!r}")
     for name, least in [('z_dim', 1), ('num_filters', 1), ('batch_size', 1), ('epochs', 1), ('num_workers', 0),
                         ('devices', 1), ('num_nodes', 1)]:
         if getattr(args, name) < least:
