@@ -199,6 +199,7 @@ def train_vae(args):
     start = time.perf_counter()
     args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
     check_flags(args)
+    torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down
     run_folder.quiet_libraries()
     name = args.run_name or slurm_job.run_name()
     trainer = make_trainer(args, name)

@@ -1,7 +1,11 @@
-"""The mathematics of the VAE: reparameterisation, KL divergence, bits per dimension and the latent manifold."""
+"""
+The mathematics of the VAE: reparameterisation, KL divergence, bits per dimension, log-likelihood, active units and the
+latent manifold.
+"""
 import math
 
 import torch
+import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 
@@ -43,6 +47,75 @@ def elbo_to_bpd(elbo, img_shape):
         bpd - Tensor of shape [B], in bits per dimension.
     """
     return elbo * (math.log2(math.e) / math.prod(img_shape[1:]))
+
+
+@torch.no_grad()
+def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
+    """
+    Importance-weighted estimate of log p(x): log mean_k p(x, z_k) / q(z_k|x) with K samples z_k ~ q(z|x) of the
+    encoder (Burda, Grosse & Salakhutdinov 2016, eq. 8). In expectation it is a lower bound of log p(x) that is the
+    ELBO for K = 1 and never falls as K grows.
+    Inputs:
+        imgs - Images of shape [B,C,H,W], zeros and ones.
+        encoder - Encoder network: images to mean and log_std of q(z|x), each [B,D].
+        decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
+        num_samples - K, the number of samples per image, at least 1.
+        chunk_size - Number of images that are decoded at once, at least B of them. It bounds the memory, whatever K is.
+    Outputs:
+        log_p - Tensor of shape [B], the estimate for each image in nats.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    mean, log_std = encoder(imgs)
+    log_sum = torch.full((len(imgs),), -math.inf, device=imgs.device)
+    samples_at_once = max(chunk_size // len(imgs), 1)
+    for start in range(0, num_samples, samples_at_once):
+        eps = torch.randn(min(samples_at_once, num_samples - start), *mean.shape, device=mean.device)
+        z = mean + log_std.exp() * eps
+        logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        log_p_x = -F.binary_cross_entropy_with_logits(logits, imgs.expand_as(logits), reduction='none').flatten(2).sum(-1)
+        # log p(z) - log q(z|x); their factors of 2 pi cancel.
+        log_ratio = ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x + log_ratio, dim=0))
+    return log_sum - math.log(num_samples)
+
+
+@torch.no_grad()
+def quadrature_log_likelihood(imgs, decoder, step=0.02, limit=6., chunk_size=2048):
+    """
+    log p(x) = log of the integral of p(x|z) p(z) over a 2-dimensional latent space, by the rectangle rule on a square
+    grid of latents: exact, up to the grid's resolution, without an encoder.
+    Inputs:
+        imgs - Images of shape [B,C,H,W], zeros and ones.
+        decoder - Decoder network: latents [N,2] to logits [N,C,H,W], with a property `device`.
+        step - Distance of the grid's points; posteriors must be wider than that.
+        limit - The grid goes from -limit to limit along each axis.
+        chunk_size - Number of points that are decoded at once, which bounds the memory.
+    Outputs:
+        log_p - Tensor of shape [B], in nats.
+    """
+    axis = torch.arange(-round(limit / step), round(limit / step) + 1, device=decoder.device) * step
+    x = imgs.flatten(start_dim=1)
+    log_sum = torch.full((len(imgs),), -math.inf, device=imgs.device)
+    for z in torch.cartesian_prod(axis, axis).split(chunk_size):
+        logits = decoder(z).flatten(start_dim=1)
+        log_p_x = logits @ x.T - F.softplus(logits).sum(dim=1, keepdim=True)
+        log_p_z = -(z**2).sum(dim=1, keepdim=True) / 2 - math.log(2 * math.pi)
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x + log_p_z, dim=0))
+    return log_sum + 2 * math.log(step)
+
+
+def active_units(means, threshold=0.01):
+    """
+    Which latents tell images apart: those whose posterior mean has a variance over the images above a threshold
+    (Burda, Grosse & Salakhutdinov 2016, section 5.2).
+    Inputs:
+        means - Tensor of shape [N,D], the posterior means of N images.
+        threshold - The variance above which a latent counts as active.
+    Outputs:
+        active - Boolean tensor of shape [D].
+    """
+    return means.var(dim=0) > threshold
 
 
 def manifold_latents(grid_size):
