@@ -130,10 +130,12 @@ def data_loaders(train_images, train_labels, test_images, test_labels, batch_siz
         train_loader (shuffled), val_loader, test_loader - Their batches are (imgs, labels): float32 [B,1,28,28] of
             zeros and ones, and int64 [B].
     """
-    for name, value, choices in [("binarization", binarization, BINARIZATIONS), ("train_size", train_size, TRAIN_SIZES)]:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    Images, TrainLoader = (SampledImages, RedrawingLoader) if binarization == "stochastic" else (BinaryImages, DataLoader)
+    if binarization not in BINARIZATIONS or train_size not in TRAIN_SIZES:
+        raise ValueError(f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}, got "
+                         f"{binarization!r} and {train_size!r}")
+    Images, TrainLoader = BinaryImages, DataLoader
+    if binarization == "stochastic":
+        Images, TrainLoader = SampledImages, RedrawingLoader
     val_end = train_size + NUM_VAL
     splits = [
         (TrainLoader, Images(train_images[:train_size], train_labels[:train_size]), True),

@@ -10,26 +10,26 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import shutil
 import sys
 import time
 import warnings
-import zipfile
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams
 
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+from checkpoints import BEST, LAST, PREVIOUS, CheckpointError, read_checkpoint
+
 # Flags that say where and how a run is computed, not what: they may change when it is continued.
 NEUTRAL = {"run_name", "log_dir", "data_dir", "num_workers", "progress_bar", "accelerator", "devices", "num_nodes",
            "plain"}
@@ -108,7 +108,11 @@ def open_run(log_dir, name, flags):
             raise RunFolderError(f"{folder} was finished by another process just now")
         path, checkpoint = newest_checkpoint(os.path.join(folder, "checkpoints"))
         write_whole(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(as_plain_values(flags)))
-        history = checkpoint["callbacks"]["EpochReport"]["history"] if checkpoint else []
+        try:
+            history = checkpoint["callbacks"]["EpochReport"]["history"] if checkpoint else []
+        except LookupError:
+            raise RunFolderError(f"{path} is of an older version, whose runs cannot be continued: choose another "
+                                 "--run_name") from None
         go_back(folder, history)
         yield Run(folder, path, max(len(history) - 1, 0), sum(row["seconds"] for row in history))
 
@@ -139,7 +143,7 @@ def newest_checkpoint(folder):
         with contextlib.suppress(FileNotFoundError):
             try:
                 checkpoints[name] = read_checkpoint(os.path.join(folder, name))
-            except DamagedCheckpoint as error:
+            except CheckpointError as error:
                 damages.append(str(error))
     if not checkpoints and damages:
         raise RunFolderError(f"{'; '.join(damages)}: delete {os.path.dirname(folder)} to start over, or choose "
@@ -154,52 +158,6 @@ def newest_checkpoint(folder):
         shutil.copyfile(os.path.join(folder, newest), f"{last}.tmp")
         os.replace(f"{last}.tmp", last)
     return last, checkpoints[newest]
-
-
-def read_checkpoint(path):
-    """
-    What a checkpoint holds, tensors on the CPU.
-    Raises: DamagedCheckpoint, FileNotFoundError
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice a flipped bit
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["callbacks"]["EpochReport"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged ({str(error).splitlines()[0]})") from error
-    return checkpoint
-
-
-class DamagedCheckpoint(RunFolderError):
-    """A file is not a checkpoint, or not all of it."""
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes each checkpoint under another name first, so that it is whole or not there; keeps the last but one."""
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        torch.save(checkpoint, f"{path}.tmp")  # by name: Ctrl-C in a Python file's write would become a RuntimeError
-        with open(f"{path}.tmp", "rb") as file:
-            os.fsync(file.fileno())
-        if name == LAST and os.path.exists(path):
-            os.replace(path, os.path.join(folder, PREVIOUS))
-        os.replace(f"{path}.tmp", path)
-
-    def load_checkpoint(self, path, map_location=None, weights_only=True):
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        folder = os.path.dirname(path)
-        for state in checkpoint["callbacks"].values():
-            if "dirpath" in state:  # a ModelCheckpoint's, whose folder may have been moved since
-                for name in ["best_model_path", "kth_best_model_path"]:
-                    state[name] = os.path.join(folder, os.path.basename(state[name])) if state[name] else ""
-                state["best_k_models"] = {os.path.join(folder, os.path.basename(path)): score
-                                          for path, score in state["best_k_models"].items()}
-                state["dirpath"] = folder
-        return checkpoint
 
 
 def go_back(folder, history):
@@ -251,6 +209,22 @@ class EpochLogger(TensorBoardLogger):
     def __init__(self, folder):
         super().__init__(folder, name="", version="", default_hp_metric=False)
 
+    @rank_zero_only
+    def set_up_dashboard(self, flags):
+        """
+        Tells TensorBoard the run's flags, for a row of its table of hyperparameters with the test bpd, and to draw
+        training and validation in one chart (its tab Custom Scalars).
+        """
+        flags = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                 for name, value in flags.items()}
+        for summary in hparams(flags, {"test_bpd": None}):
+            self.experiment.file_writer.add_summary(summary)
+        quantities = {"bits per dimension": "bpd", "negative ELBO, nats": "ELBO",
+                      "reconstruction loss, nats": "reconstruction_loss",
+                      "regularization loss (KL divergence), nats": "regularization_loss"}
+        self.experiment.add_custom_scalars({"Training and validation": {
+            title: ["Multiline", [f"train_{name}", f"val_{name}"]] for title, name in quantities.items()}})
+
     @property
     def log_dir(self):
         return self.save_dir
@@ -281,14 +255,15 @@ class EpochReport(pl.Callback):
     columns = ["epoch", *(f"{stage}_{name}" for stage in ["train", "val"]
                           for name in ["reconstruction_loss", "regularization_loss", "ELBO", "bpd"]), "seconds"]
 
-    def __init__(self, print_lines=True):
+    def __init__(self, flags, print_lines=True):
         super().__init__()
+        self.flags = as_plain_values(flags)  # for whoever finds the checkpoint
         self.print_lines = print_lines
         self.history = []
         self.first_step_bpd = None  # the very first minibatch of training, before any update
 
     def state_dict(self):
-        return {"history": self.history, "first_step_bpd": self.first_step_bpd}
+        return {"flags": self.flags, "history": self.history, "first_step_bpd": self.first_step_bpd}
 
     def load_state_dict(self, state_dict):
         self.history, self.first_step_bpd = state_dict["history"], state_dict["first_step_bpd"]

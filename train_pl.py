@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
 
+import checkpoints
 import cuda_graph
 import processes
 import run_folder
@@ -90,6 +91,31 @@ class VAE(pl.LightningModule):
         x_samples = torch.bernoulli(x_mean)
         return x_samples, x_mean
 
+    @torch.no_grad()
+    def reconstruct(self, imgs):
+        """
+        Encodes images and decodes the means of their posteriors.
+        Inputs:
+            imgs - Images of shape [B,C,H,W], zeros and ones.
+        Outputs:
+            x_mean - The means of their pixels, between 0 and 1, shape [B,C,H,W].
+        """
+        mean, _ = self.encoder(imgs)
+        return torch.sigmoid(self.decoder(mean))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location=None, **hyperparameters):
+        """
+        Lightning's, except that it loads tensors and plain values only (Lightning's would run what a file asks for).
+        Inputs:
+            checkpoint_path - Path of a checkpoint.
+            map_location - Device of the module; the CPU where it is not given.
+            hyperparameters - Arguments of __init__ that replace the checkpoint's.
+        Raises:
+            checkpoints.CheckpointError - where the file is not a checkpoint of this module.
+        """
+        return checkpoints.load_model(cls, checkpoint_path, **hyperparameters).to(map_location or 'cpu')
+
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=True)
 
@@ -142,6 +168,7 @@ class GenerateCallback(pl.Callback):
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.save_to_disk = save_to_disk
+        self.imgs = None  # Images [B,C,H,W] whose reconstructions are drawn, too
 
     def on_train_epoch_end(self, trainer, pl_module):
         epoch = trainer.current_epoch + 1
@@ -151,8 +178,9 @@ class GenerateCallback(pl.Callback):
     @rank_zero_only
     def sample_and_save(self, trainer, pl_module, epoch):
         """
-        Adds samples and means as 8x8 grids to TensorBoard, with 2 latent dimensions the manifold too, and writes the
-        first two as epoch_N_samples.png and epoch_N_means.png if save_to_disk is set.
+        Adds samples, means and, where there are images for it, reconstructions (each to the right of its original)
+        to TensorBoard, with 2 latent dimensions the manifold too. All but the last are written as
+        epoch_N_samples.png, epoch_N_means.png and epoch_N_reconstructions.png, too, if save_to_disk is set.
         Inputs:
             trainer - The PyTorch Lightning Trainer; its logger is TensorBoard's.
             pl_module - The VAE that is being trained.
@@ -163,8 +191,12 @@ class GenerateCallback(pl.Callback):
         with isolate_rng():
             torch.manual_seed(0)
             samples, means = pl_module.sample(self.batch_size)
+        pictures = {'Samples': samples, 'Means': means}
+        if self.imgs is not None:
+            imgs = self.imgs.to(pl_module.device)
+            pictures['Reconstructions'] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
         writer = trainer.logger.experiment
-        for name, imgs in [('Samples', samples), ('Means', means)]:
+        for name, imgs in pictures.items():
             grid = make_grid(imgs, nrow=8, pad_value=0.5).cpu()
             writer.add_image(name, grid, epoch)
             if self.save_to_disk:
@@ -194,7 +226,8 @@ def train_vae(args):
         test_result - What trainer.test returns: a list with one dict, {'test_bpd': ...}.
     Raises:
         ValueError - where a flag's value is of no use.
-        DataError, run_folder.RunFolderError, run_folder.TrainingDiverged - with one clear line each.
+        DataError, run_folder.RunFolderError, run_folder.TrainingDiverged, checkpoints.CheckpointError - with one
+            clear line each.
     """
     start = time.perf_counter()
     args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
@@ -230,7 +263,7 @@ def make_trainer(args, run_name):
     # Buffers are left alone: each process sums its own losses.
     strategy = DDPStrategy(broadcast_buffers=False) if num_processes > 1 else 'auto'
     callbacks = [processes.SeedEpochs(args.seed), slurm_job.StayInQueue(), GenerateCallback(save_to_disk=True),
-                 run_folder.EpochReport(print_lines=not args.progress_bar),
+                 run_folder.EpochReport(vars(args), print_lines=not args.progress_bar),
                  ModelCheckpoint(filename='best', monitor='val_bpd', mode='min'),
                  ModelCheckpoint(filename='last', enable_version_counter=False)]
     if args.lr_schedule == 'cosine':
@@ -241,7 +274,7 @@ def make_trainer(args, run_name):
             default_root_dir=os.path.expanduser(os.path.join(args.log_dir, run_name or '')),
             max_epochs=args.epochs, callbacks=callbacks,
             accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, strategy=strategy,
-            plugins=[run_folder.CheckpointFiles(), *slurm_job.environment(args.devices, args.num_nodes)],
+            plugins=[checkpoints.CheckpointFiles(), *slurm_job.environment(args.devices, args.num_nodes)],
             use_distributed_sampler=False, logger=False, enable_progress_bar=args.progress_bar,
             enable_model_summary=False, num_sanity_val_steps=0)
     except (ValueError, RuntimeError) as error:  # flags that do not fit the tasks that SLURM started
@@ -254,7 +287,7 @@ def train_run(args, trainer, run, loaders, start):
     generate, report = (next(callback for callback in trainer.callbacks if isinstance(callback, kind))
                         for kind in [GenerateCallback, run_folder.EpochReport])
     trainer.logger = run_folder.EpochLogger(run.folder)
-    trainer.logger.log_hyperparams(vars(args))
+    generate.imgs, _ = val_loader.dataset[torch.arange(32)]
     trainer.log_every_n_steps = len(train_loader)
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
@@ -267,6 +300,7 @@ def train_run(args, trainer, run, loaders, start):
     model = VAE(model_name=args.model, hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim,
                 lr=args.lr)
     if not run.checkpoint:
+        trainer.logger.set_up_dashboard(vars(args))
         generate.sample_and_save(trainer, model, epoch=0)
         trainer.validate(model, val_loader, verbose=False)
     if not args.plain and cuda_graph.suits(trainer, model, train_loader):
@@ -346,7 +380,7 @@ def make_parser():
     parser.add_argument('--binarization', default='threshold', choices=CHOICES['binarization'],
                         help="Pixels: 1 where the intensity exceeds 0.5; or drawn from Bernoulli(intensity), anew for "
                         "every epoch of training, as in most of the literature")
-    parser.add_argument('--train_size', default=45_000, type=int, choices=CHOICES['train_size'],
+    parser.add_argument('--train_size', default=TRAIN_SIZES[0], type=int, choices=CHOICES['train_size'],
                         help="Number of training images; the 5,000 images after them validate")
     parser.add_argument('--data_dir', default='../data/',
                         help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where missing")
@@ -392,8 +426,8 @@ def main():
         parser.error(error)
     try:
         train_vae(args)
-    except (DataError, run_folder.RunFolderError, run_folder.TrainingDiverged, MisconfigurationException,
-            OSError) as error:
+    except (DataError, run_folder.RunFolderError, run_folder.TrainingDiverged, checkpoints.CheckpointError,
+            MisconfigurationException, OSError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted")

@@ -3,12 +3,14 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import http.server
 import inspect
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -36,9 +38,11 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.datasets import MNIST
 
 import bmnist
+import checkpoints
 import cuda_graph
 import processes
 import run_folder
@@ -420,7 +424,8 @@ class TestData(SeededTest):
         self.assertTrue(torch.equal(train.images, self.images[:60]))
         self.assertTrue(torch.equal(train.labels, self.labels[:60]))
         self.assertTrue(torch.equal(test.images, self.images[60:]))
-        self.assertEqual(self.defaults(), {'root': '../data/', 'batch_size': 128, 'num_workers': 0, 'download': True})
+        self.assertEqual(self.defaults(), {'root': '../data/', 'batch_size': 128, 'num_workers': 0, 'download': True,
+                                           'binarization': 'threshold', 'train_size': 45_000})
 
     def defaults(self):
         return {name: parameter.default for name, parameter in inspect.signature(bmnist.bmnist).parameters.items()}
@@ -449,6 +454,53 @@ class TestData(SeededTest):
         self.assertEqual((imgs.shape, imgs.dtype), ((128, 1, 2, 2), torch.float32))
         self.assertEqual((numbers.shape, numbers.dtype), ((128,), torch.int64))
         self.assertTrue(torch.equal(imgs[:, 0], (images[numbers].float() / 255 > 0.5).float()))
+
+    def test_train_sizes(self):
+        images, labels = torch.zeros(60_000, 2, 2, dtype=torch.uint8), torch.arange(60_000)
+        for train_size in [45_000, 55_000]:
+            loaders = bmnist.data_loaders(images, labels, images[:10], labels[:10], train_size=train_size)
+            self.assertTrue(torch.equal(loaders[0].dataset.labels, torch.arange(train_size)))
+            self.assertTrue(torch.equal(loaders[1].dataset.labels, torch.arange(train_size, train_size + 5_000)))
+        for choice in [dict(train_size=50_000), dict(binarization='half')]:
+            with self.assertRaisesRegex(ValueError, 'must be one of'):
+                bmnist.data_loaders(images, labels, images, labels, **choice)
+
+    def test_stochastic_binarization(self):
+        """Each pixel is a draw of its own, with its intensity as its mean."""
+        images = torch.arange(256, dtype=torch.uint8).repeat(4_000).view(4_000, 16, 16)
+        before = images.clone()
+        dataset = bmnist.SampledImages(images, torch.zeros(4_000, dtype=torch.int64))
+        draws = dataset[torch.arange(4_000)][0]
+        self.assertEqual(set(draws.unique().tolist()), {0., 1.})
+        intensities = torch.arange(256) / 255
+        self.assertTrue(torch.equal(draws[:, 0, 0, 0], torch.zeros(4_000)))
+        self.assertTrue(torch.equal(draws[:, 0, -1, -1], torch.ones(4_000)))
+        torch.testing.assert_close(draws.mean(dim=0).flatten(), intensities, atol=0.035, rtol=0)  # 4.4 standard errors
+        self.assertAlmostEqual((draws.mean(dim=0).flatten() - intensities).mean().item(), 0, delta=0.002)
+        torch.testing.assert_close(torch.corrcoef(draws[:, 0, 7, 8:].T), torch.eye(8), atol=0.08, rtol=0)
+        first = dataset.images.clone()
+        dataset.redraw(1)
+        self.assertFalse(torch.equal(dataset.images, first))
+        dataset.redraw(0)
+        self.assertTrue(torch.equal(dataset.images, first))
+        self.assertTrue(torch.equal(images, before))
+
+    def test_when_images_are_drawn(self):
+        """Training images anew for each pass, the others once and for all, whatever the random numbers are."""
+        images = torch.full((60_000, 2, 2), 100, dtype=torch.uint8)
+        labels = torch.arange(60_000)
+        passes = []
+        for seed in [0, 0, 1]:
+            torch.manual_seed(seed)
+            loaders = bmnist.data_loaders(images, labels, images[:10_000], labels[:10_000], binarization='stochastic')
+            passes.append([torch.cat([imgs[labels.argsort()] for imgs, labels in [map(torch.cat, zip(*loader))]])
+                           for loader in loaders for _ in range(2)])
+        for train, train_again, val, val_again, test, test_again in passes:
+            self.assertFalse(torch.equal(train, train_again))
+            self.assertTrue(torch.equal(val, val_again) and torch.equal(test, test_again))
+            self.assertTrue(torch.equal(val, passes[0][2]) and torch.equal(test, passes[0][4]))
+        self.assertTrue(torch.equal(passes[0][0], passes[1][0]))
+        self.assertFalse(torch.equal(passes[0][0], passes[2][0]))
 
     def test_threshold(self):
         images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
@@ -586,7 +638,8 @@ class TestData(SeededTest):
     def test_command(self):
         self.write()
         with mock.patch.object(sys, 'argv', ['bmnist.py', '--data_dir', str(self.root)]), \
-                mock.patch.multiple(bmnist, NUM_TRAIN=50, NUM_VAL=10), \
+                mock.patch.multiple(bmnist, TRAIN_SIZES=[50], NUM_VAL=10,
+                                    bmnist=functools.partial(bmnist.bmnist, train_size=50)), \
                 contextlib.redirect_stdout(io.StringIO()) as output:
             bmnist.main()
         ink = (self.images[:50] > 127).float().mean().item()
@@ -752,8 +805,22 @@ class TestGenerateCallback(SeededTest):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_files(self):
-        GenerateCallback(save_to_disk=True).sample_and_save(self.trainer, VAE('CNN', [8], 4, 3, 1e-3), epoch=10)
-        self.assertEqual(set(os.listdir(self.folder)), {'epoch_10_samples.png', 'epoch_10_means.png'})
+        callback = GenerateCallback(save_to_disk=True)
+        callback.imgs = torch.zeros(32, 1, 28, 28)
+        callback.sample_and_save(self.trainer, VAE('CNN', [8], 4, 3, 1e-3), epoch=10)
+        self.assertEqual(set(os.listdir(self.folder)), {f'epoch_10_{name}.png' for name in ['samples', 'means',
+                                                                                            'reconstructions']})
+
+    def test_reconstructions_are_beside_their_originals(self):
+        callback, model = GenerateCallback(), VAE('MLP', [8], 32, 3, 1e-3)
+        callback.imgs = imgs = torch.bernoulli(torch.full((32, 1, 28, 28), 0.1))
+        callback.sample_and_save(self.trainer, model, epoch=0)
+        grid = self.pictures()['Reconstructions', 0]
+        with torch.no_grad():
+            expected = torch.sigmoid(model.decoder(model.encoder(imgs)[0]))
+        self.assertTrue(torch.equal(grid[0, 2:30, 2:30], imgs[0, 0]))
+        self.assertTrue(torch.equal(grid[0, 2:30, 32:60], expected[0, 0]))
+        self.assertTrue(torch.equal(grid[0, 32:60, 2:30], imgs[4, 0]))
 
     def test_same_latents_and_no_trace_in_the_random_numbers(self):
         callback, model = GenerateCallback(batch_size=4), VAE('MLP', [8], 32, 3, 1e-3)
@@ -771,7 +838,9 @@ def small_loaders(args):
     """Loaders of rendered digits: 300 to train on, 50 to validate, 50 to test."""
     images, labels = rendered_digits(400)
     splits = [slice(0, 300), slice(300, 350), slice(350, 400)]
-    return tuple(bmnist.DataLoader(bmnist.BinaryImages(images[split], labels[split]), args.batch_size,
+    is_stochastic = getattr(args, 'binarization', None) == 'stochastic'
+    Images = bmnist.SampledImages if is_stochastic else bmnist.BinaryImages
+    return tuple(bmnist.DataLoader(Images(images[split], labels[split]), args.batch_size,
                                    shuffle=split.start == 0, num_workers=args.num_workers,
                                    collate_fn=bmnist.already_a_batch) for split in splits)
 
@@ -845,7 +914,8 @@ class TestTraining(TrainingTest):
     def test_flags_and_defaults(self):
         defaults = dict(model='MLP', z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80,
                         seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist',
-                        data_dir='../data/', accelerator='auto', plain=False, run_name=None, devices=1, num_nodes=1)
+                        data_dir='../data/', binarization='threshold', train_size=45_000, lr_schedule='constant',
+                        accelerator='auto', plain=False, run_name=None, devices=1, num_nodes=1)
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
 
     def test_a_run_from_a_notebook(self):
@@ -862,8 +932,8 @@ class TestTraining(TrainingTest):
         self.assertTrue(events)
         self.assertEqual(names - events, {
             '.lock', 'hparams.yaml', 'metrics.csv', 'results.json', 'checkpoints', 'bpd_curves.png', 'vae_manifold.png',
-            'samples_over_training.png', 'epoch_0_samples.png', 'epoch_0_means.png', 'epoch_5_samples.png',
-            'epoch_5_means.png'})
+            'samples_over_training.png', *(f'epoch_{epoch}_{name}.png' for epoch in [0, 5]
+                                           for name in ['samples', 'means', 'reconstructions'])})
         self.assertEqual(set(os.listdir(folder / 'checkpoints')), {'best.ckpt', 'last.ckpt', 'previous.ckpt'})
         for path in folder.glob('*.png'):
             self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
@@ -911,7 +981,20 @@ class TestTraining(TrainingTest):
         self.assertEqual(list(scalars['test_bpd']), [6])
         self.assertAlmostEqual(scalars['test_bpd'][6], results['test_bpd'], places=6)
         self.assertEqual({tag: sorted(event.step for event in events.Images(tag)) for tag in events.Tags()['images']},
-                         {tag: [0, 5] for tag in ['Samples', 'Means', 'Manifold']})
+                         {tag: [0, 5] for tag in ['Samples', 'Means', 'Reconstructions', 'Manifold']})
+        plugins = {summary.tag: summary.metadata.plugin_data.plugin_name for path in folder.glob('events.out*')
+                   for event in EventFileLoader(str(path)).Load() for summary in event.summary.value}
+        self.assertEqual(plugins['custom_scalars__config__'], 'custom_scalars')
+        self.check_hyperparameters(folder, results)
+
+    def check_hyperparameters(self, folder, results):
+        """As TensorBoard's plugin reads them: the flags, and the metric whose last value is the test bpd."""
+        starts = [HParamsPluginData.FromString(summary.metadata.plugin_data.content).session_start_info.hparams
+                  for path in folder.glob('events.out*') for event in EventFileLoader(str(path)).Load()
+                  for summary in event.summary.value if summary.tag == '_hparams_/session_start_info']
+        self.assertEqual(len(starts), 1)
+        self.assertEqual(set(starts[0]), set(results['hyperparameters']))
+        self.assertEqual((starts[0]['z_dim'].number_value, starts[0]['hidden_dims'].string_value), (2, '[16]'))
 
     def test_epoch_means_weigh_every_image_alike(self):
         """The last batch of an epoch is smaller: 44 of 300 images."""
@@ -1090,7 +1173,7 @@ class TestContinuedRuns(TrainingTest):
 
     def test_stopped_between_two_checkpoints(self):
         """After best.ckpt and before last.ckpt: of the first epoch, of one in the middle, and of the last one."""
-        save = run_folder.CheckpointFiles.save_checkpoint
+        save = checkpoints.CheckpointFiles.save_checkpoint
 
         def save_checkpoint(self, checkpoint, path, storage_options=None):
             if checkpoint['epoch'] in [0, 2, 5] and path.endswith('last.ckpt'):
@@ -1098,7 +1181,7 @@ class TestContinuedRuns(TrainingTest):
             save(self, checkpoint, path)
 
         for _ in range(3):
-            with mock.patch.object(run_folder.CheckpointFiles, 'save_checkpoint', save_checkpoint), \
+            with mock.patch.object(checkpoints.CheckpointFiles, 'save_checkpoint', save_checkpoint), \
                     self.assertRaises(Killed):
                 self.train()
         self.assertIn('continued after epoch 6\ntest bpd', self.check())
@@ -1116,10 +1199,11 @@ class TestContinuedRuns(TrainingTest):
                                                  if tag[0].isupper()}
             save(files, checkpoint, path)
 
-        save = run_folder.CheckpointFiles.save_checkpoint
-        with mock.patch.object(run_folder.CheckpointFiles, 'save_checkpoint', save_checkpoint):
+        save = checkpoints.CheckpointFiles.save_checkpoint
+        with mock.patch.object(checkpoints.CheckpointFiles, 'save_checkpoint', save_checkpoint):
             self.train(epochs=5)
-        self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in ['Samples', 'Means', 'Manifold']})
+        self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in ['Samples', 'Means', 'Reconstructions',
+                                                                         'Manifold']})
 
     def test_stopped_while_it_tests_and_draws(self):
         for owner, name in [(VAE, 'test_step'), (train_pl, 'draw_figures'), (run_folder, 'write_results')]:
@@ -1138,6 +1222,23 @@ class TestContinuedRuns(TrainingTest):
             for epoch in [2, 4]:
                 self.stop_at(VAE, 'on_train_epoch_start', epoch, model='CNN', z_dim=3)
         self.check(model='CNN', z_dim=3, num_workers=1)
+
+    def test_drawn_images_and_learning_rate(self):
+        """Of each epoch, whenever the run stops, in chunks and with workers, too."""
+        flags = dict(binarization='stochastic', lr_schedule='cosine', lr=0.01)
+        with mock.patch.object(cuda_graph, 'suits', return_value=True):
+            for epoch in [2, 4]:
+                self.stop_at(VAE, 'on_train_epoch_start', epoch, **flags)
+        self.check(**flags, num_workers=1)
+        lrs = []
+        with mock.patch.object(bmnist.SampledImages, 'redraw', autospec=True) as redraw, \
+                mock.patch.object(VAE, 'on_train_epoch_end', autospec=True, side_effect=lambda model: lrs.append(
+                    model.optimizers().param_groups[0]['lr'])):
+            self.train(**flags, log_dir=os.path.join(self.folder, 'watched'))
+        torch.testing.assert_close(lrs, [0.005 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)])
+        seeds = [call.args[1] for call in redraw.call_args_list]
+        self.assertEqual(seeds[:3], [0, 0, 0])  # the three sets
+        self.assertEqual(len(set(seeds[3:])), 6)  # the epochs
 
     def test_a_folder_that_was_moved(self):
         """The score of the best checkpoint is kept, although it is another file now."""
@@ -1163,7 +1264,7 @@ class TestContinuedRuns(TrainingTest):
             with contextlib.redirect_stderr(io.StringIO()) as error:
                 run_folder.newest_checkpoint(last.parent)
             self.assertRegex(error.getvalue(),
-                             rf'{last} is damaged \(.*\); continuing from previous.ckpt, epoch 3\n')
+                             rf'{last} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 3\n')
             self.assertEqual(last.read_bytes(), (last.parent / 'previous.ckpt').read_bytes())
         last.write_bytes(good[:-100])
         self.assertIn('continued after epoch 3', self.check())
@@ -1173,7 +1274,7 @@ class TestContinuedRuns(TrainingTest):
         for path in (self.run_there / 'checkpoints').iterdir():
             path.write_bytes(b'nonsense')
         before = self.contents()
-        with self.assertRaisesRegex(run_folder.RunFolderError, 'last.ckpt is damaged.*previous.*delete.*--run_name'):
+        with self.assertRaisesRegex(run_folder.RunFolderError, 'last.ckpt is no .*previous.*delete.*--run_name'):
             self.train()
         self.assertEqual(self.contents(), before)
 
@@ -1224,7 +1325,7 @@ class TestContinuedRuns(TrainingTest):
         self.assertTrue((Path(self.folder) / 'stopped' / 'sweep' / 'a' / 'results.json').exists())
 
     def test_a_checkpoint_is_whole_or_not_there(self):
-        files, path = run_folder.CheckpointFiles(), os.path.join(self.folder, 'last.ckpt')
+        files, path = checkpoints.CheckpointFiles(), os.path.join(self.folder, 'last.ckpt')
         for epoch in range(3):
             files.save_checkpoint({'epoch': epoch}, path)
 

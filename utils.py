@@ -73,10 +73,10 @@ def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
         eps = torch.randn(min(samples_at_once, num_samples - start), *mean.shape, device=mean.device)
         z = mean + log_std.exp() * eps
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        log_p_x = -F.binary_cross_entropy_with_logits(logits, imgs.expand_as(logits), reduction='none').flatten(2).sum(-1)
+        log_p_x = -F.binary_cross_entropy_with_logits(logits, imgs.expand_as(logits), reduction='none')
         # log p(z) - log q(z|x); their factors of 2 pi cancel.
         log_ratio = ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)
-        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x + log_ratio, dim=0))
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x.flatten(2).sum(dim=-1) + log_ratio, dim=0))
     return log_sum - math.log(num_samples)
 
 

@@ -135,7 +135,7 @@ class TestTraining(CommandTest):
             except OSError:
                 self.assertIsNone(server.poll(), 'TensorBoard ended')
         self.assertIn('val_bpd', ask('scalars/tags')['version_0'])
-        self.assertEqual(set(ask('images/tags')['version_0']), {'Samples', 'Means', 'Manifold'})
+        self.assertEqual(set(ask('images/tags')['version_0']), {'Samples', 'Means', 'Reconstructions', 'Manifold'})
         curve = ask('scalars/scalars?tag=val_bpd&run=version_0')
         self.assertEqual([step for _, step, _ in curve], [0, 1])
         self.assertAlmostEqual(ask('scalars/scalars?tag=test_bpd&run=version_0')[0][2], results['test_bpd'], places=5)

@@ -276,7 +276,7 @@ class TestSlurm(unittest.TestCase):
             f'import sys\nsys.path.insert(0, {str(self.checkout)!r})\nimport bmnist\n'
             f'bmnist.MNIST.mirrors = ["http://127.0.0.1:{server.server_port}/"]\n'
             f'bmnist.MNIST.resources = {list(md5.items())}\n'
-            f'bmnist.FILES, bmnist.NUM_TRAIN, bmnist.NUM_VAL = {files}, 500, 100\n')
+            f'bmnist.FILES, bmnist.TRAIN_SIZES, bmnist.NUM_VAL = {files}, [500], 100\n')
         job_id = self.submit('slurm/sweep.sbatch', '--data_dir', 'data', '--epochs', '2', '--hidden_dims', '16',
                              PYTHONPATH=str(self.checkout))
         tasks = [f'{job_id}_{task}' for task in range(8)]
