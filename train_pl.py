@@ -337,15 +337,15 @@ def draw_figures(log_dir, args, report, every_n_epochs, test_bpd):
     figures.side_by_side(os.path.join(log_dir, 'samples_over_training.png'), pictures)
 
 
-def load_data(args):
-    """The loaders of training, validation and test set that the flags ask for."""
+def load_data(args, download=True):
+    """The loaders of training, validation and test set that the flags ask for; MNIST is downloaded if it may be."""
     if args.dataset == 'rendered':
         num_train = args.train_size + NUM_VAL
         images, labels = rendered_digits(num_images=num_train + 10_000)
         return data_loaders(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:],
                             args.batch_size, args.num_workers, args.binarization, args.train_size)
-    return bmnist(args.data_dir, args.batch_size, args.num_workers, rank_zero_only.rank == 0, args.binarization,
-                  args.train_size)
+    return bmnist(args.data_dir, args.batch_size, args.num_workers, download and rank_zero_only.rank == 0,
+                  args.binarization, args.train_size)
 
 
 def make_parser():
