@@ -177,22 +177,22 @@ def pictures(folder, model, imgs, labels, means):
                         title="Test images and the means of their reconstructions")
 
     start, end = picks[0], picks[1].roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
-    weights = torch.linspace(0, 1, 9)
+    weights = torch.linspace(0, 1, 11)
     z = torch.lerp(means[start].unsqueeze(1), means[end].unsqueeze(1), weights.view(1, -1, 1))
     between = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
     figures.image_table(folder / 'interpolations', torch.cat([imgs[start], between, imgs[end]], dim=1),
-                        columns=['input', *(f'{weight:.2g}' for weight in weights), 'input'],
+                        columns=['input', *(f'{weight:.1f}' for weight in weights), 'input'],
                         title="Along straight lines in latent space, between two test images")
 
     active = active_units(means).nonzero().squeeze(1)
     active = active[means.var(dim=0)[active].argsort(descending=True)]
-    values = torch.linspace(-3, 3, 11)
+    values = torch.linspace(-3, 3, 13)
     if len(active):
         z = means[0].expand(len(active), len(values), -1).clone()
         z[torch.arange(len(active)), :, active] = values
         figures.image_table(folder / 'traversals', decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]),
                             rows=[f'z{unit}' for unit in active.tolist()],
-                            columns=[f'{value:.2g}' for value in values],
+                            columns=[f'{value:.1f}' for value in values],
                             title="One latent changes, the others stay those of the first test image")
 
     samples, sample_means = model.sample(64)

@@ -13,6 +13,8 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ import time
 import types
 import unittest
 import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -1338,6 +1341,96 @@ class TestContinuedRuns(TrainingTest):
         epochs = {name: torch.load(os.path.join(self.folder, name), weights_only=True)['epoch']
                   for name in ['last.ckpt', 'previous.ckpt']}
         self.assertEqual(epochs, {'last.ckpt': 2, 'previous.ckpt': 1})
+
+
+class TestCheckpoints(TrainingTest):
+    """What is loaded as a checkpoint: tensors and plain values, or nothing."""
+
+    class Exploit:
+        """A pickle of it makes a folder when it is loaded."""
+
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __reduce__(self):
+            return os.mkdir, (self.folder,)
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder, 'some.ckpt')
+        trained = os.path.join(self.folder, 'run', 'checkpoints')
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_vae(self.namespace(epochs=1, run_name='run', accelerator='cpu'))
+        self.good = torch.load(os.path.join(trained, 'best.ckpt'), weights_only=True)
+
+    def assert_refused(self, *parts):
+        for load in [VAE.load_from_checkpoint, functools.partial(checkpoints.load_model, VAE)]:
+            with self.assertRaises(checkpoints.CheckpointError) as caught:
+                load(self.path)
+            for part in [self.path, *parts]:
+                self.assertIn(part, str(caught.exception))
+            self.assertNotIn('\n', str(caught.exception))
+
+    def test_what_train_pl_wrote(self):
+        torch.save(self.good, self.path)
+        model = VAE.load_from_checkpoint(self.path)
+        torch.testing.assert_close(dict(model.state_dict()), dict(self.good['state_dict']), rtol=0, atol=0)
+        self.assertEqual((model.hparams.z_dim, model.hparams.lr), (2, 1e-3))
+        self.assertEqual(VAE.load_from_checkpoint(self.path, map_location='cpu', lr=0.5).hparams.lr, 0.5)
+
+    def test_malicious_pickles(self):
+        folder = os.path.join(self.folder, 'made by the exploit')
+        exploit = self.Exploit(folder)
+        for content in [exploit, {**self.good, 'x': exploit}, {**self.good, 'state_dict': exploit},
+                        {**self.good, 'hyper_parameters': {'model_name': exploit}}]:
+            for save in [torch.save, functools.partial(torch.save, _use_new_zipfile_serialization=False),
+                         lambda content, path: Path(path).write_bytes(pickle.dumps(content))]:
+                save(content, self.path)
+                self.assert_refused('refused' if zipfile.is_zipfile(self.path) else 'no checkpoint')
+                with self.assertRaises(checkpoints.CheckpointError):
+                    checkpoints.CheckpointFiles().load_checkpoint(self.path)
+                last = os.path.join(self.folder, 'run', 'checkpoints', 'last.ckpt')
+                shutil.copy(self.path, last)
+                os.utime(last)
+                with contextlib.redirect_stderr(io.StringIO()) as error:
+                    run_folder.newest_checkpoint(os.path.dirname(last))
+                self.assertIn('continuing from best.ckpt', error.getvalue())
+                self.assertFalse(os.path.exists(folder))
+        torch.save(exploit, self.path)
+        torch.load(self.path, weights_only=False)
+        self.assertTrue(os.path.exists(folder), 'the exploit is none')
+
+    def test_no_checkpoints(self):
+        for content in [b'', b'nonsense', Path(__file__).read_bytes()]:
+            Path(self.path).write_bytes(content)
+            self.assert_refused('no checkpoint, or a damaged one (File is not a zip file)')
+        for names in [[], ['notes.txt'], ['archive/data.pkl', 'archive/version']]:
+            with zipfile.ZipFile(self.path, 'w') as archive:
+                for name in names:
+                    archive.writestr(name, 'text')
+            self.assert_refused()
+        for path, error in [(self.folder, IsADirectoryError), (f'{self.path}.not', FileNotFoundError)]:
+            with self.assertRaises(error):
+                VAE.load_from_checkpoint(path)
+
+    def test_other_programs(self):
+        for content in [torch.zeros(3), nn.Linear(2, 3).state_dict(), {'epoch': 3, 'state_dict': {}}, [1, 2],
+                        {**self.good, 'hyper_parameters': None}]:
+            torch.save(content, self.path)
+            self.assert_refused('of another program')
+
+    def test_shapes_that_do_not_fit(self):
+        parameters, weights = self.good['hyper_parameters'], self.good['state_dict']
+        for change, part in [({'hyper_parameters': {**parameters, 'z_dim': 5}}, 'size mismatch for encoder.net.2'),
+                             ({'hyper_parameters': {**parameters, 'hidden_dims': [16, 16]}}, 'does not fit'),
+                             ({'hyper_parameters': {**parameters, 'hidden_dims': 'wide'}}, 'does not fit'),
+                             ({'hyper_parameters': {**parameters, 'z_dim': -1}}, 'does not fit'),
+                             ({'hyper_parameters': {**parameters, 'depth': 5}}, 'depth'),
+                             ({'hyper_parameters': {**parameters, 'model_name': 'GAN'}}, 'model_name must be'),
+                             ({'state_dict': {}}, 'does not fit'),
+                             ({'state_dict': {**weights, 'encoder.net.0.weight': 'x'}}, 'does not fit')]:
+            torch.save({**self.good, **change}, self.path)
+            self.assert_refused(part)
 
 
 class Killed(BaseException):
