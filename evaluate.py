@@ -59,7 +59,8 @@ def evaluate(checkpoint, dataset=None, data_dir=None, iw_samples=1000, out=None,
     start = time.perf_counter()
     checkpoint = Path(checkpoint)
     device = check_choices(dataset, iw_samples, accelerator)
-    model = load_model(VAE, checkpoint).to(device).eval()
+    with isolate_rng():  # its initial weights are drawn
+        model = load_model(VAE, checkpoint).to(device).eval()
     flags, epoch = trained_with(checkpoint, dataset)
     if data_dir is not None:
         flags.data_dir = data_dir
