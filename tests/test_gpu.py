@@ -21,6 +21,7 @@ MNIST_DIR = next((path for path in [REPOSITORY.parent / 'shared' / 'data', REPOS
 sys.path.insert(0, str(REPOSITORY))
 
 import cuda_graph  # noqa: E402
+from evaluate import evaluate  # noqa: E402
 from train_pl import VAE, train_vae  # noqa: E402
 
 
@@ -97,6 +98,27 @@ class TestGPU(unittest.TestCase):
             self.assertTrue(all(map(torch.equal, weights(undisturbed), weights(continued))))
             self.assertEqual(results['test_bpd'], other_results['test_bpd'])
             shutil.rmtree(self.folder / 'stopped')
+
+    def test_drawn_images_and_learning_rate(self):
+        """The images are drawn anew on the GPU for each epoch, and the captured steps follow the learning rate."""
+        flags = dict(binarization='stochastic', lr_schedule='cosine', epochs=6)
+        (fast, results), (plain, other_results) = self.train(**flags), self.train(**flags, plain=True)
+        self.assertEqual(fast['optimizer_states'][0]['param_groups'], plain['optimizer_states'][0]['param_groups'])
+        self.assertAlmostEqual(results['test_bpd'], other_results['test_bpd'], delta=0.003)
+        again, _ = self.train(**flags)
+        self.assertTrue(all(map(torch.equal, weights(fast), weights(again))))
+
+    def test_evaluation_on_either_device(self):
+        """Of a checkpoint of the GPU and of one of the CPU; the same numbers, up to the noise."""
+        for accelerator in ['gpu', 'cpu']:
+            _, trained = self.train(accelerator=accelerator, plain=True, epochs=1, run_name=accelerator)
+            checkpoint = self.folder / accelerator / 'checkpoints' / 'best.ckpt'
+            (gpu, _), (cpu, _) = (evaluate(checkpoint, iw_samples=10, accelerator=device) for device in ['gpu', 'cpu'])
+            self.assertEqual((gpu['device'], cpu['device']), ('cuda', 'cpu'))
+            for name in ['test_bpd', 'elbo', 'log_likelihood']:
+                self.assertAlmostEqual(gpu[name], cpu[name], delta=cpu[f'{name}_standard_error'] / 2)
+            self.assertEqual(gpu['active_units'], cpu['active_units'])
+            self.assertAlmostEqual(gpu['test_bpd'], trained['test_bpd'], delta=gpu['test_bpd_standard_error'] / 2)
 
     def test_fast_and_plain_agree_after_80_epochs(self):
         bpds = {plain: [self.train(plain=plain, epochs=80, seed=seed)[1]['test_bpd'] for seed in [1, 2, 3]]
