@@ -53,7 +53,7 @@ import slurm_job
 import summary
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
-from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from rendered_digits import rendered_digits
 from train_pl import VAE, GenerateCallback, train_vae
 from utils import (
@@ -312,6 +312,19 @@ class TestNetworks(SeededTest):
     def test_mlp_layers(self):
         for net in [MLPEncoder(hidden_dims=[9, 8]).net, MLPDecoder(hidden_dims=[9, 8]).net]:
             self.assertEqual([type(layer) for layer in net], [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear])
+
+    def test_he_init(self):
+        """It keeps the scale of a signal from layer to layer."""
+        net = MLPEncoder(input_dim=500, hidden_dims=[600, 700, 800], z_dim=500).net
+        he_init(net)
+        x = torch.randn(400, 500)
+        for layer in net:
+            x = layer(x)
+            if isinstance(layer, nn.Linear):
+                self.assertEqual(layer.bias.abs().sum(), 0)
+                # The variance before a ReLU is 2; after it, the mean square is 1. The last layer: Glorot & Bengio's.
+                expected = 2 * 800 / (800 + 1000) if layer is net[-1] else 2
+                self.assertAlmostEqual(x.var().item() / expected, 1, delta=0.1)
 
     def test_cnn_layers(self):
         def shapes(net, x):
@@ -916,7 +929,7 @@ class TestTraining(TrainingTest):
 
     def test_flags_and_defaults(self):
         defaults = dict(model='MLP', z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80,
-                        seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist',
+                        seed=42, num_workers=0, log_dir='VAE_logs', progress_bar=False, dataset='mnist', init='pytorch',
                         data_dir='../data/', binarization='threshold', train_size=45_000, lr_schedule='constant',
                         accelerator='auto', plain=False, run_name=None, devices=1, num_nodes=1)
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
@@ -1030,6 +1043,13 @@ class TestTraining(TrainingTest):
         self.assertAlmostEqual(json.loads((folder / 'results.json').read_text())['test_bpd'],
                                sum(n * bpd for n, bpd in losses) / 50, places=5)
 
+    def test_initial_weights(self):
+        with mock.patch.object(train_pl, 'he_init') as init:
+            self.train(epochs=1)
+            init.assert_not_called()
+            self.train(epochs=1, init='he')
+        self.assertEqual([net[0].in_features for (net,), _ in init.call_args_list], [784, 2])
+
     def test_same_seed_same_weights(self):
         def weights(**flags):
             folder, _ = self.train(epochs=2, **flags)
@@ -1087,7 +1107,7 @@ class TestTraining(TrainingTest):
         for flags in ['--z_dim 0', '--hidden_dims -3', '--hidden_dims 512 0', '--hidden_dims', '--lr nan', '--lr 0',
                       '--lr inf', '--batch_size 0', '--epochs -1', '--epochs 0', '--num_filters 0', '--num_workers -1',
                       '--seed -1', '--devices 0', '--num_nodes 0', '--batch_size 7 --devices 2', '--run_name ..',
-                      '--z_dim two', '--model RNN', '--dataset cifar', '--no_such_flag']:
+                      '--init he --model CNN', '--z_dim two', '--model RNN', '--dataset cifar', '--no_such_flag']:
             code, message = self.main(*flags.split(), '--log_dir', log_dir)
             self.assertEqual(code, 2, flags)
             self.assertRegex(message, r'^train_pl.py: error: .*\n\Z')
