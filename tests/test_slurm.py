@@ -162,7 +162,7 @@ class TestSlurm(unittest.TestCase):
         undisturbed = self.submit('--nodelist=n1', *flags)
         limited = self.submit('--nodelist=n1', '--time=1', *flags)
         preempted = self.submit('--nodelist=n2', *flags)
-        self.wait_for(lambda: 'epoch   2/60' in self.output(preempted), 120)
+        self.wait_for(lambda: 'epoch   2/60' in self.output(preempted), 300)
         (self.checkout / 'short.sh').write_text('#!/bin/sh\nsleep 1\n')
         urgent = self.submit('--nodelist=n2', '--exclusive', '--partition=high', 'short.sh')
         self.wait_for_end(undisturbed, limited, preempted, urgent)
