@@ -41,6 +41,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.datasets import MNIST
 
@@ -998,19 +999,17 @@ class TestTraining(TrainingTest):
         self.assertAlmostEqual(scalars['test_bpd'][6], results['test_bpd'], places=6)
         self.assertEqual({tag: sorted(event.step for event in events.Images(tag)) for tag in events.Tags()['images']},
                          {tag: [0, 5] for tag in ['Samples', 'Means', 'Reconstructions', 'Manifold']})
-        plugins = {summary.tag: summary.metadata.plugin_data.plugin_name for path in folder.glob('events.out*')
-                   for event in EventFileLoader(str(path)).Load() for summary in event.summary.value}
-        self.assertEqual(plugins['custom_scalars__config__'], 'custom_scalars')
-        self.check_hyperparameters(folder, results)
-
-    def check_hyperparameters(self, folder, results):
-        """As TensorBoard's plugin reads them: the flags, and the metric whose last value is the test bpd."""
-        starts = [HParamsPluginData.FromString(summary.metadata.plugin_data.content).session_start_info.hparams
-                  for path in folder.glob('events.out*') for event in EventFileLoader(str(path)).Load()
-                  for summary in event.summary.value if summary.tag == '_hparams_/session_start_info']
-        self.assertEqual(len(starts), 1)
-        self.assertEqual(set(starts[0]), set(results['hyperparameters']))
-        self.assertEqual((starts[0]['z_dim'].number_value, starts[0]['hidden_dims'].string_value), (2, '[16]'))
+        summaries = {summary.tag: summary for path in folder.glob('events.out*')
+                     for event in EventFileLoader(str(path)).Load() for summary in event.summary.value}
+        layout = Layout.FromString(summaries['custom_scalars__config__'].tensor.string_val[0])
+        charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+        self.assertCountEqual(charts, [[f'train_{name}', f'val_{name}'] for name in names])
+        hparams = {tag: HParamsPluginData.FromString(summaries[f'_hparams_/{tag}'].metadata.plugin_data.content)
+                   for tag in ['experiment', 'session_start_info']}
+        self.assertEqual([metric.name.tag for metric in hparams['experiment'].experiment.metric_infos], ['test_bpd'])
+        flags = hparams['session_start_info'].session_start_info.hparams
+        self.assertEqual(set(flags), set(results['hyperparameters']))
+        self.assertEqual((flags['z_dim'].number_value, flags['hidden_dims'].string_value), (2, '[16]'))
 
     def test_epoch_means_weigh_every_image_alike(self):
         """The last batch of an epoch is smaller: 44 of 300 images."""
