@@ -139,14 +139,18 @@ class TestSlurm(unittest.TestCase):
         """What SLURM knows of a job, by name."""
         return dict(re.findall(r'(\w+)=(\S+)', self.slurm('scontrol', 'show', 'job', job_id)))
 
-    def wait_for_end(self, *job_ids, seconds=900):
-        """Waits until jobs are over, without the two minutes that SLURM holds back a job that it has requeued."""
+    def start_now(self, job_id):
+        """Ends the two minutes that SLURM holds back a job that it has requeued."""
+        job = self.job(job_id)
+        if job['JobState'] == 'PENDING' and job['Reason'] == 'BeginTime':
+            self.slurm('scontrol', 'update', f'JobId={job_id}', 'StartTime=now')
+
+    def wait_for_end(self, *job_ids, seconds=1200):
         def all_over():
-            states = {job_id: self.job(job_id)['JobState'] for job_id in job_ids}
-            for job_id, state in states.items():
-                if state == 'PENDING' and self.job(job_id)['Reason'] == 'BeginTime':
-                    self.slurm('scontrol', 'update', f'JobId={job_id}', 'StartTime=now')
-            return not {'PENDING', 'RUNNING', 'COMPLETING', 'CONFIGURING', 'REQUEUED'} & set(states.values())
+            for job_id in job_ids:
+                self.start_now(job_id)
+            states = {self.job(job_id)['JobState'] for job_id in job_ids}
+            return not {'PENDING', 'RUNNING', 'COMPLETING', 'CONFIGURING', 'REQUEUED'} & states
         self.wait_for(all_over, seconds)
 
     def output(self, job_id):
@@ -159,8 +163,10 @@ class TestSlurm(unittest.TestCase):
     def test_jobs_go_on_after_a_preemption_and_the_time_limit(self):
         flags = ['slurm/train.sbatch', '--dataset', 'rendered', '--epochs', '60', '--hidden_dims', '32',
                  '--z_dim', '2']
-        undisturbed = self.submit('--nodelist=n1', *flags)
         limited = self.submit('--nodelist=n1', '--time=1', *flags)
+        # By itself at first: beside others it may have to start again before its first epoch is over, for ever.
+        self.wait_for(lambda: self.start_now(limited) or 'continued after epoch' in self.output(limited), 300)
+        undisturbed = self.submit('--nodelist=n1', *flags)
         preempted = self.submit('--nodelist=n2', *flags)
         self.wait_for(lambda: 'epoch   2/60' in self.output(preempted), 300)
         (self.checkout / 'short.sh').write_text('#!/bin/sh\nsleep 1\n')
