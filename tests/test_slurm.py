@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -161,14 +162,17 @@ class TestSlurm(unittest.TestCase):
         return self.checkout / 'VAE_logs' / f'job_{job_id}'
 
     def test_jobs_go_on_after_a_preemption_and_the_time_limit(self):
-        flags = ['slurm/train.sbatch', '--dataset', 'rendered', '--epochs', '60', '--hidden_dims', '32',
-                 '--z_dim', '2']
+        flags = ['slurm/train.sbatch', '--dataset', 'rendered', '--hidden_dims', '32', '--z_dim', '2', '--epochs']
+        trial = self.submit(*flags, '3')
+        self.wait_for_end(trial)
+        seconds = float(re.findall(r'epoch .* ([\d.]+) s$', self.output(trial), re.MULTILINE)[-1])
+        flags.append(str(math.ceil(75 / seconds)))  # of the limit's minute, 40 s are left to a life of the job
         limited = self.submit('--nodelist=n1', '--time=1', *flags)
         # By itself: beside others, on a slow machine, each of its minutes may be over before its first epoch is.
         self.wait_for_end(limited)
         undisturbed = self.submit('--nodelist=n1', *flags)
         preempted = self.submit('--nodelist=n2', *flags)
-        self.wait_for(lambda: 'epoch   2/60' in self.output(preempted), 300)
+        self.wait_for(lambda: 'epoch   2/' in self.output(preempted), 300)
         (self.checkout / 'short.sh').write_text('#!/bin/sh\nsleep 1\n')
         urgent = self.submit('--nodelist=n2', '--exclusive', '--partition=high', 'short.sh')
         self.wait_for_end(undisturbed, preempted, urgent)
