@@ -51,9 +51,13 @@ class Run(NamedTuple):
     seconds: float  # that these epochs took
 
 
-def finished_results(log_dir, name, flags):
+def finished_results(log_dir, name, flags, defaults):
     """
     The results of a finished run; None where it is unfinished or new. Changes nothing.
+    Inputs:
+        log_dir, name - Directory of all runs, and the run's folder in it.
+        flags - Dict of every flag.
+        defaults - Dict of their defaults, which a run of an older version was trained with where it lacks a flag.
     Raises:
         RunFolderError - where the folder is another one's: other hyperparameters, or no run at all.
     """
@@ -62,7 +66,7 @@ def finished_results(log_dir, name, flags):
         return None  # new, or it was killed at once
     try:
         with open(os.path.join(folder, "hparams.yaml")) as file:
-            there = yaml.safe_load(file)
+            there = {**defaults, **yaml.safe_load(file)}
     except FileNotFoundError:
         raise RunFolderError(f"{folder} is there already, but holds no run: choose another --run_name") from None
     flags = as_plain_values(flags)
@@ -79,13 +83,13 @@ def finished_results(log_dir, name, flags):
 
 
 @contextlib.contextmanager
-def open_run(log_dir, name, flags):
+def open_run(log_dir, name, flags, defaults):
     """
     Makes the folder of a run, or finds where to continue it, and keeps it to this process while the context lasts.
     Inputs:
         log_dir - Directory of all runs.
         name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
-        flags - Dict of every flag; its values are plain ones.
+        flags, defaults - Dicts of every flag and of its default; their values are plain ones.
     Outputs:
         run - A Run. What its folder holds is that of the epochs up to its checkpoint.
     Raises:
@@ -104,7 +108,7 @@ def open_run(log_dir, name, flags):
         raise RunFolderError(f"cannot write to the log directory {log_dir} ({error.strerror}); "
                              "choose another one with --log_dir") from error
     with lock:
-        if finished_results(log_dir, os.path.relpath(folder, log_dir), flags):
+        if finished_results(log_dir, os.path.relpath(folder, log_dir), flags, defaults):
             raise RunFolderError(f"{folder} was finished by another process just now")
         path, checkpoint = newest_checkpoint(os.path.join(folder, "checkpoints"))
         write_whole(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(as_plain_values(flags)))

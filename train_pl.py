@@ -231,7 +231,8 @@ def train_vae(args):
             clear line each.
     """
     start = time.perf_counter()
-    args = argparse.Namespace(**{**vars(make_parser().parse_args([])), **vars(args)})
+    defaults = vars(make_parser().parse_args([]))
+    args = argparse.Namespace(**{**defaults, **vars(args)})
     check_flags(args)
     torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down
     run_folder.quiet_libraries()
@@ -241,7 +242,7 @@ def train_vae(args):
         stack.enter_context(processes.connected(trainer))
         if name:
             results = processes.on_rank_zero(
-                trainer, lambda: run_folder.finished_results(args.log_dir, name, vars(args)))
+                trainer, lambda: run_folder.finished_results(args.log_dir, name, vars(args), defaults))
             if results:
                 if trainer.is_global_zero:
                     print(f"{os.path.join(args.log_dir, name)} is finished: test bpd {results['test_bpd']:.4f}",
@@ -252,7 +253,7 @@ def train_vae(args):
         loaders = [processes.share_out(loader, trainer, args.seed) for loader in loaders or load_data(args)]
         # Only now that nothing else can be wrong; it is this run's alone until the stack is left.
         run = processes.on_rank_zero(
-            trainer, lambda: stack.enter_context(run_folder.open_run(args.log_dir, name, vars(args))))
+            trainer, lambda: stack.enter_context(run_folder.open_run(args.log_dir, name, vars(args), defaults)))
         if trainer.world_size > 1:
             stack.enter_context(processes.SharedNoise(trainer))
         return train_run(args, trainer, run, loaders, start - run.seconds)

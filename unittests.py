@@ -1097,7 +1097,7 @@ class TestTraining(TrainingTest):
         folders = []
         for version in [None, None, 0]:  # the last one has lost a race for the number
             with mock.patch.object(run_folder.TensorBoardLogger, '_get_next_version', lambda self: 0) if version == 0 \
-                    else contextlib.nullcontext(), run_folder.open_run(self.folder, None, {}) as run:
+                    else contextlib.nullcontext(), run_folder.open_run(self.folder, None, {}, {}) as run:
                 folders.append(os.path.relpath(run.folder, self.folder))
         self.assertEqual(folders, [f'lightning_logs/version_{number}' for number in range(3)])
 
@@ -1322,6 +1322,10 @@ class TestContinuedRuns(TrainingTest):
                 self.train(hidden_dims=[8, 4], seed=1, num_workers=1)
             self.assertIn('(--hidden_dims was [16], is [8, 4]; --seed was 42, is 1)', str(caught.exception))
             self.assertEqual(self.contents(), before)
+        hparams = self.run_there / 'hparams.yaml'
+        hparams.write_text(hparams.read_text().replace('binarization: threshold\n', ''))  # as of an older version
+        with self.assertRaisesRegex(run_folder.RunFolderError, 'binarization was threshold, is stochastic'):
+            self.train(binarization='stochastic')
         self.assertIn('continued', self.train(hidden_dims=(16,), epochs=6)[1])
 
     def test_a_folder_that_is_no_run(self):
@@ -1333,7 +1337,7 @@ class TestContinuedRuns(TrainingTest):
 
     def test_one_process_at_a_time(self):
         with mock.patch.object(run_folder, 'LOCK_TIMEOUT', 0.1), \
-                run_folder.open_run(self.run_there.parent, 'run', {}), \
+                run_folder.open_run(self.run_there.parent, 'run', {}, {}), \
                 self.assertRaisesRegex(run_folder.RunFolderError, 'in use by another process'):
             self.train()
         self.train(epochs=1)
