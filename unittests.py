@@ -1337,9 +1337,9 @@ class TestContinuedRuns(TrainingTest):
 
     def test_one_process_at_a_time(self):
         with mock.patch.object(run_folder, 'LOCK_TIMEOUT', 0.1), \
-                run_folder.open_run(self.run_there.parent, 'run', {}, {}), \
+                run_folder.open_run(self.run_there.parent, 'run', vars(self.namespace(epochs=1)), {}), \
                 self.assertRaisesRegex(run_folder.RunFolderError, 'in use by another process'):
-            self.train()
+            self.train(epochs=1)
         self.train(epochs=1)
 
     def test_run_names(self):
