@@ -11,6 +11,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -50,9 +51,9 @@ class ResumeTest(unittest.TestCase):
                 self.assertEqual(left[name], other_left[name], name)
 
     def kill_at_random(self, *flags):
-        """Kills a run KILLS times, at moments within the first two epochs' time after its start, and lets it end."""
+        """Kills a run KILLS times, each within one and a half epochs' time after its start, and lets it end."""
         stdout = self.finish('undisturbed', *flags)
-        epoch_seconds = max(float(seconds) for seconds in re.findall(r'([\d.]+) s$', stdout, re.MULTILINE))
+        epoch_seconds = median(map(float, re.findall(r'([\d.]+) s$', stdout, re.MULTILINE)))
         seed = random.randrange(1000)
         moments = random.Random(seed)
         print(f'\n{" ".join(flags)}: {KILLS} kills, seed {seed}, after epochs', end=' ', flush=True)
@@ -64,7 +65,7 @@ class ResumeTest(unittest.TestCase):
             continued = int((re.search(r'continued after epoch (\d+)', first_line) or [0, 0])[1])
             self.assertGreaterEqual(continued, reported - 1)
             print(continued, end=' ', flush=True)
-            time.sleep(moments.uniform(0, 2 * epoch_seconds))
+            time.sleep(moments.uniform(0, 1.5 * epoch_seconds))
             process.kill()
             stdout, stderr = process.communicate()
             self.assertEqual(stderr, '')
@@ -73,10 +74,10 @@ class ResumeTest(unittest.TestCase):
         self.assert_same('undisturbed', 'killed')
 
     def test_random_kills_mlp(self):
-        self.kill_at_random('--epochs', '40', '--hidden_dims', '32', '--z_dim', '2', '--batch_size', '500')
+        self.kill_at_random('--epochs', '30', '--hidden_dims', '32', '--z_dim', '2', '--batch_size', '500')
 
     def test_random_kills_cnn(self):
-        self.kill_at_random('--epochs', '40', '--model', 'CNN', '--num_filters', '1', '--batch_size', '500')
+        self.kill_at_random('--epochs', '30', '--model', 'CNN', '--num_filters', '1', '--batch_size', '500')
 
     def test_two_processes(self):
         """Killed once; the second process ends by itself, since it has lost the first."""
