@@ -74,7 +74,7 @@ class ResumeTest(unittest.TestCase):
         self.assert_same('undisturbed', 'killed')
 
     def test_random_kills_mlp(self):
-        self.kill_at_random('--epochs', '30', '--hidden_dims', '32', '--z_dim', '2', '--batch_size', '500')
+        self.kill_at_random('--epochs', '30', '--hidden_dims', '32', '--z_dim', '2')
 
     def test_random_kills_cnn(self):
         self.kill_at_random('--epochs', '30', '--model', 'CNN', '--num_filters', '1', '--batch_size', '500')
