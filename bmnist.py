@@ -4,9 +4,9 @@ MNIST as binary images in memory, split into training, validation and test set.
 Run by itself, `python bmnist.py --data_dir DIR` fetches and checks the data ahead of time (the compute nodes of a
 cluster often have no network), and prints the splits.
 """
+
 import argparse
 import contextlib
-import copy
 import http.client
 import io
 import os
@@ -35,7 +35,7 @@ BINARIZATIONS = ["threshold", "stochastic"]
 TIMEOUT = 20  # seconds without an answer until a download is given up; by default a firewall can hold it for minutes
 
 
-class DataError(RuntimeError):
+class DataError(OSError):
     """The data is missing or damaged; the message is one line that says which file and what to do."""
 
 
@@ -64,10 +64,9 @@ class BinaryImages(Dataset):
         return binarize(self.images.index_select(0, indices)), self.labels.index_select(0, indices)
 
     def to(self, device):
-        """The same data set on a device."""
-        moved = copy.copy(self)
-        vars(moved).update({name: tensor.to(device) for name, tensor in vars(self).items()})
-        return moved
+        """Moves the data set to a device, and returns it."""
+        vars(self).update({name: tensor.to(device) for name, tensor in vars(self).items()})
+        return self
 
 
 class SampledImages(BinaryImages):
@@ -96,11 +95,19 @@ class SampledImages(BinaryImages):
 
 
 class RedrawingLoader(DataLoader):
-    """A DataLoader of SampledImages that draws them anew for each pass, from torch's global random numbers."""
+    """
+    A DataLoader of SampledImages that draws them anew for each pass: from its sampler's `draw_seed()` where it has one,
+    else from torch's global random numbers.
+    """
 
     def __iter__(self):
-        self.dataset.redraw(torch.randint(2**62, ()).item())
+        self.redraw()
         return super().__iter__()
+
+    def redraw(self):
+        """Draws the images of a pass."""
+        draw_seed = getattr(self.sampler, "draw_seed", None)
+        self.dataset.redraw(draw_seed() if draw_seed else torch.randint(2**62, ()).item())
 
 
 def binarize(images):
@@ -114,8 +121,17 @@ def already_a_batch(batch):
     return batch
 
 
-def data_loaders(train_images, train_labels, test_images, test_labels, batch_size=128, num_workers=0,
-                 binarization="threshold", train_size=45_000):
+def data_loaders(
+    train_images,
+    train_labels,
+    test_images,
+    test_labels,
+    batch_size=128,
+    num_workers=0,
+    binarization="threshold",
+    train_size=45_000,
+    sampler=None,
+):
     """
     Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
     Inputs:
@@ -126,13 +142,18 @@ def data_loaders(train_images, train_labels, test_images, test_labels, batch_siz
         binarization - "threshold", or "stochastic": each pixel is drawn from Bernoulli(intensity), anew for every pass
             over the training set, and always the same for validation and test.
         train_size - Number of training images, 45,000 or 55,000.
+        sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices; if None, torch's own.
     Outputs:
         train_loader (shuffled), val_loader, test_loader - Their batches are (imgs, labels): float32 [B,1,28,28] of
             zeros and ones, and int64 [B].
+    Raises:
+        ValueError - where binarization or train_size is none of the possible values.
     """
     if binarization not in BINARIZATIONS or train_size not in TRAIN_SIZES:
-        raise ValueError(f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}, got "
-                         f"{binarization!r} and {train_size!r}")
+        raise ValueError(
+            f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}, got "
+            f"{binarization!r} and {train_size!r}"
+        )
     Images, TrainLoader = BinaryImages, DataLoader
     if binarization == "stochastic":
         Images, TrainLoader = SampledImages, RedrawingLoader
@@ -142,13 +163,14 @@ def data_loaders(train_images, train_labels, test_images, test_labels, batch_siz
         (DataLoader, Images(train_images[train_size:val_end], train_labels[train_size:val_end]), False),
         (DataLoader, Images(test_images, test_labels), False),
     ]
-    return tuple(
-        Loader(split, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=already_a_batch)
-        for Loader, split, shuffle in splits
-    )
+    loaders = []
+    for Loader, split, shuffle in splits:
+        order = {"shuffle": shuffle} if sampler is None else {"sampler": sampler(split, shuffle)}
+        loaders.append(Loader(split, batch_size, **order, num_workers=num_workers, collate_fn=already_a_batch))
+    return tuple(loaders)
 
 
-def bmnist(root='../data/', batch_size=128, num_workers=0, download=True, binarization="threshold", train_size=45_000):
+def bmnist(root="../data/", batch_size=128, num_workers=0, download=True, binarization="threshold", train_size=45_000):
     """
     Returns data loaders for MNIST, binarised with a fixed threshold (the assignment's choice, simple and reproducible)
     or by sampling from the intensities (as in most of the literature).
@@ -166,7 +188,7 @@ def bmnist(root='../data/', batch_size=128, num_workers=0, download=True, binari
     return data_loaders(*load_mnist(root, download), batch_size, num_workers, binarization, train_size)
 
 
-def load_mnist(root='../data/', download=True):
+def load_mnist(root="../data/", download=True):
     """
     Finds, or downloads, the four files of MNIST and reads them after checking each one.
     Inputs and errors: as bmnist.
@@ -186,11 +208,16 @@ def load_mnist(root='../data/', download=True):
             raise DataError(
                 f"MNIST is not complete in {folder}: of the four files expected there ({', '.join(FILES)}), "
                 f"{len(missing)} are missing and could not be downloaded ({problem}). Run `python bmnist.py "
-                "--data_dir DIR` where there is a network, or train on the embedded stand-in with --dataset rendered")
+                "--data_dir DIR` where there is a network, or train on the embedded stand-in with --dataset rendered"
+            )
     for name in FILES:
         check_file(folder / name)
-    return (read_image_file(folder / "train-images-idx3-ubyte"), read_label_file(folder / "train-labels-idx1-ubyte"),
-            read_image_file(folder / "t10k-images-idx3-ubyte"), read_label_file(folder / "t10k-labels-idx1-ubyte"))
+    return (
+        read_image_file(folder / "train-images-idx3-ubyte"),
+        read_label_file(folder / "train-labels-idx1-ubyte"),
+        read_image_file(folder / "t10k-images-idx3-ubyte"),
+        read_label_file(folder / "t10k-labels-idx1-ubyte"),
+    )
 
 
 def missing_files(folder):
@@ -249,13 +276,15 @@ def check_file(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fetches MNIST, checks it and prints its splits.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Fetches MNIST, checks it and prints its splits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--data_dir", default="../data/", help="Directory of the data, which go to MNIST/raw in it")
     args = parser.parse_args()
     try:
         loaders = bmnist(args.data_dir)
-    except (DataError, OSError) as error:
+    except OSError as error:
         sys.exit(f"bmnist.py: error: {error}")
     print(f"MNIST in {Path(args.data_dir).expanduser() / 'MNIST' / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):

@@ -1,9 +1,9 @@
 """Encoder and decoder as convolutional networks for 28x28 images: the course's autoencoder, fitted to MNIST."""
+
 import torch.nn as nn
 
 
 class CNNEncoder(nn.Module):
-
     def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
         """
         Encoder q(z|x) = N(mean, diag(std^2)) with a CNN network.
@@ -42,7 +42,6 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-
     def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
         """
         Decoder p(x|z) of independent Bernoulli pixels with a CNN network, the mirror of the encoder.

@@ -3,121 +3,141 @@ A trained model's numbers and pictures: `python evaluate.py CHECKPOINT`, `python
 
 Test bpd, log p(x), active units, and what the latent space holds, for any checkpoint of train_pl.py.
 """
+
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
-import figures
-from bmnist import DataError
-from checkpoints import CheckpointError, load_model, read_checkpoint
-from run_folder import write_whole
-from train_pl import CHOICES, VAE, check_flags, load_data, make_parser
-from utils import (
-    KLD,
-    active_units,
-    elbo_to_bpd,
-    log_likelihood,
-    manifold_latents,
-    quadrature_log_likelihood,
-    sample_reparameterize,
-)
+from harness import figures
+from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
+from harness.files import write_text
+from harness.program import FlagError, Parser, ending
+from train_pl import FLAGS as TRAINING_FLAGS
+from train_pl import VAE, complete_flags, load_data
+from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
 
 BATCH_SIZE = 100  # test images at a time
 
 
-class FlagError(ValueError):
-    """A flag's value is of no use; the message is one line that says which."""
+# As in train_pl.py.
+FLAGS = {
+    "evaluation": {
+        "dataset": (None, TRAINING_FLAGS["data"]["dataset"][1], "Data; by default what it was trained on"),
+        "data_dir": (None, None, "Directory of MNIST, downloaded where missing; by default that of the training"),
+        "iw_samples": (1000, 1, "Samples per image of the importance-weighted log p(x)"),
+        "out": (None, None, "Folder for the results; by default `evaluation` in the run's folder"),
+        "accelerator": (
+            "auto",
+            TRAINING_FLAGS["devices"]["accelerator"][1],
+            "Device; auto takes a GPU if there is one",
+        ),
+        "progress_bar": (False, None, "Show a progress bar"),
+    }
+}
 
 
-def evaluate(checkpoint, dataset=None, data_dir=None, iw_samples=1000, out=None, accelerator='auto',
-             progress_bar=False):
+def evaluate(
+    checkpoint, dataset=None, data_dir=None, iw_samples=1000, out=None, accelerator="auto", progress_bar=False
+):
     """
     Evaluates a checkpoint on its test set, and draws what the model has learned. The numbers depend on the checkpoint
     and on iw_samples alone, and torch's random numbers are left as they were.
     Inputs:
         checkpoint - Path of a checkpoint of train_pl.py.
-        dataset - 'mnist' or 'rendered'; if None, what the checkpoint was trained on.
+        dataset - "mnist" or "rendered"; if None, what the checkpoint was trained on.
         data_dir - Directory of MNIST; if None, that of the training, where it is only read.
         iw_samples - Number of samples per image of the importance-weighted log p(x).
         out - Folder for evaluation.json and the pictures; if None, `evaluation` in the run's folder.
-        accelerator - 'auto' (a GPU where there is one), 'cpu' or 'gpu'.
+        accelerator - "auto" (a GPU where there is one), "cpu" or "gpu".
         progress_bar - If True, a progress bar is shown.
     Outputs:
         results - Dict of what evaluation.json holds: see `likelihoods`, and where they come from.
         folder - Path of the folder.
     Raises:
-        FlagError, CheckpointError, DataError, OSError - with one clear line each.
+        OSError - of one clear line, where a flag, the checkpoint, the data or the folder is of no use.
     """
     start = time.perf_counter()
     checkpoint = Path(checkpoint)
-    device = check_choices(dataset, iw_samples, accelerator)
+    device = pick_device(dataset, iw_samples, accelerator)
     with isolate_rng():  # its initial weights are drawn
         model = load_model(VAE, checkpoint).to(device).eval()
     flags, epoch = trained_with(checkpoint, dataset)
     if data_dir is not None:
         flags.data_dir = data_dir
     test_set = load_data(flags, download=data_dir is not None)[2].dataset
-    run = checkpoint.parent.parent if checkpoint.parent.name == 'checkpoints' else checkpoint.parent
-    folder = Path(out) if out is not None else run / 'evaluation'
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = Path(out) if out is not None else run / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     with isolate_rng(), torch.no_grad():
         torch.manual_seed(0)
         results, means = likelihoods(model, test_set, iw_samples, progress_bar)
         imgs, labels = test_set[torch.arange(len(test_set))]
         pictures(folder, model, imgs, labels, means)
-    results = {'checkpoint': str(checkpoint), 'epoch': epoch, 'model': model.hparams.model_name,
-               'z_dim': model.hparams.z_dim, 'dataset': flags.dataset, 'binarization': flags.binarization,
-               'test_images': len(test_set), **results, 'device': str(device), 'torch': torch.__version__,
-               'seconds': round(time.perf_counter() - start, 1)}
-    write_whole(folder / 'evaluation.json', json.dumps(results, indent=2) + '\n')
+    results = {
+        "checkpoint": str(checkpoint),
+        "epoch": epoch,
+        "model": model.hparams.model_name,
+        "z_dim": model.hparams.z_dim,
+        "dataset": flags.dataset,
+        "binarization": flags.binarization,
+        "test_images": len(test_set),
+        **results,
+        "device": str(device),
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_text(folder / "evaluation.json", json.dumps(results, indent=2) + "\n")
     return results, folder
 
 
-def check_choices(dataset, iw_samples, accelerator):
-    """Raises a FlagError where a flag is of no use. Returns the torch.device to work on."""
-    for name, value, choices in [('dataset', dataset, [None, *CHOICES['dataset']]),
-                                 ('accelerator', accelerator, CHOICES['accelerator'])]:
-        if value not in choices:
-            raise FlagError(f"--{name} must be one of {', '.join(filter(None, choices))}, got {value!r}")
-    if iw_samples < 1:
-        raise FlagError(f"--iw_samples must be at least 1, got {iw_samples}")
-    if accelerator == 'gpu' and not torch.cuda.is_available():
+def pick_device(dataset, iw_samples, accelerator):
+    """The torch.device to work on. Raises a FlagError where a flag is of no use."""
+    make_parser().complete(argparse.Namespace(dataset=dataset, iw_samples=iw_samples, accelerator=accelerator))
+    if accelerator == "gpu" and not torch.cuda.is_available():
         raise FlagError("--accelerator gpu: there is no CUDA GPU here; use auto or cpu")
-    return torch.device('cuda' if accelerator != 'cpu' and torch.cuda.is_available() else 'cpu')
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def trained_with(path, dataset):
     """
-    The flags that a checkpoint was trained with, as a Namespace, and its number of epochs.
+    The flags that a checkpoint was trained with.
     Inputs:
         path - Path of the checkpoint.
         dataset - What replaces its data set, or None.
+    Outputs:
+        args - Namespace of every flag.
+        epoch - Number of epochs.
+    Raises:
+        FlagError - where there is no data set.
+        CheckpointError - where the flags are of no use.
     """
     checkpoint = read_checkpoint(path)
-    report = checkpoint['callbacks'].get('EpochReport')
-    flags = report.get('flags') if isinstance(report, dict) else None
+    run = checkpoint.get(RUN)
+    flags = run.get("flags") if isinstance(run, dict) else None
     if flags is None and dataset is None:
         raise FlagError(f"{path} does not say what data it was trained on: give --dataset")
-    defaults = vars(make_parser().parse_args([]))
+    known = {name for group in TRAINING_FLAGS.values() for name in group}
     try:
-        known = {name: value for name, value in (flags or {}).items() if name in defaults}
-        args = argparse.Namespace(**{**defaults, **known, **({'dataset': dataset} if dataset else {})})
-        check_flags(args)
+        flags = {name: value for name, value in (flags or {}).items() if name in known}
+        args = complete_flags(argparse.Namespace(**{**flags, **({"dataset": dataset} if dataset else {})}))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
-    return args, checkpoint['epoch'] + 1
+    return args, checkpoint["epoch"] + 1
 
 
 def likelihoods(model, test_set, iw_samples, progress_bar):
     """
+    The numbers of evaluation.json.
+    Inputs:
+        model - The VAE.
+        test_set - The test set, see bmnist.BinaryImages.
+        iw_samples, progress_bar - See evaluate.
     Outputs:
         results - Dict of numbers, all means over the test set, each with its standard error over the test images:
             test_bpd, from one sample of the posterior per image, as in training; the same as elbo, in nats;
@@ -127,16 +147,17 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     """
     device = model.device
     neg_elbos, log_ps, means = [], [], []
-    for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), 'log p(x)', disable=not progress_bar):
+    for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), "log p(x)", disable=not progress_bar):
         imgs = test_set[indices][0].to(device)
-        mean, log_std = model.encoder(imgs)
-        logits = model.decoder(sample_reparameterize(mean, log_std.exp()))
-        L_rec = F.binary_cross_entropy_with_logits(logits, imgs, reduction='none').flatten(1).sum(dim=-1)
-        neg_elbos.append(L_rec + KLD(mean, log_std))
+        L_rec, L_reg = model.losses(imgs)
+        neg_elbos.append(L_rec + L_reg)
         # A GPU wants more work at a time than the caches of a CPU hold.
-        log_ps.append(log_likelihood(imgs, model.encoder, model.decoder, iw_samples,
-                                     chunk_size=512 if device.type == 'cpu' else 65_536))
-        means.append(mean.cpu())
+        log_ps.append(
+            log_likelihood(
+                imgs, model.encoder, model.decoder, iw_samples, chunk_size=512 if device.type == "cpu" else 65_536
+            )
+        )
+        means.append(model.encoder(imgs)[0].cpu())
     neg_elbos, log_ps, means = torch.cat(neg_elbos).double(), torch.cat(log_ps).double(), torch.cat(means)
 
     img_shape = imgs.shape
@@ -144,17 +165,17 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
 
     def add(name, values):
         results[name] = values.mean().item()
-        results[f'{name}_standard_error'] = values.std().item() / math.sqrt(len(values))
+        results[f"{name}_standard_error"] = values.std().item() / math.sqrt(len(values))
 
-    add('test_bpd', elbo_to_bpd(neg_elbos, img_shape))
-    add('elbo', -neg_elbos)
-    add('log_likelihood', log_ps)
-    add('log_likelihood_bpd', elbo_to_bpd(-log_ps, img_shape))
-    results['iw_samples'] = iw_samples
+    add("test_bpd", elbo_to_bpd(neg_elbos, img_shape))
+    add("elbo", -neg_elbos)
+    add("log_likelihood", log_ps)
+    add("log_likelihood_bpd", elbo_to_bpd(-log_ps, img_shape))
+    results["iw_samples"] = iw_samples
     if means.shape[1] == 2:
         all_imgs = test_set[torch.arange(len(test_set))][0].to(device)
-        add('log_likelihood_by_quadrature', quadrature_log_likelihood(all_imgs, model.decoder).double())
-    results['active_units'] = int(active_units(means).sum())
+        add("log_likelihood_by_quadrature", quadrature_log_likelihood(all_imgs, model.decoder).double())
+    results["active_units"] = int(active_units(means).sum())
     return results, means
 
 
@@ -167,6 +188,7 @@ def pictures(folder, model, imgs, labels, means):
         imgs, labels - The test set, [N,1,28,28] and [N].
         means - Tensor of shape [N,D], the means of its posteriors.
     """
+
     def decode(z):
         return torch.sigmoid(model.decoder(z.to(model.device))).squeeze(-3).cpu()
 
@@ -174,16 +196,23 @@ def pictures(folder, model, imgs, labels, means):
     # The first three test images of each digit, in columns (rendered or not, every digit is there).
     picks = torch.stack([(labels == digit).nonzero().squeeze(1)[:3] for digit in range(10)], dim=1)
     rows = torch.stack([imgs[picks].squeeze(2), decode(means[picks].flatten(0, 1)).unflatten(0, picks.shape)], dim=1)
-    figures.image_table(folder / 'reconstructions', rows.flatten(0, 1), rows=['input', 'reconstruction'] * 3,
-                        title="Test images and the means of their reconstructions")
+    figures.image_table(
+        folder / "reconstructions",
+        rows.flatten(0, 1),
+        rows=["input", "reconstruction"] * 3,
+        title="Test images and the means of their reconstructions",
+    )
 
     start, end = picks[0], picks[1].roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
     weights = torch.linspace(0, 1, 11)
     z = torch.lerp(means[start].unsqueeze(1), means[end].unsqueeze(1), weights.view(1, -1, 1))
     between = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    figures.image_table(folder / 'interpolations', torch.cat([imgs[start], between, imgs[end]], dim=1),
-                        columns=['input', *(f'{weight:.1f}' for weight in weights), 'input'],
-                        title="Along straight lines in latent space, between two test images")
+    figures.image_table(
+        folder / "interpolations",
+        torch.cat([imgs[start], between, imgs[end]], dim=1),
+        columns=["input", *(f"{weight:.1f}" for weight in weights), "input"],
+        title="Along straight lines in latent space, between two test images",
+    )
 
     active = active_units(means).nonzero().squeeze(1)
     active = active[means.var(dim=0)[active].argsort(descending=True)]
@@ -191,24 +220,43 @@ def pictures(folder, model, imgs, labels, means):
     if len(active):
         z = means[0].expand(len(active), len(values), -1).clone()
         z[torch.arange(len(active)), :, active] = values
-        figures.image_table(folder / 'traversals', decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]),
-                            rows=[f'z{unit}' for unit in active.tolist()],
-                            columns=[f'{value:.1f}' for value in values],
-                            title="One latent changes, the others stay those of the first test image")
+        figures.image_table(
+            folder / "traversals",
+            decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]),
+            rows=[f"z{unit}" for unit in active.tolist()],
+            columns=[f"{value:.1f}" for value in values],
+            title="One latent changes, the others stay those of the first test image",
+        )
 
     samples, sample_means = model.sample(64)
-    for name, drawn in [('samples', samples), ('sample_means', sample_means)]:
-        figures.image_table(folder / name, drawn.view(8, 8, *drawn.shape[-2:]).cpu(),
-                            title="Samples" if name == 'samples' else "Means of the samples' pixels")
+    for name, drawn in [("samples", samples), ("sample_means", sample_means)]:
+        figures.image_table(
+            folder / name,
+            drawn.view(8, 8, *drawn.shape[-2:]).cpu(),
+            title="Samples" if name == "samples" else "Means of the samples' pixels",
+        )
 
     if z_dim == 2:
         z = manifold_latents(20)
-        axis = [f'{value:.2f}' for value in z[:20, 0]]
-        figures.image_table(folder / 'manifold', decode(z).view(20, 20, *imgs.shape[-2:]), rows=axis[::-1],
-                            columns=axis, xlabel='$z_0$', ylabel='$z_1$', gap=0, columns_below=True)
+        axis = [f"{value:.2f}" for value in z[:20, 0]]
+        figures.image_table(
+            folder / "manifold",
+            decode(z).view(20, 20, *imgs.shape[-2:]),
+            rows=axis[::-1],
+            columns=axis,
+            xlabel="$z_0$",
+            ylabel="$z_1$",
+            gap=0,
+            columns_below=True,
+        )
     points, names = plane(means, labels)
-    figures.latent_space(folder / 'latent_space', points, labels, names,
-                         title=f"Posterior means of the {len(labels):,} test images, {z_dim} latents")
+    figures.latent_space(
+        folder / "latent_space",
+        points,
+        labels,
+        names,
+        title=f"Posterior means of the {len(labels):,} test images, {z_dim} latents",
+    )
 
 
 def plane(means, labels):
@@ -217,54 +265,61 @@ def plane(means, labels):
     there are two, the first two principal components where there are more; a single latent is drawn over the digit.
     """
     if means.shape[1] == 1:
-        return torch.stack([means[:, 0], labels.float()], dim=1), ['$z_0$', 'digit']
+        return torch.stack([means[:, 0], labels.float()], dim=1), ["$z_0$", "digit"]
     if means.shape[1] == 2:
-        return means, ['$z_0$', '$z_1$']
+        return means, ["$z_0$", "$z_1$"]
     variances, directions = torch.linalg.eigh(means.T.double().cov())  # in ascending order
     first_two = directions[:, [-1, -2]].float()
     shares = variances[[-1, -2]] / variances.sum()
-    return (means - means.mean(dim=0)) @ first_two, [f'{order} principal component ({share:.0%} of the variance)'
-                                                     for order, share in zip(['first', 'second'], shares)]
+    return (means - means.mean(dim=0)) @ first_two, [
+        f"{order} principal component ({share:.0%} of the variance)"
+        for order, share in zip(["first", "second"], shares)
+    ]
+
+
+def make_parser():
+    """The parser of the flags of `python evaluate.py`."""
+    parser = Parser("Evaluates a checkpoint of train_pl.py on its test set.", FLAGS)
+    parser.add_argument("checkpoint", help="The checkpoint: of a run, RUN/checkpoints/best.ckpt")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Evaluates a checkpoint of train_pl.py on its test set.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('checkpoint', help="The checkpoint: of a run, RUN/checkpoints/best.ckpt")
-    parser.add_argument('--dataset', choices=CHOICES['dataset'], help="Data; default: what it was trained on")
-    parser.add_argument('--data_dir', help="Directory of MNIST, in its subfolder MNIST/raw; downloaded to it where "
-                        "missing. Default: that of the training, not downloaded")
-    parser.add_argument('--iw_samples', default=1000, type=int,
-                        help="Samples per image of the importance-weighted log p(x)")
-    parser.add_argument('--out', help="Folder for the results; default: evaluation in the run's folder")
-    parser.add_argument('--accelerator', default='auto', choices=CHOICES['accelerator'],
-                        help="Device; auto takes a GPU where there is one")
-    parser.add_argument('--progress_bar', action='store_true', help="Show a progress bar")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (--help lists the flags)\n")
+    parser = make_parser()
     args = parser.parse_args()
-    try:
+    with ending(parser):
         results, folder = evaluate(**vars(args))
-    except FlagError as error:
-        parser.error(error)
-    except (CheckpointError, DataError, OSError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted")
-    print(f"{results['model']}, {results['z_dim']} latents, after {results['epoch']} epochs, on "
-          f"{results['test_images']:,} test images of {results['dataset']} ({results['binarization']}), "
-          f"on {results['device']}")
-    for label, name, unit in [('test bpd', 'test_bpd', ''), ('ELBO', 'elbo', ' nats'),
-                              ('log p(x)', 'log_likelihood', ' nats'), ('log p(x)', 'log_likelihood_bpd', ' bpd'),
-                              ('log p(x)', 'log_likelihood_by_quadrature', ' nats')]:
+    print_results(results, folder)
+
+
+def print_results(results, folder):
+    """Prints what evaluate returned."""
+    print(
+        f"{results['model']}, {results['z_dim']} latents, after {results['epoch']} epochs, on "
+        f"{results['test_images']:,} test images of {results['dataset']} ({results['binarization']}), "
+        f"on {results['device']}"
+    )
+    for label, name, unit in [
+        ("test bpd", "test_bpd", ""),
+        ("ELBO", "elbo", " nats"),
+        ("log p(x)", "log_likelihood", " nats"),
+        ("log p(x)", "log_likelihood_bpd", " bpd"),
+        ("log p(x)", "log_likelihood_by_quadrature", " nats"),
+    ]:
         if name in results:
-            digits = 2 if unit == ' nats' else 4
-            how = {'log_likelihood': f", importance-weighted, {results['iw_samples']:,} samples",
-                   'log_likelihood_by_quadrature': ', by quadrature'}.get(name, '')
-            error = results[f'{name}_standard_error']
+            digits = 2 if unit == " nats" else 4
+            how = {
+                "log_likelihood": f", importance-weighted, {results['iw_samples']:,} samples",
+                "log_likelihood_by_quadrature": ", by quadrature",
+            }.get(name, "")
+            error = results[f"{name}_standard_error"]
             print(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
-    print(f"active units  {results['active_units']:8} of {results['z_dim']}\nevaluation in {folder}, "
-          f"{results['seconds']} s", flush=True)
+    print(
+        f"active units  {results['active_units']:8} of {results['z_dim']}\nevaluation in {folder}, "
+        f"{results['seconds']} s",
+        flush=True,
+    )
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
 """Encoder and decoder as multilayer perceptrons: linear layers with ReLU between them, none after the last."""
+
 import math
 from itertools import pairwise
 
@@ -21,14 +22,13 @@ def he_init(net):
     """
     *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
     for layer in hidden:
-        nn.init.kaiming_uniform_(layer.weight, nonlinearity='relu')
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
     nn.init.xavier_uniform_(last.weight)
     for layer in [*hidden, last]:
         nn.init.zeros_(layer.bias)
 
 
 class MLPEncoder(nn.Module):
-
     def __init__(self, input_dim=784, hidden_dims=[512], z_dim=20):  # noqa: B006 (the assignment's signature; only read)
         """
         Encoder q(z|x) = N(mean, diag(std^2)) with an MLP network.
@@ -53,7 +53,6 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-
     def __init__(self, z_dim=20, hidden_dims=[512], output_shape=[1, 28, 28]):  # noqa: B006 (as above)
         """
         Decoder p(x|z) of independent Bernoulli pixels with an MLP network.

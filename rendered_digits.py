@@ -1,4 +1,5 @@
-"""Digits to train on where MNIST cannot be fetched: drawn on the spot from the fonts that matplotlib ships.
+"""
+Digits to train on where MNIST cannot be fetched: drawn on the spot from the fonts that matplotlib ships.
 
 They keep to MNIST's rules: 28x28 pixels of 0 (paper) to 255 (ink), the digit in a box of 20x20 pixels in its own
 proportions, its centre of mass at pixel (14, 14) give or take half a pixel.
@@ -66,10 +67,13 @@ def draw_glyph(font, digit):
 
 
 def distance_to(mask):
-    """Pixels from each point of the field to the nearest True of mask [CANVAS, CANVAS]: float32 array [FIELD, FIELD].
-
-    Squared distances take one pass per axis (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions",
-    2012).
+    """
+    Distances of the points of a field to the nearest point of a mask. Squared distances take one pass per axis
+    (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions", 2012).
+    Inputs:
+        mask - Boolean array of shape [CANVAS,CANVAS].
+    Outputs:
+        distance - float32 array of shape [FIELD,FIELD], in pixels.
     """
     samples = np.linspace(0, CANVAS - 1, FIELD, dtype=np.float32)
     steps = (samples[:, None] - np.arange(CANVAS, dtype=np.float32)) ** 2
@@ -81,11 +85,15 @@ def distance_to(mask):
 
 @functools.cache
 def glyphs():
-    """The G = 10 * len(FONTS) glyphs, digit d of font f at 10 * f + d.
-
-    Returns fields: float [G, FIELD, FIELD], distance to the outline, positive inside;
-    corners: float [G, 32, 2], (x, y) of the outermost ink in 32 directions; hairlines: float [G], thinnest strokes.
-    Lengths are in halves of the canvas, (0, 0) is its middle. Raises FileNotFoundError where a font is missing.
+    """
+    The G = 10 * len(FONTS) glyphs, digit d of font f at 10 * f + d. Lengths are in halves of the canvas, and (0, 0) is
+    its middle.
+    Outputs:
+        fields - Tensor of shape [G,FIELD,FIELD], distances to the outline, positive inside.
+        corners - Tensor of shape [G,32,2], (x, y) of the outermost ink in 32 directions.
+        hairlines - Tensor of shape [G], the thinnest strokes.
+    Raises:
+        FileNotFoundError - where a font is missing.
     """
     fields, corners, hairlines = [], [], []
     angles = np.arange(32) * (2 * np.pi / 32)
@@ -136,11 +144,16 @@ def draw(glyph, stretch, shear, rotation, shift_x, shift_y, box, pen):
 
 
 def rendered_digits(num_images=60_000, seed=0):
-    """Digits in MNIST's place: any slice of them is a fair sample, with the ten digits about evenly often.
-
-    Returns images: uint8 tensor [num_images, 28, 28], 0 background .. 255 ink; labels: int64 tensor [num_images].
-    The same seed gives the same images, and a smaller num_images gives the first of them.
-    Raises ValueError for num_images < 1.
+    """
+    Digits in MNIST's place: any slice of them is a fair sample, with the ten digits about evenly often.
+    Inputs:
+        num_images - Number of images; the images of a smaller number are the first of a larger one.
+        seed - The same seed gives the same images.
+    Outputs:
+        images - uint8 tensor of shape [num_images,28,28], 0 (paper) to 255 (ink).
+        labels - int64 tensor of shape [num_images].
+    Raises:
+        ValueError - where num_images is below 1.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, not {num_images}")
@@ -161,3 +174,16 @@ def rendered_digits(num_images=60_000, seed=0):
     finally:
         torch.set_num_threads(threads)
     return images, labels
+
+
+def rendered_mnist(num_train=60_000, num_test=10_000):
+    """
+    Rendered digits as the two parts of MNIST.
+    Inputs:
+        num_train, num_test - Numbers of images.
+    Outputs:
+        train_images, train_labels - uint8 tensor of shape [num_train,28,28], int64 tensor of shape [num_train]
+        test_images, test_labels - The same for the test images.
+    """
+    images, labels = rendered_digits(num_train + num_test)
+    return images[:num_train], labels[:num_train], images[num_train:], labels[num_train:]

@@ -1,12 +1,11 @@
 """The results of many runs at a glance: `python summary.py VAE_logs/job_17_*` prints a table and draws a plot."""
-import argparse
+
 import json
 import os
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from run_folder import NEUTRAL
+from harness.program import CHANGEABLE_FLAGS, Parser, UserError, ending
 
 
 def read_runs(folders):
@@ -30,8 +29,11 @@ def by_setting(results):
         groups - Dict from a setting, such as 'z_dim 2, lr 0.001', to its list of results; it names the flags that are
             not the same in all runs.
     """
-    flags = [name for name in dict.fromkeys(name for run in results for name in run["hyperparameters"])
-             if name not in NEUTRAL | {"seed"}]
+    flags = [
+        name
+        for name in dict.fromkeys(name for run in results for name in run["hyperparameters"])
+        if name not in CHANGEABLE_FLAGS | {"seed"}
+    ]
     values = {name: [run["hyperparameters"].get(name) for run in results] for name in flags}
     varied = [name for name in flags if any(value != values[name][0] for value in values[name])]
     groups = {}
@@ -61,26 +63,27 @@ def table(groups):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Sums up runs: a table of test bpd by setting, and a plot of it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Sums up runs: a table of test bpd by setting, and a plot of it.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Folders of runs, or folders that hold such")
     parser.add_argument("--plot", default="summary.png", help="PNG file to draw")
     args = parser.parse_args()
-    finished, unfinished = read_runs(args.folders)
-    if not finished:
-        sys.exit(f"summary.py: error: there is no finished run in {' '.join(args.folders)} (no results.json)")
-    groups = by_setting(finished)
-    print(*table(groups), sep="\n")
-    if unfinished:
-        print(f"not finished: {', '.join(unfinished)}")
+    with ending(parser):
+        finished, unfinished = read_runs(args.folders)
+        if not finished:
+            raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
+        groups = by_setting(finished)
+        print(*table(groups), sep="\n")
+        if unfinished:
+            print(f"not finished: {', '.join(unfinished)}")
 
-    import figures
+        from harness import figures  # only now, since matplotlib would delay the table
 
-    try:
-        figures.bpd_by_setting(args.plot, {name: [run["test_bpd"] for run in runs] for name, runs in groups.items()})
-    except OSError as error:
-        sys.exit(f"summary.py: error: cannot write {args.plot} ({error.strerror}): choose another file with --plot")
-    print(f"plot {os.path.abspath(args.plot)}")
+        try:
+            bpds = {name: [run["test_bpd"] for run in runs] for name, runs in groups.items()}
+            figures.bpd_by_setting(args.plot, bpds)
+        except OSError as error:
+            raise UserError(f"cannot write {args.plot} ({error.strerror}): choose another file with --plot") from error
+        print(f"plot {os.path.abspath(args.plot)}")
 
 
 if __name__ == "__main__":

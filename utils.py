@@ -2,6 +2,7 @@
 The mathematics of the VAE: reparameterisation, KL divergence, bits per dimension, log-likelihood, active units and the
 latent manifold.
 """
+
 import math
 
 import torch
@@ -9,17 +10,18 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 
-def sample_reparameterize(mean, std):
+def sample_reparameterize(mean, std, randn_like=torch.randn_like):
     """
     Draws one sample per Gaussian with the reparameterisation trick, z = mean + std * eps with eps ~ N(0, 1)
     (Kingma & Welling 2014, section 2.4), so that gradients reach the mean and the standard deviation.
     Inputs:
         mean - Tensor of arbitrary shape, the means.
         std - Tensor of the same shape, the standard deviations (not their logarithms), none negative.
+        randn_like - The source of the noise: function that returns eps of the shape of a tensor.
     Outputs:
         z - Tensor of the same shape, one sample of each Gaussian.
     """
-    return mean + std * torch.randn_like(std)
+    return mean + std * randn_like(std)
 
 
 def KLD(mean, log_std):
@@ -73,7 +75,7 @@ def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
         eps = torch.randn(min(samples_at_once, num_samples - start), *mean.shape, device=mean.device)
         z = mean + log_std.exp() * eps
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        log_p_x = -F.binary_cross_entropy_with_logits(logits, imgs.expand_as(logits), reduction='none')
+        log_p_x = -F.binary_cross_entropy_with_logits(logits, imgs.expand_as(logits), reduction="none")
         # log p(z) - log q(z|x); their factors of 2 pi cancel.
         log_ratio = ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x.flatten(2).sum(dim=-1) + log_ratio, dim=0))
@@ -81,7 +83,7 @@ def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
 
 
 @torch.no_grad()
-def quadrature_log_likelihood(imgs, decoder, step=0.02, limit=6., chunk_size=2048):
+def quadrature_log_likelihood(imgs, decoder, step=0.02, limit=6.0, chunk_size=2048):
     """
     log p(x) = log of the integral of p(x|z) p(z) over a 2-dimensional latent space, by the rectangle rule on a square
     grid of latents: exact, up to the grid's resolution, without an encoder.

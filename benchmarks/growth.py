@@ -6,6 +6,7 @@ each in a process of its own), and with the number of images (the data loader al
 
 Takes the GPU where there is one. Prints every measurement, and writes them to growth_DEVICE.json and .png.
 """
+
 import argparse
 import json
 import statistics
@@ -27,8 +28,11 @@ def epochs(rounds, *flags):
     """Median seconds of an epoch of the package with some flags, and its peak memory."""
     command = [sys.executable, str(Path(speed.__file__)), "--dataset", "rendered", "--rounds", str(rounds), *flags]
     turns = speed.measure_epochs(command, ["package"], rounds)["package"]
-    return {"seconds": statistics.median(turn["seconds"] for turn in turns), "memory_mib": turns[-1]["memory_mib"],
-            "gpu_mib": turns[-1]["gpu_mib"]}
+    return {
+        "seconds": statistics.median(turn["seconds"] for turn in turns),
+        "memory_mib": turns[-1]["memory_mib"],
+        "gpu_mib": turns[-1]["gpu_mib"],
+    }
 
 
 def load(num_images):
@@ -47,8 +51,11 @@ def load(num_images):
                 grown = speed.memory_mib("VmRSS") - before
         seconds.append(time.perf_counter() - start)
     images = loader.dataset.images
-    return {"seconds_per_image": statistics.median(seconds) / num_images, "process_mib": grown,
-            "bytes_per_pixel": images.nbytes / images.numel()}
+    return {
+        "seconds_per_image": statistics.median(seconds) / num_images,
+        "process_mib": grown,
+        "bytes_per_pixel": images.nbytes / images.numel(),
+    }
 
 
 def measure(name, values, function):
@@ -56,22 +63,31 @@ def measure(name, values, function):
     measured = []
     for value in values:
         measured.append({name: value, **function(value)})
-        print("  ".join(f"{key} {number:.4g}" if isinstance(number, float) else f"{key} {number:,}"
-                        for key, number in measured[-1].items()), flush=True)
+        print(
+            "  ".join(
+                f"{key} {number:.4g}" if isinstance(number, float) else f"{key} {number:,}"
+                for key, number in measured[-1].items()
+            ),
+            flush=True,
+        )
     return measured
 
 
 def load_in_a_process(num_images):
-    return json.loads(subprocess.run([sys.executable, __file__, "--load", str(num_images)], check=True,
-                                     capture_output=True, text=True).stdout)
+    return json.loads(
+        subprocess.run(
+            [sys.executable, __file__, "--load", str(num_images)], check=True, capture_output=True, text=True
+        ).stdout
+    )
 
 
 def plot(path, results, title):
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(2, 3)
-    for (above, below), name, label in zip(panels.T[:2], ["batch size", "hidden width"],
-                                           ["images per minibatch", "hidden units"]):
+    for (above, below), name, label in zip(
+        panels.T[:2], ["batch size", "hidden width"], ["images per minibatch", "hidden units"]
+    ):
         values = [row[name] for row in results[name]]
         above.plot(values, [row["seconds"] for row in results[name]], "o-")
         above.set(ylabel="seconds per epoch")
@@ -115,17 +131,23 @@ def main():
     platform_info = speed.machine()
     results = {
         "machine": platform_info,
-        "batch size": measure("batch size", args.batch_sizes,
-                              lambda size: epochs(args.rounds, "--batch_size", str(size))),
-        "hidden width": measure("hidden width", args.widths,
-                                lambda width: epochs(args.rounds, "--hidden_dims", str(width))),
+        "batch size": measure(
+            "batch size", args.batch_sizes, lambda size: epochs(args.rounds, "--batch_size", str(size))
+        ),
+        "hidden width": measure(
+            "hidden width", args.widths, lambda width: epochs(args.rounds, "--hidden_dims", str(width))
+        ),
         "images": measure("images", args.num_images, load_in_a_process),
     }
     print(", ".join(f"{name} {value}" for name, value in platform_info.items() if value))
     path = Path(args.out) / f"growth_{'gpu' if torch.cuda.is_available() else 'cpu'}"
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(path.with_suffix(".png"), results, f"Default MLP, 45,000 images (left, middle) and the data loader (right), "
-                                            f"{platform_info['gpu'] or platform_info['cpu']}")
+    plot(
+        path.with_suffix(".png"),
+        results,
+        f"Default MLP, 45,000 images (left, middle) and the data loader (right), "
+        f"{platform_info['gpu'] or platform_info['cpu']}",
+    )
 
 
 if __name__ == "__main__":

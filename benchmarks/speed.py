@@ -8,6 +8,7 @@ from the start of `python train_pl.py` to its first training step takes turns wi
 pytorch_lightning`. Takes the GPU where there is one. Prints a table, and writes it with every single measurement to
 speed_MODEL_DEVICE.json, and as a plot to the .png beside it.
 """
+
 import argparse
 import json
 import os
@@ -29,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import run_folder
 import train_pl
+from harness import report, run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from train_pl import VAE
 
@@ -55,7 +56,7 @@ def turns():
     for _ in sys.stdin:
         start = time.perf_counter()
         yield
-        gpu_mib = 0.
+        gpu_mib = 0.0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             gpu_mib = torch.cuda.max_memory_allocated() / 2**20
@@ -76,16 +77,20 @@ class Turns(pl.Callback):
 
 def run_package(args):
     """train_vae as it is; only its report waits for its turn at the start of each epoch."""
-    class Report(run_folder.EpochReport):
+
+    class Report(report.EpochReport):
         def on_train_epoch_start(self, trainer, pl_module):
             next(epochs)
             super().on_train_epoch_start(trainer, pl_module)
 
     epochs = turns()
-    run_folder.EpochReport = Report
+    run.report.EpochReport = Report
     with tempfile.TemporaryDirectory() as log_dir:
-        train_pl.train_vae(argparse.Namespace(**{**vars(args), "log_dir": log_dir, "epochs": args.rounds + 2,
-                                                 "plain": args.way == "package --plain"}))
+        train_pl.train_vae(
+            argparse.Namespace(
+                **{**vars(args), "log_dir": log_dir, "epochs": args.rounds + 2, "plain": args.way == "package --plain"}
+            )
+        )
 
 
 def run_bare(args):
@@ -130,11 +135,18 @@ class TemplateVAE(VAE):
 
 
 def run_template(args):
-    run_folder.quiet_libraries()
+    report.quiet_libraries()
     train_loader, val_loader = per_image_loaders(args, num_workers=2)
     with tempfile.TemporaryDirectory() as log_dir:
-        trainer = pl.Trainer(default_root_dir=log_dir, max_epochs=args.rounds + 2, callbacks=[Turns()], devices=1,
-                             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+        trainer = pl.Trainer(
+            default_root_dir=log_dir,
+            max_epochs=args.rounds + 2,
+            callbacks=[Turns()],
+            devices=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
         trainer.fit(make_vae(args, TemplateVAE), train_loader, val_loader)
 
 
@@ -160,7 +172,7 @@ def run_example(args):
     model = ExampleVAE().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in turns():
-        total = 0.
+        total = 0.0
         for imgs, _ in train_loader:
             optimizer.zero_grad()
             loss = model.loss(imgs.to(device))
@@ -177,8 +189,7 @@ class PerImage(Dataset):
 
     def __init__(self, split):
         self.split = split
-        self.transform = transforms.Compose([transforms.ToTensor(),
-                                             transforms.Lambda(lambda img: (img > 0.5).float())])
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Lambda(lambda img: (img > 0.5).float())])
 
     def __len__(self):
         return len(self.split)
@@ -191,8 +202,10 @@ class PerImage(Dataset):
 def per_image_loaders(args, num_workers):
     """Loaders of the training and the validation images, image by image."""
     train_loader, val_loader, _ = train_pl.load_data(args)
-    return (DataLoader(PerImage(train_loader.dataset), args.batch_size, shuffle=True, num_workers=num_workers),
-            DataLoader(PerImage(val_loader.dataset), args.batch_size, num_workers=num_workers))
+    return (
+        DataLoader(PerImage(train_loader.dataset), args.batch_size, shuffle=True, num_workers=num_workers),
+        DataLoader(PerImage(val_loader.dataset), args.batch_size, num_workers=num_workers),
+    )
 
 
 def make_vae(args, vae_class):
@@ -210,8 +223,14 @@ def run_start(args):
         train_pl.train_vae(argparse.Namespace(**{**vars(args), "log_dir": log_dir}))
 
 
-RUN = {"package": run_package, "package --plain": run_package, "bare loop": run_bare, "template": run_template,
-       "example": run_example, "start": run_start}
+RUN = {
+    "package": run_package,
+    "package --plain": run_package,
+    "bare loop": run_bare,
+    "template": run_template,
+    "example": run_example,
+    "start": run_start,
+}
 
 
 def measure_start(command, rounds):
@@ -228,8 +247,10 @@ def measure_start(command, rounds):
 
 def measure_epochs(command, ways, rounds):
     """Per way, a list with what each of its turns answered (see turns)."""
-    processes = {way: subprocess.Popen([*command, "--way", way], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True) for way in ways}
+    processes = {
+        way: subprocess.Popen([*command, "--way", way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for way in ways
+    }
     answers = {way: [] for way in ways}
     try:
         for _ in range(rounds + 1):
@@ -249,9 +270,24 @@ def measure_whole_run(args, epochs):
     """Seconds of `python train_pl.py` from start to exit, and of its trainer.fit."""
     with tempfile.TemporaryDirectory() as log_dir:
         start = time.perf_counter()
-        subprocess.run([sys.executable, train_pl.__file__, "--model", args.model, "--dataset", args.dataset,
-                        "--data_dir", args.data_dir, "--log_dir", log_dir, "--epochs", str(epochs)],
-                       check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                train_pl.__file__,
+                "--model",
+                args.model,
+                "--dataset",
+                args.dataset,
+                "--data_dir",
+                args.data_dir,
+                "--log_dir",
+                log_dir,
+                "--epochs",
+                str(epochs),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         seconds = time.perf_counter() - start
         results = json.loads(next(Path(log_dir).glob("**/results.json")).read_text())
     return {"epochs": epochs, "process": seconds, "fit": results["fit_seconds"], "test_bpd": results["test_bpd"]}
@@ -259,11 +295,19 @@ def measure_whole_run(args, epochs):
 
 def machine():
     """What the measurements were made on, as a dict."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.machine(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "torch": torch.__version__, "pytorch_lightning": pl.__version__}
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+    }
 
 
 def summary(answers):
@@ -272,9 +316,14 @@ def summary(answers):
     for way, turns in answers.items():
         seconds = [turn["seconds"] for turn in turns]
         ratios = [turn["seconds"] / bare["seconds"] for turn, bare in zip(turns, answers["bare loop"])]
-        rows[way] = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds),
-                     "ratio": statistics.median(ratios), "memory_mib": turns[-1]["memory_mib"],
-                     "gpu_mib": turns[-1]["gpu_mib"]}
+        rows[way] = {
+            "median": statistics.median(seconds),
+            "min": min(seconds),
+            "max": max(seconds),
+            "ratio": statistics.median(ratios),
+            "memory_mib": turns[-1]["memory_mib"],
+            "gpu_mib": turns[-1]["gpu_mib"],
+        }
     return rows
 
 
@@ -282,8 +331,9 @@ def plot(path, rows, title):
     figure = Figure(figsize=(8, 0.6 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(list(rows), [row["median"] for row in rows.values()], color="tab:blue")
-    axes.bar_label(bars, [f"{row['median']:.2f} s, {row['ratio']:.2f} of the bare loop" for row in rows.values()],
-                   padding=4)
+    axes.bar_label(
+        bars, [f"{row['median']:.2f} s, {row['ratio']:.2f} of the bare loop" for row in rows.values()], padding=4
+    )
     axes.set(title=title, xlabel="seconds per epoch (training and validation), median")
     axes.margins(x=0.5)
     axes.invert_yaxis()
@@ -293,13 +343,18 @@ def plot(path, rows, title):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
-    parser.add_argument("--dataset", default="mnist", choices=train_pl.CHOICES["dataset"])
-    parser.add_argument("--model", default="MLP", choices=train_pl.CHOICES["model"])
+    parser.add_argument("--dataset", default="mnist", choices=train_pl.FLAGS["data"]["dataset"][1])
+    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
     parser.add_argument("--batch_size", default=128, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")
     parser.add_argument("--rounds", default=7, type=int, help="Counted turns of each way (default: %(default)s)")
-    parser.add_argument("--whole_run", default=0, type=int, metavar="EPOCHS",
-                        help="Also time a whole run of that many epochs (default: 80 on a GPU, none on a CPU)")
+    parser.add_argument(
+        "--whole_run",
+        default=0,
+        type=int,
+        metavar="EPOCHS",
+        help="Also time a whole run of that many epochs (default: 80 on a GPU, none on a CPU)",
+    )
     parser.add_argument("--out", default=".", help="Directory of the JSON file and the plot (default: %(default)s)")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # what a process of its own measures
     args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))
@@ -309,30 +364,56 @@ def main():
     command = [sys.executable, *sys.argv]
     start = measure_start(command, rounds=3)
     ratio = statistics.median(first / imports for first, imports in zip(start["first step"], start["imports"]))
-    print(f"first training step after {statistics.median(start['first step']):.2f} s, the imports alone take "
-          f"{statistics.median(start['imports']):.2f} s, ratio {ratio:.2f} (medians of 3)\n", flush=True)
+    print(
+        f"first training step after {statistics.median(start['first step']):.2f} s, the imports alone take "
+        f"{statistics.median(start['imports']):.2f} s, ratio {ratio:.2f} (medians of 3)\n",
+        flush=True,
+    )
     on_gpu = torch.cuda.is_available()
     whole_run = {}
     if epochs := args.whole_run or 80 * on_gpu:
         whole_run = measure_whole_run(args, epochs)
-        print("whole run of {epochs} epochs: process {process:.1f} s, trainer.fit {fit:.1f} s, "
-              "test bpd {test_bpd:.4f}\n".format(**whole_run), flush=True)
+        print(
+            "whole run of {epochs} epochs: process {process:.1f} s, trainer.fit {fit:.1f} s, "
+            "test bpd {test_bpd:.4f}\n".format(**whole_run),
+            flush=True,
+        )
     answers = measure_epochs(command, [way for way in WAYS if on_gpu or way != "package --plain"], args.rounds)
     rows, platform_info = summary(answers), machine()
 
     print(f"{'seconds per epoch':16} median     min     max   ratio  memory" + "  on the GPU" * on_gpu)
     for way, row in rows.items():
-        print(f"{way:16} {row['median']:7.3f} {row['min']:7.3f} {row['max']:7.3f} {row['ratio']:7.2f} "
-              f"{row['memory_mib']:5.0f} M" + f" {row['gpu_mib']:9.0f} M" * on_gpu + f"  {WAYS[way]}")
-    print(f"{args.model} on {args.dataset}; medians of {args.rounds} turns each; ratio to the bare loop, turn by turn; "
-          "memory: peak of the main process")
+        print(
+            f"{way:16} {row['median']:7.3f} {row['min']:7.3f} {row['max']:7.3f} {row['ratio']:7.2f} "
+            f"{row['memory_mib']:5.0f} M" + f" {row['gpu_mib']:9.0f} M" * on_gpu + f"  {WAYS[way]}"
+        )
+    print(
+        f"{args.model} on {args.dataset}; medians of {args.rounds} turns each; ratio to the bare loop, turn by turn; "
+        "memory: peak of the main process"
+    )
     print(", ".join(f"{name} {value}" for name, value in platform_info.items() if value))
     path = Path(args.out) / f"speed_{args.model}_{'gpu' if on_gpu else 'cpu'}"
-    path.with_suffix(".json").write_text(json.dumps({
-        "model": args.model, "dataset": args.dataset, "machine": platform_info, "ways": WAYS, "summary": rows,
-        "turns": answers, "start": start, "whole_run": whole_run}, indent=1) + "\n")
-    plot(path.with_suffix(".png"), rows,
-         title=f"{args.model} on {args.dataset}, {platform_info['gpu'] or platform_info['cpu']}")
+    path.with_suffix(".json").write_text(
+        json.dumps(
+            {
+                "model": args.model,
+                "dataset": args.dataset,
+                "machine": platform_info,
+                "ways": WAYS,
+                "summary": rows,
+                "turns": answers,
+                "start": start,
+                "whole_run": whole_run,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    plot(
+        path.with_suffix(".png"),
+        rows,
+        title=f"{args.model} on {args.dataset}, {platform_info['gpu'] or platform_info['cpu']}",
+    )
 
 
 if __name__ == "__main__":

@@ -6,40 +6,49 @@ Lightning batch, they keep the GPU waiting. Here the images live on the GPU, a L
 minibatches, and a chunk is one launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). The Trainer,
 its callbacks, logs and checkpoints stay the same, and so do the minibatches and the number of steps.
 """
+
 import contextlib
 import math
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
+
+from harness.program import UserError
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
 STEP_HOOKS = ["on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"]
 
 
-def suits(trainer, model, train_loader):
+class CaptureError(UserError):
+    """The training step does something that a CUDA graph cannot hold."""
+
+
+def can_capture(trainer, model, train_loader):
     """
     Whether the fast path can train a module: on a single CUDA device that has room for the training images, and where
     neither the module nor a callback has one of Lightning's hooks within a training step, which a graph does not call.
     """
     device = trainer.strategy.root_device
-    return (device.type == "cuda" and trainer.world_size == 1
-            and train_loader.dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-            and not any(is_overridden(hook, part) for hook in STEP_HOOKS for part in [model, *trainer.callbacks]))
+    return (
+        device.type == "cuda"
+        and trainer.world_size == 1
+        and train_loader.dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        and not any(is_overridden(hook, part) for hook in STEP_HOOKS for part in [model, *trainer.callbacks])
+    )
 
 
-def speed_up(trainer, model, train_loader, val_loader):
+def train_in_chunks(trainer, model, train_loader, val_loader):
     """
     Changes a Trainer and its module, before trainer.fit, so that they train chunk by chunk. On a CPU the chunks are
     there too, but not the graph: plain training to the bit.
     Inputs:
         trainer - The Trainer.
         model - A LightningModule with one optimizer and no scheduler. Its training_step is captured: it takes a batch
-            (images, labels), does nothing but tensor operations and returns the loss. What it keeps, it adds to a
-            tensor in place; what it logs, other hooks log.
+            (images, labels), does nothing but tensor operations and returns the loss, or a dict of tensors that has
+            it as "loss". What it keeps, it adds to a tensor in place; what it logs, other hooks log.
         train_loader, val_loader - DataLoaders of data sets that offer len, indexing with a tensor of indices, and
             to(device). The sampler and the batch size of train_loader make the minibatches, as in plain training.
     Outputs:
@@ -47,17 +56,34 @@ def speed_up(trainer, model, train_loader, val_loader):
     """
     device = trainer.strategy.root_device
     train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
-    train_loader.sampler.dataset = train_set  # which it may draw anew for each epoch
-    batch_size = train_loader.batch_size
     model.automatic_optimization = False
-    model.training_step = ChunkedSteps(trainer, model, train_set, batch_size).training_step
+    model.training_step = ChunkedSteps(trainer, model, train_set, train_loader.batch_size).training_step
     trainer.log_every_n_steps = 1  # in chunks; a module that logs once per epoch does not notice
     if device.type == "cuda":
         trainer.strategy.checkpoint_io = BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
-    chunk = max(CHUNK // batch_size, 1) * batch_size
-    return (DataLoader(range(len(train_set)), chunk, sampler=train_loader.sampler, collate_fn=torch.tensor,
-                       pin_memory=device.type == "cuda"),  # so that copying the indices waits for nothing
-            DataLoader(val_set, batch_size=None, sampler=torch.arange(len(val_set)).split(CHUNK)))
+    return (
+        IndexChunks(train_loader, pin_memory=device.type == "cuda"),
+        DataLoader(val_set, batch_size=None, sampler=torch.arange(len(val_set)).split(CHUNK)),
+    )
+
+
+class IndexChunks:
+    """The minibatches of a DataLoader, many at a time: tensors int64 [N] of the indices of their images."""
+
+    def __init__(self, loader, pin_memory):
+        self.loader = loader
+        self.sampler = loader.sampler  # Lightning tells it the epoch
+        self.pin_memory = pin_memory  # so that copying the indices waits for nothing
+        self.chunk = max(CHUNK // loader.batch_size, 1) * loader.batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.sampler) / self.chunk)
+
+    def __iter__(self):
+        if hasattr(self.loader, "redraw"):
+            self.loader.redraw()
+        for indices in torch.tensor(list(self.sampler)).split(self.chunk):
+            yield indices.pin_memory() if self.pin_memory else indices
 
 
 class ChunkedSteps:
@@ -69,45 +95,46 @@ class ChunkedSteps:
         self.minibatch_step = model.training_step
         self.train_set = train_set
         self.batch_size = batch_size
-        self.graphs = {}  # from the number of images in a chunk to (where the graph reads indices, replay, first loss)
+        self.graphs = {}  # from the images in a chunk to (where the graph reads indices, replay, first output)
         self.lrs = []  # where the graphs read the learning rate of each parameter group
 
     def training_step(self, indices, batch_idx):
-        """Trains on the images at indices int64 [N]. Returns the loss of the first minibatch, before its update."""
+        """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
         if not self.use_graph:
-            first_loss = self.steps(indices)
+            first_output = self.steps(indices)
         elif len(indices) not in self.graphs:
-            first_loss = self.steps_and_capture(indices)
+            first_output = self.steps_and_capture(indices)
         else:
-            graph_indices, replay, first_loss = self.graphs[len(indices)]
+            graph_indices, replay, first_output = self.graphs[len(indices)]
             graph_indices.copy_(indices)
             for group, lr in zip(self.optimizer.param_groups, self.lrs):
                 lr.fill_(group["lr"])
             replay()
         self.count_steps(math.ceil(len(indices) / self.batch_size))
-        return first_loss
+        return first_output
 
     def steps(self, indices):
         """One training step per minibatch; this is what is captured."""
         imgs, labels = self.train_set[indices]
-        losses = []
+        outputs = []
         for batch_idx, batch in enumerate(zip(imgs.split(self.batch_size), labels.split(self.batch_size))):
             self.optimizer.zero_grad()
-            loss = self.minibatch_step(batch, batch_idx)
+            output = self.minibatch_step(batch, batch_idx)
+            loss = output["loss"] if isinstance(output, dict) else output
             loss.backward()
             self.optimizer.step()
-            losses.append(loss.detach())
-        return losses[0]
+            outputs.append(apply_to_collection(output, torch.Tensor, torch.Tensor.detach))
+        return outputs[0]
 
     def steps_and_capture(self, indices):
         """Trains on the first chunk of its size, and captures the graph for the chunks to come."""
         if self.trainer.lr_scheduler_configs:
-            raise MisconfigurationException("a CUDA graph does not step learning-rate schedulers: train with --plain")
+            raise CaptureError("a CUDA graph does not step learning-rate schedulers: train with --plain")
         graph_indices = indices.clone()
         with self.settings_of_a_graph():
-            first_loss, *replay = run_and_capture(self.steps, graph_indices)
+            first_output, *replay = run_and_capture(self.steps, graph_indices)
         self.graphs[len(indices)] = graph_indices, *replay
-        return first_loss
+        return first_output
 
     @contextlib.contextmanager
     def settings_of_a_graph(self):
@@ -130,16 +157,18 @@ class ChunkedSteps:
 
     @property
     def optimizer(self):
+        """The module's only optimizer."""
         return self.trainer.optimizers[0]
 
     @property
     def use_graph(self):
+        """Whether chunks are replayed, or run step by step."""
         return self.model.device.type == "cuda"
 
     def count_steps(self, num_steps):
         """
-        Adds to Lightning's global step. It counts manual and automatic optimisation apart; both counts are kept here,
-        so that a checkpoint can be continued either way.
+        Adds to Lightning's global step, for which it has no hook where no step runs in Python. It counts manual and
+        automatic optimisation apart; both counts are kept here, so that a checkpoint can be continued either way.
         """
         loop = self.trainer.fit_loop.epoch_loop
         automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -150,8 +179,11 @@ class ChunkedSteps:
 
 
 def refuse_to_log(*args, **kwargs):
-    raise MisconfigurationException("training_step runs inside a CUDA graph, where self.log would record nothing: "
-                                    "log in another hook (as VAE.on_train_batch_end does) or train with --plain")
+    """In the place of self.log while a graph is captured."""
+    raise CaptureError(
+        "training_step runs inside a CUDA graph, where self.log would record nothing: "
+        "log in another hook (as VAE.on_train_batch_end does) or train with --plain"
+    )
 
 
 def run_and_capture(function, tensor):
@@ -173,8 +205,10 @@ def run_and_capture(function, tensor):
             replay_result = function(tensor)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise MisconfigurationException(f"training_step cannot be captured as a CUDA graph ({reason}): it must not "
-                                        "wait for the GPU, as .item() and print do; train with --plain") from error
+        raise CaptureError(
+            f"training_step cannot be captured as a CUDA graph ({reason}): it must not "
+            "wait for the GPU, as .item() and print do; train with --plain"
+        ) from error
     return result, graph.replay, replay_result
 
 

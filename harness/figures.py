@@ -1,11 +1,14 @@
 """The figures of a run and of a trained model for a report, drawn by matplotlib."""
+
 import os
 from statistics import mean, stdev
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-from torch.nn.functional import pad
+
+from harness.files import written_whole
 
 
 def bpd_curves(path, train, val, test_bpd, title):
@@ -31,7 +34,7 @@ def bpd_curves(path, train, val, test_bpd, title):
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def side_by_side(path, pictures):
@@ -46,7 +49,7 @@ def side_by_side(path, pictures):
         axes.imshow(imread(picture), interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
+    save(figure, path, bbox_inches="tight", pad_inches=0.05)
 
 
 def bpd_by_setting(path, bpds):
@@ -60,67 +63,83 @@ def bpd_by_setting(path, bpds):
     axes = figure.add_subplot()
     for row, values in enumerate(bpds.values()):
         axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.4, label="one run" if row == 0 else None)
-        axes.errorbar(mean(values), row, xerr=stdev(values) if len(values) > 1 else None, fmt="|", color="black",
-                      markersize=14, capsize=4, label="mean, standard deviation" if row == 0 else None)
+        axes.errorbar(
+            mean(values),
+            row,
+            xerr=stdev(values) if len(values) > 1 else None,
+            fmt="|",
+            color="black",
+            markersize=14,
+            capsize=4,
+            label="mean, standard deviation" if row == 0 else None,
+        )
     axes.set(xlabel="test bpd, bits per dimension", yticks=range(len(bpds)), yticklabels=list(bpds))
     axes.set_ylim(len(bpds) - 0.5, -0.5)  # the first one on top, as in a table
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def image_table(name, images, rows=None, columns=None, title=None, xlabel=None, ylabel=None, gap=2,
-                columns_below=False):
+def image_table(
+    name, images, rows=None, columns=None, title=None, xlabel=None, ylabel=None, gap=2, columns_below=False
+):
     """
     Draws a table of images.
     Inputs:
-        name - Where it goes, see save.
-        images - Tensor of shape [R,C,H,W], values between 0 and 1.
+        name - Where it goes, without the end of a file's name.
+        images - Array of shape [R,C,H,W], values between 0 and 1.
         rows, columns - Their R and C labels, or None.
         title, xlabel, ylabel - What is written around it, or None.
         gap - Number of pixels between the images.
         columns_below - If True, the columns' labels are below the table.
     """
     num_rows, num_columns = images.shape[:2]
-    tiles = pad(images, (0, gap, 0, gap), value=0.5)
+    tiles = np.pad(images, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=0.5)
     height, width = tiles.shape[-2:]
-    picture = tiles.transpose(1, 2).reshape(num_rows * height, num_columns * width)
-    picture = picture[:num_rows * height - gap, :num_columns * width - gap]
+    picture = tiles.transpose(0, 2, 1, 3).reshape(num_rows * height, num_columns * width)
+    picture = picture[: num_rows * height - gap, : num_columns * width - gap]
     figure = Figure(figsize=(0.45 * num_columns + 1, 0.45 * num_rows + 0.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([width * column + (width - gap - 1) / 2 for column in range(num_columns)] if columns else [],
-                    columns)
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks(
+        [width * column + (width - gap - 1) / 2 for column in range(num_columns)] if columns else [], columns
+    )
     axes.set_yticks([height * row + (height - gap - 1) / 2 for row in range(num_rows)] if rows else [], rows)
     axes.tick_params(length=0, labeltop=not columns_below, labelbottom=columns_below)
     axes.tick_params(axis="x", labelrotation=90 if columns_below else 0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
-    save(figure, name)
+    save_png_and_pdf(figure, name)
 
 
 def latent_space(name, points, labels, axis_names, title):
     """
     Draws images as points of a plane, coloured by their digit.
     Inputs:
-        name - Where it goes, see save.
-        points, labels - Tensors of shape [N,2] and [N].
+        name - Where it goes, without the end of a file's name.
+        points, labels - Arrays of shape [N,2] and [N].
         axis_names - Names of the two coordinates.
         title - What is drawn.
     """
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
     for digit in range(10):
-        x, y = points[labels == digit].T.numpy()
+        x, y = points[labels == digit].T
         axes.scatter(x, y, s=4, alpha=0.6, linewidths=0, color=f"C{digit}", label=str(digit), rasterized=True)
     axes.set(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="digit", markerscale=3)
-    save(figure, name)
+    save_png_and_pdf(figure, name)
 
 
-def save(figure, name):
-    """Writes a figure as name.png and name.pdf, each whole or not at all."""
+def save_png_and_pdf(figure, name):
+    """Writes a figure as name.png and name.pdf."""
     for kind in ["png", "pdf"]:
-        figure.savefig(f"{name}.{kind}.tmp", format=kind, dpi=150)
-        os.replace(f"{name}.{kind}.tmp", f"{name}.{kind}")
+        save(figure, f"{name}.{kind}")
+
+
+def save(figure, path, **options):
+    """Writes a figure as the kind of file that its name's end says, PNG where it says none."""
+    kind = os.path.splitext(path)[1][1:] or "png"
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, format=kind, dpi=150, **options)

@@ -1,4 +1,5 @@
 """A SLURM job's name for its run, and what it does when SLURM is about to end it."""
+
 import os
 import signal
 import subprocess

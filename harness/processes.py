@@ -1,0 +1,143 @@
+"""The processes of a run, one or several: their start, their shares of each minibatch and its noise, the seeds."""
+
+import contextlib
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data.distributed import DistributedSampler
+
+
+@contextlib.contextmanager
+def connected(trainer):
+    """
+    A context in which a Trainer's processes run and are connected. Lightning would start them only in fit, validate or
+    test. It would not disconnect them, and gloo's threads, if they still run when Python ends, at times abort it.
+    """
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.launch(trainer.strategy.setup_environment)
+    yield
+    disconnect()  # not after an error, when a process may be in the middle of an exchange
+
+
+def disconnect():
+    """Takes the connection to other processes down, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def on_rank_zero(trainer, function, *args):
+    """Calls a function in the first process alone; all return its result. Its error is raised there, and ends all."""
+    result = error = None
+    if trainer.is_global_zero:
+        try:
+            result = function(*args)
+        except Exception as caught:  # the others must not wait for a process that has given up
+            error = caught
+    return shared(trainer, result, error)
+
+
+@contextlib.contextmanager
+def rank_zero_first(trainer):
+    """A context that the first process leaves before the others enter it. Its error is raised there, and ends all."""
+    error = None
+    if trainer.is_global_zero:
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+    shared(trainer, None, error)
+    if not trainer.is_global_zero:
+        yield
+
+
+def shared(trainer, result, error):
+    """What the first process has as its result, in all of them; or the end of all, if it has an error instead."""
+    result, error = trainer.strategy.broadcast((result, error))
+    if error is not None:
+        disconnect()
+        raise error if trainer.is_global_zero else SystemExit(1)
+    return result
+
+
+def sampler(dataset, shuffle, trainer, seed):
+    """
+    The order of a data set's images, and which of them belong to this process: every W-th image of every minibatch,
+    with W processes.
+    Inputs:
+        dataset - The data set.
+        shuffle - If True, the order is random, and another one for each epoch; it depends on seed and epoch alone.
+        trainer - The Trainer, once it is `connected`.
+        seed - The run's seed.
+    Outputs:
+        sampler - Iterable of indices. Where it is shuffled and W does not divide the number of images, up to W - 1
+            come twice; where it is not, the shares differ in length and each image comes once.
+    """
+    if shuffle:
+        seed = derived_seed(seed, dtype=np.uint32)
+        return EpochSampler(dataset, trainer.world_size, trainer.global_rank, seed=seed)
+    return range(trainer.global_rank, len(dataset), trainer.world_size)
+
+
+class EpochSampler(DistributedSampler):
+    """A sampler whose order, and images where they are drawn, depend on seed and epoch alone; see set_epoch."""
+
+    def draw_seed(self):
+        """Seed of the images of this epoch, for bmnist.RedrawingLoader."""
+        return derived_seed(self.seed, self.epoch)
+
+
+def derived_seed(*numbers, dtype=np.uint64):
+    """A seed from several numbers; other numbers, however close, give an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
+
+
+class SeedEpochs(pl.Callback):
+    """
+    Begins every epoch, the validation before the first one, and the test with random numbers that depend on seed and
+    epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
+    """
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:  # only now, since the data loader has drawn a number, in the first epoch of a fit earlier
+            torch.manual_seed(derived_seed(self.seed, trainer.current_epoch + 1))  # than in others
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            torch.manual_seed(derived_seed(self.seed))
+
+    def on_test_start(self, trainer, pl_module):
+        torch.manual_seed(derived_seed(self.seed))
+
+
+class SharedNoise(pl.Callback):
+    """
+    Gives the module its source of noise, `randn_like`. Of several processes, each draws the noise of the whole
+    minibatch and takes its share, so that their number changes nothing but the rounding.
+    """
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.randn_like = share_of_noise(trainer.global_rank, trainer.world_size)
+
+
+def share_of_noise(rank, world_size):
+    """
+    The source of noise of one process among several.
+    Inputs:
+        rank, world_size - Number of the process, and number of processes.
+    Outputs:
+        randn_like - Function of a tensor of the process's share of a minibatch, [B / world_size, ...]: its rows of
+            the standard normal noise that a single process would draw for the whole minibatch.
+    """
+    if world_size == 1:
+        return torch.randn_like
+
+    def randn_like(share):
+        noise = torch.randn(len(share) * world_size, *share.shape[1:], dtype=share.dtype, device=share.device)
+        return noise[rank::world_size]
+
+    return randn_like

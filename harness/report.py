@@ -1,0 +1,245 @@
+"""What a run reports: the line of each epoch, metrics.csv, TensorBoard, the figures at the end."""
+
+import csv
+import glob
+import io
+import logging
+import math
+import os
+import re
+import sys
+import time
+import warnings
+
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams
+
+from harness.checkpoints import RUN
+from harness.files import UNFINISHED, write_text, written_whole
+from harness.program import UserError
+
+STAGES = ["train", "val"]  # of which each epoch has metrics
+
+
+class TrainingDiverged(UserError):
+    """The loss is no longer a finite number."""
+
+
+class EpochReport(Checkpoint):
+    """
+    Keeps the metrics of every epoch, in `history` (a list of dicts) and in the run's metrics.csv, and prints a line
+    for each. Epoch 0 is the untrained model: `trainer.validate` before `trainer.fit`.
+    Stops a run whose loss is no longer finite, before that epoch's weights replace the last good checkpoint.
+
+    A Checkpoint for Lightning, which calls those after all others: what the module logs at the end of an epoch is
+    there by then. In the list of callbacks it comes before those that write checkpoints.
+    """
+
+    def __init__(self, flags, quantities, print_lines=True):
+        """
+        Inputs:
+            flags - Dict of every flag, kept in each checkpoint for whoever finds it.
+            quantities - Names of what the module logs in every epoch, the first ones of metrics.csv.
+            print_lines - If False, the epochs' lines are not printed.
+        """
+        super().__init__()
+        self.flags = flags
+        self.quantities = quantities
+        self.print_lines = print_lines
+        self.history = []
+        self.first_step_bpd = None  # the very first minibatch of training, before any update
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint[RUN] = {"flags": self.flags, "history": self.history, "first_step_bpd": self.first_step_bpd}
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        self.history, self.first_step_bpd = checkpoint[RUN]["history"], checkpoint[RUN]["first_step_bpd"]
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.logger.epoch = len(self.history) - 1
+        if trainer.logger.epoch > 0:  # it continues: see return_to_epoch
+            trainer.logger.log_metrics({name: self.history[-1][name] for name in metric_names(self.history[-1])})
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            self.start = time.perf_counter()
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            self.report(trainer, epoch=0)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.start = time.perf_counter()
+        trainer.logger.epoch = trainer.current_epoch + 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == batch_idx == 0 and "bpd" in outputs:
+            self.first_step_bpd = trainer.strategy.reduce(outputs["bpd"].detach()).item()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        epoch = trainer.current_epoch + 1
+        for name in ["train_bpd", "val_bpd"]:
+            value = trainer.callback_metrics[name].item()
+            if not math.isfinite(value):
+                if not trainer.is_global_zero:
+                    sys.exit(1)
+                kept = f"the checkpoints of the epochs before are kept in {trainer.logger.log_dir}"
+                raise TrainingDiverged(
+                    f"{name} became {value} in epoch {epoch}: try a lower --lr than {pl_module.hparams.lr:g} "
+                    f"({kept if epoch > 1 else 'no checkpoint was written yet'})"
+                )
+        self.report(trainer, epoch)
+
+    def report(self, trainer, epoch):
+        """Adds the metrics that the trainer holds to the history, as those of an epoch, and reports them."""
+        metrics = {name: trainer.callback_metrics[name].item() for name in metric_names(trainer.callback_metrics)}
+        self.history.append({"epoch": epoch, **metrics, "seconds": round(time.perf_counter() - self.start, 3)})
+        if not trainer.is_global_zero:
+            return
+        write_metrics(trainer.logger.log_dir, self.history, self.quantities)
+        trainer.logger.experiment.flush()  # what was logged so far is on disk ahead of this epoch's checkpoint
+        if self.print_lines:
+            bpds = "  ".join(
+                f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16
+                for stage in STAGES
+            )
+            print(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s", flush=True)
+
+    def on_exception(self, trainer, pl_module, exception):
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
+            checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
+            name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
+            print(
+                f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
+                f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
+                "continues it",
+                flush=True,
+            )
+
+    def curve(self, name):
+        """Dict from epoch to the value of a metric, for the epochs that have it."""
+        return {row["epoch"]: row[name] for row in self.history if name in row}
+
+
+def metric_names(names):
+    """Those names of a dict that begin with a stage, such as train_bpd."""
+    return [name for name in names if name.startswith(tuple(f"{stage}_" for stage in STAGES))]
+
+
+def write_metrics(folder, history, quantities):
+    """
+    Writes metrics.csv, a row for each epoch: the quantities of training and validation, then whatever else was logged
+    under such names, then the seconds.
+    """
+    columns = ["epoch", *(f"{stage}_{name}" for stage in STAGES for name in quantities)]
+    others = {name for row in history for name in metric_names(row)} - set(columns)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*columns, *sorted(others), "seconds"])
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(os.path.join(folder, "metrics.csv"), text.getvalue())
+
+
+def return_to_epoch(folder, history, quantities):
+    """
+    Makes a run's folder that of the last epoch of a history: metrics.csv and what TensorBoard shows, without what was
+    logged later. Of the epoch itself the scalars are dropped, too, since not all of them may be there: EpochReport
+    logs them again.
+    """
+    epoch = len(history) - 1
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", f"*{UNFINISHED}"), recursive=True):
+        os.remove(path)  # left by a process that was killed
+    for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        if not history:
+            os.remove(path)
+            continue
+        with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+            writer = RecordWriter(file)
+            for record in RawEventFileLoader(path).Load():
+                event = Event.FromString(record)
+                if event.step < epoch or event.step == epoch and any(v.HasField("image") for v in event.summary.value):
+                    writer.write(record)
+    write_metrics(folder, history, quantities)
+
+
+class EpochLogger(TensorBoardLogger):
+    """
+    TensorBoard logger of a run's folder, whose x axis is the number of epochs trained, so that the curves of training,
+    validation and test share one axis. EpochReport sets `epoch`; it is 0 until training begins.
+    """
+
+    epoch = 0
+
+    def __init__(self, folder):
+        super().__init__(folder, name="", version="", default_hp_metric=False)
+
+    @rank_zero_only
+    def set_up_dashboard(self, flags, quantities):
+        """
+        Tells TensorBoard the run's flags, for a row of its table of hyperparameters with the test bpd, and to draw
+        training and validation in one chart (its tab Custom Scalars).
+        Inputs:
+            flags - Dict of every flag.
+            quantities - Dict from the name of each logged quantity to its title; the last one is drawn first.
+        """
+        flags = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
+        }
+        for summary in hparams(flags, {"test_bpd": None}):
+            self.experiment.file_writer.add_summary(summary)
+        charts = {
+            title: ["Multiline", [f"{stage}_{name}" for stage in STAGES]]
+            for name, title in reversed(quantities.items())
+        }
+        self.experiment.add_custom_scalars({"Training and validation": charts})
+
+    @property
+    def log_dir(self):
+        return self.save_dir
+
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, self.epoch)
+
+
+def draw_figures(folder, report, test_bpd):
+    """
+    Draws the curves of question 1.9 and the samples of question 1.10, as PNG files in a run's folder.
+    Inputs:
+        folder - The run's folder; the samples before training, after 10 epochs and at the end are files in it.
+        report - The run's EpochReport.
+        test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
+    """
+    from harness import figures  # only now, since matplotlib would delay the start of training
+
+    flags = report.flags
+    train_bpd = report.curve("train_bpd")
+    if report.first_step_bpd is not None:
+        train_bpd = {0: report.first_step_bpd, **train_bpd}
+    title = f"{flags['model']}, {flags['z_dim']} latents, {flags['dataset']}"
+    figures.bpd_curves(os.path.join(folder, "bpd_curves.png"), train_bpd, report.curve("val_bpd"), test_bpd, title)
+    drawn = [re.fullmatch(r"epoch_(\d+)_samples.png", name) for name in os.listdir(folder)]
+    epochs = sorted(int(match[1]) for match in drawn if match)
+    after_10 = [epoch for epoch in epochs if epoch <= 10][-1:]
+    pictures = {
+        f"epoch {epoch}" if epoch else "before training": os.path.join(folder, f"epoch_{epoch}_samples.png")
+        for epoch in sorted({*epochs[:1], *after_10, *epochs[-1:]})
+    }
+    figures.side_by_side(os.path.join(folder, "samples_over_training.png"), pictures)
+
+
+def quiet_libraries():
+    """Leaves the output to the epoch lines: errors and real warnings still come through."""
+    for name in ["pytorch_lightning", "lightning_fabric"]:  # start-up notes and tips
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # how it is getting on with its font cache
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a continued run's
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, too
+    # Names that Lightning uses and newer versions of torch call old.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")
