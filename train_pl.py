@@ -208,10 +208,7 @@ class GenerateCallback(pl.Callback):
 
 
 class CosineLearningRate(pl.Callback):
-    """
-    Lowers the learning rate from its initial value towards 0 along half a cosine, from epoch to epoch (Loshchilov &
-    Hutter 2017, without restarts).
-    """
+    """Lowers the learning rate, epoch by epoch, along half a cosine from lr towards 0 (Loshchilov & Hutter 2017)."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         lr = pl_module.hparams.lr * (1 + math.cos(math.pi * trainer.current_epoch / trainer.max_epochs)) / 2
@@ -262,8 +259,10 @@ def make_vae(args):
 
 def load_data(args, download=True, sampler=None):
     """The loaders of training, validation and test set that the flags ask for; inputs and errors as in bmnist.py."""
-    is_rendered = args.dataset == "rendered"
-    data = rendered_mnist(args.train_size + NUM_VAL) if is_rendered else load_mnist(args.data_dir, download)
+    if args.dataset == "rendered":
+        data = rendered_mnist(args.train_size + NUM_VAL)
+    else:
+        data = load_mnist(args.data_dir, download)
     batch_size = args.batch_size // (args.devices * args.num_nodes)  # that of each process
     return data_loaders(*data, batch_size, args.num_workers, args.binarization, args.train_size, sampler)
 

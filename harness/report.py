@@ -67,14 +67,14 @@ class EpochReport(Checkpoint):
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.state.fn == "validate":
-            self.start = time.perf_counter()
+            self.begin_epoch(trainer)
 
     def on_validation_end(self, trainer, pl_module):
         if trainer.state.fn == "validate":
             self.report(trainer, epoch=0)
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.start = time.perf_counter()
+        self.begin_epoch(trainer)
         trainer.logger.epoch = trainer.current_epoch + 1
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -95,9 +95,17 @@ class EpochReport(Checkpoint):
                 )
         self.report(trainer, epoch)
 
+    def begin_epoch(self, trainer):
+        """Takes the time, and keeps what the trainer holds of earlier epochs."""
+        self.start = time.perf_counter()
+        self.earlier = dict(trainer.callback_metrics)
+
     def report(self, trainer, epoch):
-        """Adds the metrics that the trainer holds to the history, as those of an epoch, and reports them."""
-        metrics = {name: trainer.callback_metrics[name].item() for name in metric_names(trainer.callback_metrics)}
+        """Adds the metrics of an epoch, that is those which the trainer did not hold before it, to the history."""
+        logged = {
+            name: value for name, value in trainer.callback_metrics.items() if value is not self.earlier.get(name)
+        }
+        metrics = {name: logged[name].item() for name in metric_names(logged)}
         self.history.append({"epoch": epoch, **metrics, "seconds": round(time.perf_counter() - self.start, 3)})
         if not trainer.is_global_zero:
             return

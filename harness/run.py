@@ -1,6 +1,7 @@
 """A training run: started or continued in its folder, trained by its Trainer, finished with its results."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -62,9 +63,8 @@ class Run:
 
     def __init__(self, args, defaults, quantities, callbacks):
         self.started_at = time.perf_counter()
-        torch.set_flush_denormal(
-            True
-        )  # tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down
+        # Tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down.
+        torch.set_flush_denormal(True)
         torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
         report.quiet_libraries()
         self.args = args
@@ -106,8 +106,9 @@ class Run:
         Outputs:
             train_loader, val_loader, test_loader - What load_data returned.
         """
+        sampler = functools.partial(processes.sampler, trainer=self.trainer, seed=self.args.seed)
         with processes.rank_zero_first(self.trainer):  # which may download them
-            loaders = load_data(self.args, download=self.trainer.is_global_zero, sampler=self.sampler)
+            loaders = load_data(self.args, download=self.trainer.is_global_zero, sampler=sampler)
         # Only now that nothing else can be wrong.
         self.place = processes.on_rank_zero(self.trainer, self.open_folder)
         self.folder, self.is_new = self.place.folder, not self.place.checkpoint
@@ -123,10 +124,6 @@ class Run:
             + ("" if self.is_new else f", continued after epoch {self.place.epoch}")
         )
         return loaders
-
-    def sampler(self, dataset, shuffle):
-        """See processes.sampler."""
-        return processes.sampler(dataset, shuffle, self.trainer, self.args.seed)
 
     def open_folder(self):
         """Makes or finds the run's folder, which is this process's alone until the context is left."""
@@ -169,8 +166,9 @@ class Run:
         val_bpd = self.report.curve("val_bpd")
         del val_bpd[0]  # untrained
         best_epoch = min(val_bpd, key=val_bpd.get)
-        device = self.device
-        is_gpu = device.type == "cuda"
+        device = f"{self.device.type}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
         return {
             "test_bpd": test_bpd,
             "best_val_bpd": val_bpd[best_epoch],
@@ -185,9 +183,7 @@ class Run:
                 "torch": torch.__version__,
                 "pytorch_lightning": pl.__version__,
             },
-            "device": torch.cuda.get_device_name(device)
-            if is_gpu
-            else f"{device.type}, {torch.get_num_threads()} threads",
+            "device": device,
             "fit_seconds": round(self.place.seconds + self.fit_seconds, 1),
             "seconds": round(self.place.seconds + time.perf_counter() - self.started_at, 1),
         }
