@@ -135,8 +135,8 @@ def data_loaders(
     """
     Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
     Inputs:
-        train_images, test_images - uint8 tensors of shape [N,28,28]
-        train_labels, test_labels - int64 tensors of shape [N]
+        train_images, train_labels - uint8 tensor of shape [N,28,28], int64 tensor of shape [N]
+        test_images, test_labels - the same for the test images
         batch_size - Number of images per batch; the last batch of an epoch may be smaller.
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
         binarization - "threshold", or "stochastic": each pixel is drawn from Bernoulli(intensity), anew for every pass
@@ -144,8 +144,8 @@ def data_loaders(
         train_size - Number of training images, 45,000 or 55,000.
         sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices; if None, torch's own.
     Outputs:
-        train_loader (shuffled), val_loader, test_loader - Their batches are (imgs, labels): float32 [B,1,28,28] of
-            zeros and ones, and int64 [B].
+        train_loader, val_loader, test_loader - The first one is shuffled. Their batches are (imgs, labels): float32
+            [B,1,28,28] of zeros and ones, and int64 [B].
     Raises:
         ValueError - where binarization or train_size is none of the possible values.
     """
@@ -191,10 +191,13 @@ def bmnist(root="../data/", batch_size=128, num_workers=0, download=True, binari
 def load_mnist(root="../data/", download=True):
     """
     Finds, or downloads, the four files of MNIST and reads them after checking each one.
-    Inputs and errors: as bmnist.
+    Inputs:
+        root, download - As in bmnist.
     Outputs:
         train_images, train_labels - uint8 tensor of shape [60000,28,28], int64 tensor of shape [60000]
         test_images, test_labels - the same for the 10,000 test images
+    Raises:
+        DataError - As in bmnist.
     """
     folder = Path(root).expanduser() / "MNIST" / "raw"  # where torchvision's MNIST keeps them
     if missing_files(folder):
@@ -229,7 +232,10 @@ def download_mnist(folder):
     """
     Downloads the missing files of MNIST into a folder. Several processes may do so at once: one downloads, the others
     wait for it. Each file appears under its name only when it is complete and torchvision has verified it.
-    Raises: OSError, RuntimeError or HTTPException, whatever torchvision met.
+    Inputs:
+        folder - Path of the folder.
+    Raises:
+        OSError, RuntimeError, HTTPException - whatever torchvision met.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):

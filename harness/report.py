@@ -249,5 +249,6 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a continued run's
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, too
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # NumPy's: Run switches them off
     # Names that Lightning uses and newer versions of torch call old.
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")

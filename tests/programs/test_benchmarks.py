@@ -1,0 +1,40 @@
+"""
+The benchmarks run and write what they say, whatever they measure: `python -m unittest
+tests/programs/test_benchmarks.py`.
+"""
+
+import json
+import re
+import unittest
+
+from tests.helpers import CommandTest, few_digits
+
+
+class TestBenchmarks(CommandTest):
+    def assert_written(self, name, *flags):
+        variables = few_digits(self.folder, (6400, 200, 200))  # of fewer than 50 steps, Lightning's logs would warn
+        code, stdout, stderr = self.run_command(f"benchmarks/{name}.py", "--rounds", "1", *flags, **variables)
+        self.assertEqual((code, stderr), (0, ""))
+        (path,) = self.folder.glob(f"{name}_*.json")
+        self.assertEqual(path.with_suffix(".png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+        return stdout, json.loads(path.read_text())
+
+    def test_speed(self):
+        stdout, measured = self.assert_written("speed", "--dataset", "rendered", "--whole_run", "1")
+        for way, row in measured["summary"].items():
+            self.assertRegex(stdout, rf"(?m)^{way} .*{re.escape(measured['ways'][way])}$")
+            self.assertTrue(row["min"] > 0 and row["memory_mib"] > 100, row)
+        self.assertEqual(measured["summary"]["bare loop"]["ratio"], 1)
+        self.assertGreater(measured["whole_run"]["process"], measured["whole_run"]["fit"])
+        self.assertGreater(min(measured["start"]["first step"]), 1)
+
+    def test_growth(self):
+        _, measured = self.assert_written("growth", "--batch_sizes", "500", "--widths", "16", "--num_images", "200000")
+        self.assertTrue(all(measured[name][0]["seconds"] > 0 for name in ["batch size", "hidden width"]))
+        images = measured["images"][0]
+        self.assertEqual((images["images"], images["bytes_per_pixel"]), (200_000, 1))
+        self.assertLess(images["process_mib"] * 2**20 / (784 * 200_000), 1.3)  # no second copy
+
+
+if __name__ == "__main__":
+    unittest.main()

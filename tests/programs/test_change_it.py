@@ -1,0 +1,81 @@
+"""README's "Change it", applied to a copy and run: `python -m unittest tests/programs/test_change_it.py`."""
+
+import math
+import re
+import unittest
+
+from rendered_digits import rendered_mnist
+from tests.helpers import REPOSITORY, CommandTest, idx, metrics, results
+
+
+def apply(block, source):
+    """Source code with the changes of a diff block, each of whose lines that are not new is there exactly once."""
+    to_insert, anchor = [], None
+    for line in block.splitlines():
+        kind, text = line[0], f"\n{line[1:]}\n"
+        if kind == "+":
+            if anchor is None:
+                to_insert.append(text)
+            else:
+                source = source.replace(anchor, anchor.removesuffix("\n") + text)
+                anchor = text
+            continue
+        if source.count(text) != 1:
+            raise AssertionError(f"not once in train_pl.py: {line}")
+        source = source.replace(text, "".join(new.removesuffix("\n") for new in to_insert) + text)
+        to_insert, anchor = [], text
+    for line in block.splitlines():
+        if line[0] == "-":
+            source = source.replace(f"\n{line[1:]}\n", "\n")
+    return source
+
+
+class TestChangeIt(CommandTest):
+    def test_all_changes_at_once(self):
+        section = re.search(r"## Change it\n(.*?)\n## ", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
+        blocks = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+        self.assertEqual(len(blocks), 4)
+        source = (REPOSITORY / "train_pl.py").read_text()
+        for block in blocks:
+            source = apply(block, source)
+        for line in re.findall(r"`(from \S+ import \S+)`", section):
+            source = source.replace("\nimport torch\n", f"\nimport torch\n{line}\n")
+        for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "harness"]:
+            if path.name != "train_pl.py":
+                (self.folder / path.name).symlink_to(path)
+        (self.folder / "train_pl.py").write_text(source)
+        raw = self.folder / "data" / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        parts = [f"{part}-{kind}-ubyte" for part in ["train", "t10k"] for kind in ["images-idx3", "labels-idx1"]]
+        for name, tensor in zip(parts, rendered_mnist()):
+            (raw / name).write_bytes(idx(tensor))
+
+        flags = [
+            "--model",
+            "linear",
+            "--dataset",
+            "fashion",
+            "--data_dir",
+            "data",
+            "--epochs",
+            "1",
+            "--run_name",
+            "run",
+        ]
+        process = self.start("train_pl.py", *flags)
+        _, stderr = process.communicate(timeout=600)
+        self.assertEqual((process.returncode, stderr), (0, ""))
+        run = self.folder / "VAE_logs" / "run"
+        self.assertEqual(results(run)["hyperparameters"]["model"], "linear")
+        row = {name: float(value) for name, value in metrics(run)[1].items()}
+        in_bpd = math.log2(math.e) / 784
+        self.assertAlmostEqual(row["train_KL_bpd"], row["train_regularization_loss"] * in_bpd, places=5)
+        self.assertAlmostEqual(row["val_KL_bpd"], row["val_regularization_loss"] * in_bpd, places=5)
+        for stage in ["train", "val"]:  # the true ELBO's, although four times the KL is minimised
+            elbo = row[f"{stage}_reconstruction_loss"] + row[f"{stage}_regularization_loss"]
+            self.assertAlmostEqual(row[f"{stage}_bpd"], elbo * in_bpd, places=5)
+        self.assertLess(row["val_regularization_loss"], 20)  # 36 after an epoch without the weight
+
+
+if __name__ == "__main__":
+    unittest.main()

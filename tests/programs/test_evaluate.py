@@ -1,0 +1,64 @@
+"""`python evaluate.py` as a user runs it: `python -m unittest tests/programs/test_evaluate.py`."""
+
+import json
+import os
+import unittest
+
+import torch
+
+from tests.helpers import MNIST_DIR, NO_MNIST, CommandTest
+
+
+class TestCommand(CommandTest):
+    def test_command(self):
+        run, trained = self.train(
+            *("--hidden_dims", "16", "--binarization", "stochastic", "--train_size", "55000"),
+            *("--lr_schedule", "cosine"),
+        )
+        checkpoint = run / "checkpoints" / "best.ckpt"
+        code, stdout, stderr = self.run_command("evaluate.py", checkpoint, "--iw_samples", "2", "--progress_bar")
+        self.assertEqual(code, 0)
+        self.assertRegex(stderr, "log p.x.: 100%")
+        results = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        self.assertRegex(stdout, r"MLP, 20 latents, after 1 epochs, on 10,000 test images of rendered \(stochastic\)")
+        self.assertRegex(stdout, rf"test bpd +{results['test_bpd']:.4f} \+- 0\.000\d\n")
+        self.assertRegex(stdout, rf"log p\(x\) +{results['log_likelihood']:.2f} \+- 0\.\d\d nats, importance-weighted")
+        self.assertRegex(stdout, r"active units +\d+ of 20\n")
+        self.assertAlmostEqual(results["test_bpd"], trained["test_bpd"], delta=0.002)
+
+        before = sorted(self.folder.rglob("*"))
+        wrong = self.folder / "logs" / "wrong.ckpt"
+        for flags, code, *parts in [
+            ([wrong], 1, wrong, "No such file"),
+            ([checkpoint, "--iw_samples", "0"], 2, "--iw_samples"),
+            ([checkpoint, "--dataset", "mnist"], 1, "MNIST"),
+            ([run / "results.json"], 1, "no checkpoint"),
+            ([], 2, "checkpoint"),
+        ]:
+            self.assert_one_line(self.run_forked("evaluate.py", *flags), code, *parts)
+        self.assertEqual(sorted(self.folder.rglob("*")), before)
+
+    def test_malicious_checkpoint(self):
+        made = self.folder / "made"
+
+        class Exploit:
+            def __reduce__(self):
+                return os.mkdir, (str(made),)
+
+        checkpoint = {"epoch": 1, "state_dict": Exploit(), "hyper_parameters": {}, "callbacks": {}}
+        torch.save(checkpoint, self.folder / "bad.ckpt")
+        self.assert_one_line(self.run_forked("evaluate.py", self.folder / "bad.ckpt"), 1, "bad.ckpt is refused")
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["bad.ckpt"])
+
+    @unittest.skipUnless(MNIST_DIR, NO_MNIST)
+    def test_mnist(self):
+        run, trained = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--hidden_dims", "16")
+        code, stdout, stderr = self.run_forked("evaluate.py", run / "checkpoints" / "best.ckpt", "--iw_samples", "2")
+        self.assertEqual((code, stderr), (0, ""))
+        results = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        self.assertAlmostEqual(results["test_bpd"], trained["test_bpd"], delta=0.002)
+        self.assertEqual((results["dataset"], results["binarization"]), ("mnist", "threshold"))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,321 @@
+"""
+The job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes. Brings up a cluster
+of its own with two nodes on this machine, for which it needs root and Debian's packages (apt-get install slurm-wlm
+munge).
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+from tests.helpers import (
+    NO_NETWORK,
+    REPOSITORY,
+    assert_left_the_same,
+    few_digits,
+    known_files,
+    mirror,
+    results,
+    small_mnist,
+    stand_in_code,
+)
+
+MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
+# Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM
+# looks for what to start every second instead of every half a minute.
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={state}/munge.socket
+CredType=cred/munge
+StateSaveLocation={state}/ctld
+SlurmdSpoolDir={state}/spool-%n
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd-%n.pid
+SlurmctldLogFile={state}/slurmctld.log
+SlurmdLogFile={state}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=2
+MinJobAge=3600
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
+PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
+PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+# Appended to a sitecustomize.py: with SLOW in its environment, a run that does not continue another one waits in each
+# epoch but the first. So it is not finished before what is to end it, however fast the machine.
+SLOW_START = """
+import os, time
+from harness import report
+begin_epoch = report.EpochReport.begin_epoch
+def begin_slowly(self, trainer):
+    if trainer.current_epoch > 0:
+        time.sleep(5)
+    begin_epoch(self, trainer)
+if "SLOW" in os.environ and not os.path.exists(f"VAE_logs/job_{os.environ['SLURM_JOB_ID']}/checkpoints/last.ckpt"):
+    report.EpochReport.begin_epoch = begin_slowly
+"""
+
+
+def free_ports(count):
+    """Ports that nobody listens at."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def command(*words, **options):
+    """What a command prints."""
+    words = list(map(str, words))
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, **options).stdout
+
+
+@unittest.skipIf(MISSING, f"there is no {', '.join(MISSING)} (Debian: apt-get install slurm-wlm munge)")
+@unittest.skipUnless(os.getuid() == 0, "only root can bring up a SLURM cluster")
+class TestSlurm(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        state = cls.folder / "slurm"
+        for name in ["ctld", "spool-n1", "spool-n2"]:
+            (state / name).mkdir(parents=True)
+        host = socket.gethostname().split(".")[0]
+        (state / "slurm.conf").write_text(CONFIGURATION.format(host=host, state=state, ports=free_ports(3)))
+        # MASTER_ADDR, since the nodes' names are known to this cluster alone
+        cls.environment = {
+            **os.environ,
+            "SLURM_CONF": str(state / "slurm.conf"),
+            "MASTER_ADDR": "127.0.0.1",
+            "ACTIVATE": f"export PATH={Path(sys.executable).parent}:$PATH",
+        }
+        cls.environment.pop("OMP_NUM_THREADS", None)
+        cls.start_munge(state)
+        cls.addClassCleanup(cls.stop_daemons, state)
+        for words in [["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]]:
+            command(*words, env=cls.environment)
+        cls.wait_for(lambda: cls.slurm("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * 4, 60)
+
+    @classmethod
+    def start_munge(cls, state):
+        """What SLURM's daemons and commands know each other by; one of our own, beside the machine's."""
+        key = state / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {name: state / f"munge.{name}" for name in ["socket", "pid", "seed", "log"]}
+        # Forced, since it wants its socket where every user of the machine reaches it.
+        options = [
+            "--force",
+            f"--key-file={key}",
+            *(f"--{name}{'-file' * (name != 'socket')}={path}" for name, path in files.items()),
+        ]
+        with open(state / "munge.out", "w") as output:
+            munge = subprocess.Popen(["munged", "--foreground", *options], stdout=output, stderr=output)
+        cls.addClassCleanup(munge.wait)
+        cls.addClassCleanup(munge.terminate)
+        cls.wait_for(files["socket"].exists, 60)
+
+    @classmethod
+    def stop_daemons(cls, state):
+        cls.slurm("scancel", "--full", "--signal=KILL", "--user=root")
+        for path in [state / "slurmctld.pid", state / "slurmd-n1.pid", state / "slurmd-n2.pid"]:
+            if path.exists():
+                pid = int(path.read_text())
+                os.kill(pid, 15)
+                cls.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 30)
+
+    @classmethod
+    def slurm(cls, *words):
+        return command(*words, env=cls.environment)
+
+    @staticmethod
+    def wait_for(condition, seconds):
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {seconds} s in vain")
+            time.sleep(0.2)
+
+    def setUp(self):
+        """A checkout of its own for the test, in which the jobs run."""
+        self.checkout = Path(tempfile.mkdtemp(dir=self.folder))
+        for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "harness", REPOSITORY / "slurm"]:
+            (self.checkout / path.name).symlink_to(path)
+
+    def submit(self, *words, **variables):
+        """Submits a job that trains on rendered digits, if the words end with flags, and returns its id."""
+        words = ["sbatch", "--parsable", "--cpus-per-task=1", *words]
+        return command(*words, cwd=self.checkout, env={**self.environment, **variables}).strip()
+
+    def job(self, job_id):
+        """What SLURM knows of a job, by name."""
+        return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", job_id)))
+
+    def start_now(self, job_id):
+        """Ends the two minutes that SLURM holds back a job that it has requeued."""
+        job = self.job(job_id)
+        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+            self.slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def wait_for_end(self, *job_ids, seconds=1200):
+        def all_over():
+            for job_id in job_ids:
+                self.start_now(job_id)
+            states = {self.job(job_id)["JobState"] for job_id in job_ids}
+            return not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"} & states
+
+        self.wait_for(all_over, seconds)
+
+    def output(self, job_id):
+        path = self.checkout / f"slurm-{job_id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def run_folder(self, job_id):
+        return self.checkout / "VAE_logs" / f"job_{job_id}"
+
+    def test_jobs_go_on_after_a_preemption_and_the_time_limit(self):
+        variables = few_digits(self.checkout)
+        with open(self.checkout / "sitecustomize.py", "a") as file:
+            file.write(SLOW_START)
+        flags = ["slurm/train.sbatch", "--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "2", "--epochs", "15"]
+        undisturbed = self.submit("--nodelist=n1", *flags, **variables)
+        limited = self.submit("--nodelist=n1", "--time=1", *flags, SLOW="1", **variables)
+        preempted = self.submit("--nodelist=n2", *flags, SLOW="1", **variables)
+        self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
+        (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")
+        urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", "short.sh")
+        self.wait_for_end(undisturbed, limited, preempted, urgent)
+        for job_id in [undisturbed, limited, preempted]:
+            self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
+            self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
+            self.assertEqual("continued after epoch" in self.output(job_id), job_id != undisturbed)
+            assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
+            self.assertEqual("Time is almost up" in self.output(job_id), job_id == limited)
+
+    def stand_in(self, script):
+        """A shell script in the place of Python; returns what activates it."""
+        program = self.checkout / "bin" / "python"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return f"PATH={program.parent}:$PATH"
+
+    def test_flags_and_threads(self):
+        (self.checkout / "settings.txt").write_text("# a comment\n--lr 1e-3 --hidden_dims 64 32\n\n--lr 1e-4\n")
+        activate = self.stand_in('echo "$OMP_NUM_THREADS: $*"')
+        sweep = self.submit(
+            *("--array=0-1", "slurm/sweep.sbatch", "--epochs", "3"), SETTINGS="settings.txt", ACTIVATE=activate
+        )
+        ddp = self.submit(
+            *("--nodes=2", "--ntasks-per-node=2", "slurm/train_ddp.sbatch", "--lr", "0.1"), ACTIVATE=activate
+        )
+        train = self.submit("--cpus-per-task=2", "slurm/train.sbatch", "--z_dim", "2 3", ACTIVATE=activate)
+        self.wait_for_end(f"{sweep}_0", f"{sweep}_1", ddp, train)
+        beginning = "train_pl.py --dataset mnist"
+        self.assertEqual(
+            [self.output(job_id) for job_id in [f"{sweep}_0", f"{sweep}_1", ddp, train]],
+            [
+                f"1: {beginning} --lr 1e-3 --hidden_dims 64 32 --epochs 3\n",
+                f"1: {beginning} --lr 1e-4 --epochs 3\n",
+                4 * f"1: {beginning} --num_nodes 2 --devices 2 --lr 0.1\n",
+                f"2: {beginning} --z_dim 2 3\n",
+            ],
+        )
+
+    def test_preempted_before_it_is_ready(self):
+        """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
+        activate = self.stand_in('echo life $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
+        job_id = self.submit("--nodelist=n1", "slurm/train.sbatch", ACTIVATE=activate)
+        self.wait_for(lambda: "life" in self.output(job_id), 60)
+        (self.checkout / "short.sh").write_text("#!/bin/sh\n")
+        urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", "short.sh")
+        self.wait_for_end(job_id, urgent)
+        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "1"))
+        self.assertIn("life 1", self.output(job_id))
+
+    def test_two_nodes_reach_the_bpd_of_one_process(self):
+        variables = few_digits(self.checkout, (5000, 500, 1000))
+        flags = ["--dataset", "rendered", "--epochs", "3"]
+        two = self.submit("slurm/train_ddp.sbatch", *flags, **variables)
+        one = self.submit("slurm/train.sbatch", *flags, **variables)
+        self.wait_for_end(two, one)
+        for job_id in [two, one]:
+            self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
+            self.assertEqual("on cpu x 2" in self.output(job_id), job_id == two)
+        bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
+        self.assertAlmostEqual(bpd, expected, delta=0.001)
+
+    def test_a_bad_flag(self):
+        job_id = self.submit("slurm/train.sbatch", "--z_dim", "0")
+        self.wait_for_end(job_id)
+        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["ExitCode"]), ("FAILED", "2:0"))
+        self.assertIn("error: --z_dim must be at least 1", self.output(job_id))
+
+    def test_no_data(self):
+        job_id = self.submit("slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK)
+        self.wait_for_end(job_id)
+        self.assertEqual(self.job(job_id)["JobState"], "FAILED")
+        self.assertIn("error: MNIST is not complete in data/MNIST/raw", self.output(job_id))
+        self.assertFalse((self.checkout / "VAE_logs").exists())
+
+    def test_scripts_say_what_is_missing(self):
+        nowhere = self.submit("--chdir=/", f"--output={self.checkout}/slurm-%j.out", "slurm/train.sbatch")
+        no_python = self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere")
+        too_many = self.submit("--array=9", "slurm/sweep.sbatch")
+        self.wait_for_end(nowhere, no_python, too_many)
+        for job_id, problem in [(nowhere, "slurm/job.sh"), (no_python, "set ACTIVATE"), (f"{too_many}_9", "=0-7")]:
+            self.assertEqual(self.job(job_id)["JobState"], "FAILED")
+            self.assertIn(problem, self.output(job_id))
+
+    def test_eight_array_tasks_on_an_empty_data_folder(self):
+        """The default sweep, with a local server as MNIST's mirror that has a small stand-in for it."""
+        content, packed, _, _ = small_mnist(600, 100)
+        resources = [(name, hashlib.md5(data).hexdigest()) for name, data in packed.items()]
+        with mirror(packed) as (address, requests):
+            code = stand_in_code(address, resources, known_files(content), TRAIN_SIZES=[500], NUM_VAL=100)
+            (self.checkout / "sitecustomize.py").write_text(code)
+            flags = ["--data_dir", "data", "--epochs", "2", "--hidden_dims", "16"]
+            path = f"{self.checkout}{os.pathsep}{REPOSITORY}"
+            job_id = self.submit("slurm/sweep.sbatch", *flags, PYTHONPATH=path)
+            tasks = [f"{job_id}_{task}" for task in range(8)]
+            self.wait_for_end(*tasks)
+        self.assertEqual({self.job(task)["JobState"] for task in tasks}, {"COMPLETED"}, self.output(tasks[0]))
+        self.assertEqual({path.name for path in (self.checkout / "VAE_logs").iterdir()}, {f"job_{t}" for t in tasks})
+        settings = [results(self.run_folder(task))["hyperparameters"] for task in tasks]
+        self.assertEqual(
+            [(flags["z_dim"], flags["seed"]) for flags in settings],
+            [(z_dim, seed) for z_dim in [2, 20] for seed in [1, 2, 3, 4]],
+        )
+        self.assertEqual(sum("Downloading" in self.output(task) for task in tasks), 1)
+        self.assertEqual({requests.count(name) for name in packed}, {requests.count(next(iter(packed)))})
+        self.assertLess(len(requests), 9)  # one task asked; torchvision looks for redirections first
+
+
+if __name__ == "__main__":
+    unittest.main()

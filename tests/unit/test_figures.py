@@ -1,0 +1,128 @@
+"""Tests of harness/figures.py: `python -m unittest tests/unit/test_figures.py`."""
+
+from unittest import mock
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
+
+from harness import figures
+from tests.helpers import SeededTest
+
+
+class TestFigures(SeededTest):
+    """That each function writes readable files, and draws what it was given."""
+
+    def setUp(self):
+        for name in ["a", "b"]:
+            imsave(self.folder / f"{name}.png", np.full((8, 8, 3), 0.5))
+        self.inputs = set(self.folder.iterdir())
+
+    def curves(self, path):
+        figures.bpd_curves(path, {0: 1.0, 1: 0.3, 2: 0.2}, {1: 0.4, 2: 0.25}, 0.24, "MLP")
+
+    def pictures(self, path):
+        figures.side_by_side(path, {"before": self.folder / "a.png", "after": self.folder / "b.png"})
+
+    def settings(self, path):
+        figures.bpd_by_setting(path, {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
+
+    def table(self, name, **options):
+        images = np.arange(6).reshape(2, 3, 1, 1) / 6 * np.ones((2, 3, 4, 5))
+        figures.image_table(name, images, rows=["x", "y"], columns=["1", "2", "3"], title="T", **options)
+
+    def latents(self, name):
+        labels = np.array([0, 1, 1, 9])
+        figures.latent_space(name, np.arange(8.0).reshape(4, 2), labels, ["first", "second"], "Means")
+
+    def drawn(self, draw, *args, **options):
+        """The axes of the figure that a function would write."""
+        with mock.patch.object(figures, "save") as save:
+            draw("name", *args, **options)
+        return save.call_args.args[0].axes
+
+    def written(self):
+        """The names of the files that are there but for the pictures that were given."""
+        return sorted(path.name for path in set(self.folder.iterdir()) - self.inputs)
+
+    def test_files_are_readable(self):
+        for draw in [self.curves, self.pictures, self.settings]:
+            draw(self.folder / "one.png")
+        for draw in [self.table, self.latents]:
+            draw(self.folder / draw.__name__)
+        self.settings(str(self.folder / "plot"))  # as `summary.py --plot plot` asks for it
+        names = ["latents.pdf", "latents.png", "one.png", "plot", "table.pdf", "table.png"]
+        self.assertEqual(self.written(), names)
+        for name in names:
+            path = self.folder / name
+            if name.endswith("pdf"):
+                self.assertEqual(path.read_bytes()[:5], b"%PDF-")
+                self.assertEqual(path.read_bytes().rstrip()[-5:], b"%%EOF")
+            else:
+                picture = imread(path, format="png")
+                self.assertGreater(min(picture.shape[:2]), 150, name)
+                self.assertGreater(picture[..., :3].std(), 0.01, f"{name} is empty")
+
+    def test_whole_or_not_at_all(self):
+        def full_disk(figure, path, **options):
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        for draw, names in [
+            (self.curves, ["one"]),
+            (self.pictures, ["one"]),
+            (self.settings, ["one"]),
+            (self.table, ["one.png", "one.pdf"]),
+            (self.latents, ["one.png", "one.pdf"]),
+        ]:
+            for name in names:
+                (self.folder / name).write_bytes(b"old")
+            with mock.patch.object(Figure, "savefig", full_disk), self.assertRaises(OSError):
+                draw(self.folder / "one")
+            for name in names:
+                self.assertEqual((self.folder / name).read_bytes(), b"old")
+
+    def test_curves(self):
+        (axes,) = self.drawn(self.curves)
+        curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        self.assertEqual(curves.pop("train"), [[0, 1], [1, 0.3], [2, 0.2]])
+        self.assertEqual(curves.pop("validation"), [[1, 0.4], [2, 0.25]])
+        self.assertEqual({y for _, y in curves.pop("test: 0.2400")}, {0.24})
+        self.assertEqual((axes.get_title(), axes.get_yscale()), ("MLP", "log"))
+
+    def test_side_by_side(self):
+        self.assertEqual([axes.get_title() for axes in self.drawn(self.pictures)], ["before", "after"])
+        (axes,) = self.drawn(figures.side_by_side, {"alone": self.folder / "a.png"})
+        self.assertEqual(axes.get_images()[0].get_array().shape[:2], (8, 8))
+
+    def test_by_setting(self):
+        (axes,) = self.drawn(self.settings)
+        self.assertEqual([label.get_text() for label in axes.get_yticklabels()], ["z_dim 2", "z_dim 20"])
+        runs = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
+        self.assertEqual(runs, [[[0.2, 0], [0.24, 0]], [[0.15, 1]]])
+        marks = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "|"]
+        deviation = np.sqrt(2) * 0.02  # of the first setting; the second has a single run
+        np.testing.assert_allclose(sorted(np.concatenate(marks)), [0.15, 0.22 - deviation, 0.22, 0.22 + deviation])
+        self.assertGreater(*axes.get_ylim())  # the first one on top
+
+    def test_table(self):
+        """Images in their rows and columns, with a grey gap between them."""
+        (axes,) = self.drawn(self.table, gap=2)
+        picture = axes.get_images()[0].get_array()
+        self.assertEqual(picture.shape, (2 * 4 + 2, 3 * 5 + 2 * 2))
+        np.testing.assert_allclose(picture[::6, ::7], np.arange(6).reshape(2, 3) / 6)
+        np.testing.assert_allclose(picture[3::6, 4::7], np.arange(6).reshape(2, 3) / 6)
+        self.assertEqual({*picture[4:6].flat, *picture[:, 5:7].flat}, {0.5})
+        self.assertEqual([label.get_text() for label in axes.get_xticklabels()], ["1", "2", "3"])
+        self.assertEqual([label.get_text() for label in axes.get_yticklabels()], ["x", "y"])
+        np.testing.assert_allclose(axes.get_xticks(), [2, 9, 16])  # the middles of the images
+        (axes,) = self.drawn(self.table, gap=0)
+        self.assertEqual(axes.get_images()[0].get_array().shape, (8, 15))
+
+    def test_latent_space(self):
+        (axes,) = self.drawn(self.latents)
+        points = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
+        expected = {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]}
+        self.assertEqual(points, {str(digit): expected.get(str(digit), []) for digit in range(10)})
+        self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("first", "second"))

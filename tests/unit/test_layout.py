@@ -1,0 +1,191 @@
+"""Tests of who imports whom, sizes of files, and docstrings: `python -m unittest tests/unit/test_layout.py`."""
+
+import ast
+import functools
+import graphlib
+import re
+import subprocess
+import unittest
+
+from tests.helpers import REPOSITORY
+
+GROUND_FLOOR = {"utils", "mlp_encoder_decoder", "cnn_encoder_decoder", "bmnist"}  # the assignment's files
+# Which modules of ours each program may import; the folder `harness` stands for all that is in it.
+MAY_IMPORT = {
+    **dict.fromkeys([*GROUND_FLOOR, "rendered_digits"], set()),
+    "train_pl": {*GROUND_FLOOR, "rendered_digits", "harness"},
+    "train_torch": {*GROUND_FLOOR, "rendered_digits"},
+    "evaluate": {"train_pl", "utils", "harness"},
+    "summary": {"train_pl", "utils", "harness"},
+    "unittests": {*GROUND_FLOOR, "train_pl", "train_torch"},  # the contract of any solution of the assignment
+}
+MAX_LINES = {"train_pl.py": 330, "tests/unit/*.py": 400}
+SECTIONS = ["Inputs:", "Attributes:", "Outputs:", "Raises:"]
+# What other formats of docstrings have, and ours with something else on the line.
+OTHER_SECTION = re.compile(
+    r"(Inputs?|Args|Arguments|Param\w*|Outputs?|Returns?|Yields?|Raises|Attributes)\b[^.]*:|:\w+ .*:|-{3,}"
+)
+ENTRY = re.compile(r"    (\w+(?:, \w+)*) - \S")
+
+
+@functools.cache
+def tracked_files():
+    """The .py files of the repository, new ones too: dict from the path from its root to the syntax tree."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    files = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    if not files:
+        raise unittest.SkipTest("this is no git checkout")
+    return {file: ast.parse((REPOSITORY / file).read_text()) for file in files if (REPOSITORY / file).exists()}
+
+
+def module_name(file):
+    """What a file is imported as."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+class LayoutTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.trees = tracked_files()
+        cls.modules = {module_name(file): file for file in cls.trees}
+        cls.package = [file for file in cls.trees if not file.startswith("tests/") and file != "unittests.py"]
+
+    def names(self, file):
+        """The dotted names that a file imports, wherever in it: of `from a import b` both a and a.b."""
+        for node in ast.walk(self.trees[file]):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0, f"{file}, line {node.lineno}: name the module from the root")
+                yield from [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+    def imports(self, file):
+        """The modules of ours that a file imports; a program in a folder has those beside it by their bare names."""
+        folder = module_name(file).rpartition(".")[0]
+        names = set(self.names(file))
+        return (names | {f"{folder}.{name}" for name in names}) & self.modules.keys()
+
+
+class TestImports(LayoutTest):
+    def test_the_imports_are_found(self):
+        self.assertLessEqual({"utils", "bmnist", "harness.run", "harness.program"}, self.imports("train_pl.py"))
+        self.assertIn("harness.figures", self.imports("harness/report.py"))  # within a function
+        self.assertIn("harness.checkpoints", self.imports("harness/run.py"))  # from harness import checkpoints
+        self.assertIn("tests.helpers", self.imports("tests/unit/test_layout.py"))
+
+    def test_every_program_has_a_place(self):
+        programs = {module for module in self.modules if "." not in module} - {"harness", "tests"}
+        self.assertLessEqual(programs, MAY_IMPORT.keys(), "say in MAY_IMPORT what it may import")
+
+    def test_arrows_point_one_way(self):
+        for module, allowed in MAY_IMPORT.items():
+            if module in self.modules:
+                rooms = {name.partition(".")[0] for name in self.imports(self.modules[module])}
+                self.assertLessEqual(rooms, allowed, module)
+
+    def test_harness_imports_nothing_from_outside(self):
+        for module, file in self.modules.items():
+            if module.startswith("harness"):
+                self.assertEqual({name.partition(".")[0] for name in self.imports(file)} - {"harness"}, set(), file)
+
+    def test_tests_import_no_tests(self):
+        """Nobody imports unittests.py, and of tests nothing but the helpers, in tests alone."""
+        for file in self.trees:
+            imported = {name for name in self.imports(file) if name.partition(".")[0] in ["tests", "unittests"]}
+            allowed = {"tests", "tests.helpers"} if file.startswith("tests/") else set()
+            self.assertLessEqual(imported, allowed, file)
+
+    def test_no_circles(self):
+        graph = {module: self.imports(file) - {module} for module, file in self.modules.items()}
+        graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+    def test_torch_distributions_is_not_used(self):
+        for file in self.package:
+            self.assertNotIn("torch.distributions", (REPOSITORY / file).read_text(), file)
+            self.assertNotIn("torch.distributions", set(self.names(file)), file)
+
+
+class TestSizes(LayoutTest):
+    def test_lines(self):
+        for pattern, most in MAX_LINES.items():
+            for path in REPOSITORY.glob(pattern):
+                self.assertLessEqual(len(path.read_text().splitlines()), most, path.name)
+
+    def test_readme(self):
+        self.assertLessEqual((REPOSITORY / "README.md").stat().st_size, 10_000)
+
+
+class TestDocstrings(LayoutTest):
+    """One format: prose, then the sections that there are, in their order, with a name, a dash and a text each."""
+
+    def test_format(self):
+        for file in self.package:
+            for node in ast.walk(self.trees[file]):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                    with self.subTest(f"{file}, line {node.lineno}: {node.name}"):
+                        self.check(node)
+
+    def check(self, node):
+        """That the docstring of a function or a class keeps to the format."""
+        sections = self.sections(ast.get_docstring(node))
+        allowed = [name for name in SECTIONS if name != "Attributes:" or isinstance(node, ast.ClassDef)]
+        self.assertEqual(list(sections), [name for name in allowed if name in sections])
+        if "Inputs:" in sections:
+            self.assertEqual(sections["Inputs:"], parameters(node))
+
+    def sections(self, docstring):
+        """Dict from section to the names of its entries."""
+        lines = docstring.splitlines()
+        start = next((number for number, line in enumerate(lines) if line in SECTIONS), len(lines))
+        for line in lines[:start]:
+            self.assertIsNone(OTHER_SECTION.match(line), line)
+        sections = {}
+        for line in lines[start:]:
+            if line in SECTIONS:
+                self.assertNotIn(line, sections)
+                names = sections[line] = []
+            elif entry := ENTRY.match(line):
+                names += entry[1].split(", ")
+            else:  # goes on with an entry
+                self.assertRegex(line, r"^ {8,}\S")
+                self.assertTrue(names, line)
+        for section, names in sections.items():
+            self.assertTrue(names, f"{section} is empty")
+        return sections
+
+    def test_what_breaks_the_format(self):
+        """The test fails where it should."""
+        good = "Does.\nInputs:\n    a, b - Numbers,\n        large.\n    rest - Others.\nOutputs:\n    c - Sum."
+        code = 'def f(a, b=1, *rest):\n    """{}"""'
+        self.check(ast.parse(code.format(good)).body[0])
+        for old, new in [
+            ("a, b", "b, a"),
+            ("a, b", "a"),
+            ("b -", "b:"),
+            ("Inputs:", "Args:"),
+            ("Outputs:", "Returns:"),
+            ("Outputs:", "Attributes:"),
+            ("Outputs:\n    c - ", "Outputs: "),
+            ("Outputs:\n", "Outputs:"),
+            ("        large", "    large"),
+            ("    rest", "  rest"),
+            ("\nOutputs", "\n\nOutputs"),
+            ("Sum.", "Sum.\nRaises: ValueError"),
+            ("Does.\n", "Does.\nOutputs:\n    c - Sum.\n"),
+            ("Sum.", "Sum.\nMore prose."),
+        ]:
+            self.assertIn(old, good)
+            with self.assertRaises(AssertionError, msg=new):
+                self.check(ast.parse(code.format(good.replace(old, new))).body[0])
+        for bad in ["Does.\n\nReturns: c", "Does.\n\n:param a: A.", "Does.\n\nParameters\n----------\na : int"]:
+            with self.assertRaises(AssertionError, msg=bad):
+                self.check(ast.parse(code.format(bad)).body[0])
+
+
+def parameters(node):
+    """The names of the parameters of a function, or of a class's __init__, but for self."""
+    if isinstance(node, ast.ClassDef):
+        node = next(part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__")
+    args = node.args
+    names = [arg.arg for arg in [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg] if arg]
+    return [name for name in names if name not in ["self", "cls"]]

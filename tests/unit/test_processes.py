@@ -1,0 +1,184 @@
+"""Tests of harness/processes.py: `python -m unittest tests/unit/test_processes.py`."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.utils.data import DataLoader
+
+import bmnist
+from harness import processes
+from tests.helpers import SeededTest
+from utils import sample_reparameterize
+
+
+def two_processes():
+    """The Trainers of two processes, the second of which gets what the first one has sent, and the list of it."""
+    sent = []
+    first = SimpleNamespace(is_global_zero=True, strategy=mock.Mock(broadcast=lambda x: sent.append(x) or x))
+    second = SimpleNamespace(is_global_zero=False, strategy=mock.Mock(broadcast=lambda x: sent[-1]))
+    return first, second, sent
+
+
+class TestSampler(SeededTest):
+    def setUp(self):
+        self.dataset = bmnist.BinaryImages(torch.zeros(23, 2, 2, dtype=torch.uint8), torch.arange(23))
+
+    def sampler(self, shuffle=True, world_size=1, rank=0, seed=3):
+        trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+        return processes.sampler(self.dataset, shuffle, trainer, seed)
+
+    def test_shares_make_the_minibatches_of_one_process(self):
+        for shuffle in [True, False]:
+            orders = set()
+            for epoch in range(2):
+                batches = {}
+                for world_size in [1, 2, 4]:
+                    labels_of = []
+                    for rank in range(world_size):
+                        sampler = self.sampler(shuffle, world_size, rank)
+                        if shuffle:
+                            sampler.set_epoch(epoch)
+                        loader = DataLoader(
+                            self.dataset, 8 // world_size, sampler=sampler, collate_fn=bmnist.already_a_batch
+                        )
+                        labels_of.append([labels.tolist() for _, labels in loader])
+                    batches[world_size] = [sorted(sum(parts, [])) for parts in zip(*labels_of, strict=True)]
+                orders.add(str(batches[1]))
+                for world_size in [2, 4]:
+                    last, expected = batches[world_size][2], batches[1][2]
+                    self.assertEqual(batches[world_size][:2], batches[1][:2])
+                    if shuffle:  # one comes twice, so that the shares are as long
+                        self.assertEqual(len(last), 8)
+                        self.assertLessEqual(set(expected), set(last))
+                    else:
+                        self.assertEqual(last, expected)
+                self.assertEqual(sorted(sum(batches[1], [])), list(range(23)))
+            self.assertEqual(len(orders), 2 if shuffle else 1)
+
+    def test_order_and_draws_depend_on_seed_and_epoch_alone(self):
+        orders, draw_seeds = set(), set()
+        for seed in [3, 4]:
+            for epoch in range(3):
+                seen = set()
+                for world_size, rank in [(1, 0), (2, 0), (2, 1), (1, 0)]:
+                    sampler = self.sampler(True, world_size, rank, seed)
+                    torch.manual_seed(len(orders))
+                    sampler.set_epoch(epoch)
+                    seen.add(sampler.draw_seed())
+                self.assertEqual(len(seen), 1)
+                draw_seeds |= seen
+                orders.add(str(list(sampler)))
+        self.assertEqual((len(orders), len(draw_seeds)), (6, 6))
+
+
+class TestRandomNumbers(SeededTest):
+    def test_seeds(self):
+        seeds = {processes.derived_seed(seed, epoch) for seed in range(9) for epoch in range(9)}
+        self.assertEqual(len(seeds), 81)
+
+    def test_each_epoch_begins_with_its_own(self):
+        """And validation before the first one, and the test, whatever was drawn before."""
+
+        def drawn(hook, *args, seed=3, epoch=0, fn="fit"):
+            torch.rand(seed)
+            trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(fn=fn))
+            getattr(processes.SeedEpochs(seed), hook)(trainer, None, *args)
+            return torch.rand(()).item()
+
+        start = "on_train_batch_start", None, 0
+        epochs = [drawn(*start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)]
+        self.assertEqual(epochs, [drawn(*start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)])
+        others = [drawn("on_validation_start", fn="validate", seed=seed) for seed in [3, 4]]
+        self.assertEqual(others, [drawn("on_test_start", fn="test", seed=seed) for seed in [3, 4]])
+        self.assertEqual(len({*epochs, *others}), 8)
+        for hook, *args in [("on_train_batch_start", None, 1), ("on_validation_start",)]:  # within an epoch
+            self.assertNotEqual(drawn(hook, *args), drawn(hook, *args))
+
+    def test_shares_of_the_noise(self):
+        mean, std = torch.randn(2, 12, 5)
+        torch.manual_seed(1)
+        expected = sample_reparameterize(mean, std)
+        for world_size in [1, 2, 3]:
+            for rank in range(world_size):
+                module = SimpleNamespace()
+                trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+                processes.SharedNoise().setup(trainer, module, "fit")
+                torch.manual_seed(1)
+                z = sample_reparameterize(mean[rank::world_size], std[rank::world_size], module.randn_like)
+                torch.testing.assert_close(z, expected[rank::world_size], rtol=0, atol=0)
+
+    def test_noise_is_like_the_share(self):
+        for share in [torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(4, device="meta")]:
+            noise = processes.share_of_noise(1, 2)(share)
+            self.assertEqual((noise.shape, noise.dtype, noise.device), (share.shape, share.dtype, share.device))
+        self.assertIs(processes.share_of_noise(0, 1), torch.randn_like)
+
+
+class TestRankZero(SeededTest):
+    def test_on_rank_zero(self):
+        first, second, _ = two_processes()
+        self.assertEqual(processes.on_rank_zero(first, lambda *args: args, 5, 6), (5, 6))
+        self.assertEqual(processes.on_rank_zero(second, None), (5, 6))
+        with self.assertRaises(ZeroDivisionError):
+            processes.on_rank_zero(first, lambda: 1 / 0)
+        with self.assertRaises(SystemExit) as caught:
+            processes.on_rank_zero(second, None)
+        self.assertEqual(caught.exception.code, 1)
+
+    def test_rank_zero_first(self):
+        """The first process is through when it sends, and the second works only once it has that."""
+        first, second, sent = two_processes()
+        worked = []
+        with processes.rank_zero_first(first):
+            self.assertEqual(sent, [])
+            worked.append("first")
+        self.assertEqual(len(sent), 1)
+        second.strategy.broadcast = lambda x: worked.append("received") or sent[-1]
+        with processes.rank_zero_first(second):
+            worked.append("second")
+        self.assertEqual(worked, ["first", "received", "second"])
+
+    def test_error_of_rank_zero_ends_all(self):
+        first, second, _ = two_processes()
+        with self.assertRaises(ZeroDivisionError), processes.rank_zero_first(first):
+            raise ZeroDivisionError
+        worked = []
+        with self.assertRaises(SystemExit) as caught, processes.rank_zero_first(second):
+            worked.append("second")
+        self.assertEqual((caught.exception.code, worked), (1, []))
+
+    def test_error_of_another_process_is_its_own(self):
+        first, second, _ = two_processes()
+        with processes.rank_zero_first(first):
+            pass
+        with self.assertRaises(ZeroDivisionError), processes.rank_zero_first(second):
+            raise ZeroDivisionError
+
+
+class TestConnected(SeededTest):
+    def test_connected(self):
+        """The processes are started at once, and disconnected at the end, unless there is an error."""
+        trainer = mock.Mock()
+        with mock.patch.object(processes, "disconnect") as disconnect:
+            with processes.connected(trainer):
+                trainer.strategy.launcher.launch.assert_called_once_with(trainer.strategy.setup_environment)
+                disconnect.assert_not_called()
+            disconnect.assert_called_once_with()
+            with self.assertRaises(ZeroDivisionError), processes.connected(trainer):
+                raise ZeroDivisionError
+            disconnect.assert_called_once_with()
+
+    def test_a_single_process_needs_no_start(self):
+        with processes.connected(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+            self.assertFalse(torch.distributed.is_initialized())
+
+    def test_disconnect(self):
+        for is_connected in [False, True]:
+            with mock.patch.multiple(
+                torch.distributed,
+                is_initialized=mock.Mock(return_value=is_connected),
+                destroy_process_group=mock.DEFAULT,
+            ) as patched:
+                processes.disconnect()
+            self.assertEqual(patched["destroy_process_group"].call_count, int(is_connected))

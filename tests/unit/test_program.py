@@ -1,0 +1,187 @@
+"""Tests of harness/program.py: `python -m unittest tests/unit/test_program.py`."""
+
+import argparse
+import contextlib
+import io
+import math
+from unittest import mock
+
+from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, plain_values
+from tests.helpers import SeededTest
+from train_pl import FLAGS as TRAINING_FLAGS
+
+FLAGS = {
+    "shape": {
+        "kind": ("round", ["round", "square"], "Kind of shape"),
+        "sizes": ([3, 4], 1, "Sizes of the parts"),
+        "number": (5, 1, "Number of parts"),
+    },
+    "other": {
+        "rate": (0.5, 0.0, "Rate of change"),
+        "seed": (0, 0, "Seed"),
+        "side": (1, [1, 2], "Side"),
+        "colour": (None, ["red", "blue"], "Colour, none by default"),
+        "name": (None, None, "Name, none by default"),
+        "count": (1, None, "Any number"),
+        "shiny": (False, None, "Whether it shines"),
+    },
+}
+DEFAULTS = {name: flag[0] for group in FLAGS.values() for name, flag in group.items()}
+
+
+class TestParser(SeededTest):
+    def parse(self, *words):
+        return vars(Parser("Draws.", FLAGS).parse_args(words))
+
+    def exit(self, *words):
+        """Exit code, stdout and stderr of a command that ends at its flags."""
+        with (
+            self.assertRaises(SystemExit) as caught,
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as error,
+        ):
+            self.parse(*words)
+        return caught.exception.code, output.getvalue(), error.getvalue()
+
+    def test_defaults(self):
+        self.assertEqual(Parser("Draws.", FLAGS).defaults, DEFAULTS)
+        self.assertEqual(self.parse(), DEFAULTS)
+        self.assertEqual((Parser("Draws.").defaults, vars(Parser("Draws.").parse_args([]))), ({}, {}))
+
+    def test_types(self):
+        """The type of a flag is that of its default."""
+        words = "--kind square --sizes 7 8 9 --number 2 --rate 1e-3 --side 2 --colour red --name 1 --count -4 --shiny"
+        expected = dict(kind="square", sizes=[7, 8, 9], number=2, rate=0.001, seed=0, side=2, colour="red")
+        expected.update(name="1", count=-4, shiny=True)
+        flags = self.parse(*words.split())
+        self.assertEqual(flags, expected)
+        self.assertEqual(
+            {name: type(value) for name, value in flags.items()}, {k: type(v) for k, v in expected.items()}
+        )
+
+    def test_help(self):
+        code, output, error = self.exit("--help")
+        self.assertEqual((code, error), (0, ""))
+        text = " ".join(output.split())
+        self.assertIn("Draws.", text)
+        shape, other = text.index(" shape: --kind {round,square}"), text.index(" other: --rate RATE")
+        for part, group in [
+            ("--kind {round,square} Kind of shape (default: round)", shape),
+            ("--sizes N [N ...] Sizes of the parts (default: [3, 4])", shape),
+            ("--side {1,2} Side (default: 1)", other),
+            ("--colour {red,blue} Colour, none by default", other),
+            ("--shiny Whether it shines (default: False)", other),
+        ]:
+            self.assertEqual(text.index(part) < other, group < other, part)
+
+    def test_flags_of_no_use_end_it_with_one_line(self):
+        for words, part in [
+            (["--kind", "flat"], "flat"),
+            (["--number", "many"], "--number"),
+            (["--number", "2.5"], "--number"),
+            (["--side", "3"], "--side"),
+            (["--sizes"], "--sizes"),
+            (["--rate"], "--rate"),
+            (["--shiny", "yes"], "yes"),
+            (["--unknown", "1"], "--unknown"),
+        ]:
+            with mock.patch("sys.argv", ["draw.py"]):
+                code, output, error = self.exit(*words)
+            self.assertEqual((code, output, error.count("\n")), (2, "", 1), words)
+            self.assertRegex(error, rf"^draw.py: error: .*{part}.* \(--help lists the flags\)\n$")
+
+
+class TestComplete(SeededTest):
+    """Flags that come from a notebook."""
+
+    def complete(self, **flags):
+        return vars(Parser("Draws.", FLAGS).complete(argparse.Namespace(**flags)))
+
+    def test_defaults_of_what_is_not_there(self):
+        self.assertEqual(self.complete(), DEFAULTS)
+        self.assertEqual(self.complete(number=7, more="kept"), {**DEFAULTS, "number": 7, "more": "kept"})
+
+    def test_the_namespace_is_left_as_it_is(self):
+        args = argparse.Namespace(number=7)
+        self.assertIsNot(Parser("Draws.", FLAGS).complete(args), args)
+        self.assertEqual(vars(args), {"number": 7})
+
+    def test_values_of_use(self):
+        for flags in [
+            dict(kind="square", side=2, colour="blue", sizes=[1], number=1, rate=1e-9, seed=2**40),
+            dict(sizes=(9, 1), rate=3, name="x", count=-5, shiny=True),
+            dict(colour=None, name=None),
+        ]:
+            self.assertEqual(self.complete(**flags), {**DEFAULTS, **flags})
+
+    def test_values_of_no_use(self):
+        for name, value, message in [
+            ("kind", "flat", "--kind must be one of round, square, got 'flat'"),
+            ("kind", None, "--kind must be one of round, square, got None"),
+            ("side", 3, "--side must be one of 1, 2, got 3"),
+            ("side", "1", "--side must be one of 1, 2, got '1'"),
+            ("colour", "green", "--colour must be one of red, blue, got 'green'"),
+            ("sizes", [], "--sizes must be one or more numbers of at least 1, got []"),
+            ("sizes", None, "--sizes must be one or more numbers of at least 1, got None"),
+            ("sizes", [3, 0], "--sizes must be one or more numbers of at least 1, got [3, 0]"),
+            ("rate", 0.0, "--rate must be a finite number above 0, got 0.0"),
+            ("rate", -1, "--rate must be a finite number above 0, got -1"),
+            ("rate", math.inf, "--rate must be a finite number above 0, got inf"),
+            ("rate", math.nan, "--rate must be a finite number above 0, got nan"),
+            ("number", 0, "--number must be at least 1, got 0"),
+            ("seed", -1, "--seed must be at least 0, got -1"),
+        ]:
+            with self.assertRaises(FlagError) as caught:
+                self.complete(**{name: value})
+            self.assertEqual(str(caught.exception), message)
+
+
+class TestEnding(SeededTest):
+    def end(self, error=None):
+        """Exit code and what is on stderr of a program that meets an error; None where it goes on."""
+        output = io.StringIO()
+        with mock.patch("sys.argv", ["draw.py"]), contextlib.redirect_stderr(output):
+            parser = Parser("Draws.", FLAGS)
+            try:
+                with ending(parser):
+                    if error is not None:
+                        raise error
+            except SystemExit as caught:
+                if isinstance(caught.code, str):  # Python prints it and ends with code 1
+                    return 1, caught.code + "\n"
+                return caught.code, output.getvalue()
+        return None, output.getvalue()
+
+    def test_no_error(self):
+        self.assertEqual(self.end(), (None, ""))
+
+    def test_errors_of_the_user_and_of_the_world_outside(self):
+        for error, code, message in [
+            (FlagError("--x is bad"), 2, "draw.py: error: --x is bad (--help lists the flags)\n"),
+            (UserError("no run"), 1, "draw.py: error: no run\n"),
+            (OSError(28, "No space left on device"), 1, "draw.py: error: [Errno 28] No space left on device\n"),
+            (FileNotFoundError(2, "Not there", "a"), 1, "draw.py: error: [Errno 2] Not there: 'a'\n"),
+            (KeyboardInterrupt(), 1, "draw.py: interrupted\n"),
+        ]:
+            self.assertEqual(self.end(error), (code, message))
+
+    def test_faults_of_the_program_are_left_alone(self):
+        for error in [ValueError, RuntimeError, TypeError]:
+            with self.assertRaises(error):
+                self.end(error())
+
+    def test_kinds(self):
+        """As an error of the flags it is a ValueError, too, for who calls a program's functions."""
+        self.assertTrue(issubclass(FlagError, UserError) and issubclass(FlagError, ValueError))
+        self.assertTrue(issubclass(UserError, OSError))
+
+
+class TestFlags(SeededTest):
+    def test_plain_values(self):
+        flags = dict(sizes=(3, 4), more=[(1, 2)], rate=0.1, name=None, shiny=True, kind="round")
+        self.assertEqual(plain_values(flags), {**flags, "sizes": [3, 4], "more": [[1, 2]]})
+        self.assertIsInstance(plain_values(flags)["sizes"], list)
+
+    def test_flags_that_may_change_are_flags(self):
+        flags = {name for group in TRAINING_FLAGS.values() for name in group}
+        self.assertLessEqual(CHANGEABLE_FLAGS, flags)

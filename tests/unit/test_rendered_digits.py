@@ -1,0 +1,140 @@
+"""Tests of rendered_digits.py: `python -m unittest tests/unit/test_rendered_digits.py`."""
+
+import inspect
+
+import torch
+
+from rendered_digits import rendered_digits, rendered_mnist
+from tests.helpers import SeededTest
+
+
+class TestRenderedDigits(SeededTest):
+    @classmethod
+    def setUpClass(cls):
+        cls.images, cls.labels = rendered_digits()
+        cls.ink = cls.images > 127
+
+    def test_shapes_and_types(self):
+        self.assertEqual(self.images.shape, (60_000, 28, 28))
+        self.assertEqual(self.images.dtype, torch.uint8)
+        self.assertEqual((self.images.min().item(), self.images.max().item()), (0, 255))
+        self.assertEqual(self.labels.shape, (60_000,))
+        self.assertEqual(self.labels.dtype, torch.int64)
+
+    def test_number_of_images(self):
+        for number in [1, 3, 1_000, 1_001]:
+            images, labels = rendered_digits(number)
+            self.assertTrue(torch.equal(images, self.images[:number]))
+            self.assertTrue(torch.equal(labels, self.labels[:number]))
+        for number in [0, -1]:
+            with self.assertRaisesRegex(ValueError, "num_images must be at least 1"):
+                rendered_digits(number)
+
+    def test_in_two_parts_as_mnist(self):
+        train_images, train_labels, test_images, test_labels = rendered_mnist(1_500, 700)
+        self.assertTrue(torch.equal(train_images, self.images[:1_500]))
+        self.assertTrue(torch.equal(train_labels, self.labels[:1_500]))
+        self.assertTrue(torch.equal(test_images, self.images[1_500:2_200]))
+        self.assertTrue(torch.equal(test_labels, self.labels[1_500:2_200]))
+        defaults = [p.default for p in inspect.signature(rendered_mnist).parameters.values()]
+        self.assertEqual(defaults, [60_000, 10_000])
+
+    def test_seed(self):
+        images, labels = rendered_digits(5_000, seed=0)
+        self.assertTrue(torch.equal(images, self.images[:5_000]))
+        self.assertTrue(torch.equal(labels, self.labels[:5_000]))
+        images, labels = rendered_digits(5_000, seed=1)
+        self.assertLess((labels == self.labels[:5_000]).float().mean().item(), 0.2)
+        same = (images == self.images[:5_000]).flatten(1).all(1)
+        self.assertFalse(same.any())
+
+    def test_number_of_threads_does_not_matter(self):
+        before = torch.get_num_threads()
+        try:
+            for threads in [1, 2]:
+                torch.set_num_threads(threads)
+                images, labels = rendered_digits(5_000)
+                self.assertTrue(torch.equal(images, self.images[:5_000]))
+                self.assertTrue(torch.equal(labels, self.labels[:5_000]))
+                self.assertEqual(torch.get_num_threads(), threads)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_global_random_numbers_untouched(self):
+        before = torch.get_rng_state()
+        rendered_digits(100, seed=5)
+        self.assertTrue(torch.equal(torch.get_rng_state(), before))
+
+    def test_ink(self):
+        # MNIST has 0.13 of its pixels inked; no digit is empty or a blot.
+        shares = self.ink.flatten(1).float().mean(1)
+        self.assertGreater(shares.mean().item(), 0.11)
+        self.assertLess(shares.mean().item(), 0.15)
+        self.assertGreater(shares.min().item(), 0.03)
+        self.assertLess(shares.max().item(), 0.35)
+
+    def test_inside_the_frame(self):
+        border = torch.ones(28, 28, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        touching = self.ink[:, border].any(1).float().mean().item()
+        self.assertLess(touching, 0.01)  # the feet of some sevens; MNIST has 0.011
+
+    def test_size_and_centre(self):
+        rows, columns = self.ink.any(2), self.ink.any(1)
+        height, width = (28 - side.byte().argmax(1) - side.flip(1).byte().argmax(1) for side in [rows, columns])
+        longer = torch.maximum(height, width)
+        self.assertGreaterEqual(longer.min().item(), 17)
+        self.assertLessEqual(longer.max().item(), 21)
+        grey = self.images.float()
+        pixels = torch.arange(28.0)
+        for axis in [1, 2]:
+            profile = grey.sum(3 - axis)
+            centre = (profile * pixels).sum(1) / profile.sum(1)
+            self.assertAlmostEqual(centre.mean().item(), 14, delta=0.2)
+            self.assertLess((centre - 14).abs().max().item(), 1.5)
+
+    def test_every_split_is_a_fair_sample(self):
+        for labels in self.labels.split([45_000, 5_000, 10_000]):
+            share = torch.bincount(labels, minlength=10) / len(labels)
+            self.assertEqual(len(share), 10)
+            self.assertGreater(share.min().item(), 0.08)
+            self.assertLess(share.max().item(), 0.12)
+
+    def test_labels_belong_to_the_images(self):
+        # Nearest class mean: 0.96 of all, 0.85 of the fives, with the right labels; 0.1 with shuffled ones.
+        train, test = self.ink[:45_000].flatten(1).float(), self.ink[50_000:].flatten(1).float()
+        train_labels, test_labels = self.labels[:45_000], self.labels[50_000:]
+        means = torch.stack([train[train_labels == digit].mean(0) for digit in range(10)])
+        right = torch.cdist(test, means).argmin(1) == test_labels
+        for digit in range(10):
+            self.assertGreater(right[test_labels == digit].float().mean().item(), 0.75, f"digit {digit}")
+
+    def test_labels_name_the_digits(self):
+        # Closed loops tell what a mean cannot: whether the pictures called 8 are eights. Background is filled from a
+        # corner; what stays dry is a hole. Zero, four, six, eight and nine have one; the others none.
+        paper = ~self.ink[50_000:52_000]
+        labels = self.labels[50_000:52_000]
+        wet = torch.zeros_like(paper)
+        wet[:, 0, 0] = True
+        while True:
+            spread = wet.clone()
+            spread[:, 1:] |= wet[:, :-1]
+            spread[:, :-1] |= wet[:, 1:]
+            spread[:, :, 1:] |= wet[:, :, :-1]
+            spread[:, :, :-1] |= wet[:, :, 1:]
+            spread &= paper
+            if torch.equal(spread, wet):
+                break
+            wet = spread
+        dry = paper & ~wet
+        hole = dry.flatten(1).sum(1) > 3
+        for digit in range(10):
+            share = hole[labels == digit].float().mean().item()
+            if digit in [0, 4, 6, 8, 9]:
+                self.assertGreater(share, 0.9, f"digit {digit}")
+            else:
+                self.assertLess(share, 0.1, f"digit {digit}")
+        rows = torch.arange(28)[:, None].expand(28, 28)
+        mean_row = {digit: (dry[labels == digit] * rows).sum() / dry[labels == digit].sum() for digit in [6, 9]}
+        self.assertGreater(mean_row[6].item(), 15)  # the loop of a six is below the middle,
+        self.assertLess(mean_row[9].item(), 13)  # that of a nine above
