@@ -42,6 +42,9 @@ NO_MNIST = "there is no MNIST in ../shared/data or ../data"
 NO_NETWORK = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")  # nobody listens there
 
 
+torch.set_num_threads(1)  # for so little data a second thread saves nothing, and beside other work it costs a lot
+
+
 class Killed(BaseException):
     """In the place of SIGKILL; no code of ours or Lightning's goes on after it, but for its clean-up."""
 

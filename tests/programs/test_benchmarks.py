@@ -13,6 +13,7 @@ from tests.helpers import CommandTest, few_digits
 class TestBenchmarks(CommandTest):
     def assert_written(self, name, *flags):
         variables = few_digits(self.folder, (6400, 200, 200))  # of fewer than 50 steps, Lightning's logs would warn
+        variables["TMPDIR"] = str(self.folder)  # where its processes leave runs, since they end in the middle of one
         code, stdout, stderr = self.run_command(f"benchmarks/{name}.py", "--rounds", "1", *flags, **variables)
         self.assertEqual((code, stderr), (0, ""))
         (path,) = self.folder.glob(f"{name}_*.json")

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -125,30 +126,28 @@ class TestSlurm(unittest.TestCase):
     @classmethod
     def start_munge(cls, state):
         """What SLURM's daemons and commands know each other by; one of our own, beside the machine's."""
-        key = state / "munge.key"
+        key = state / "munge.key-file"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        files = {name: state / f"munge.{name}" for name in ["socket", "pid", "seed", "log"]}
+        files = ["socket", "key-file", "pid-file", "seed-file", "log-file"]
         # Forced, since it wants its socket where every user of the machine reaches it.
-        options = [
-            "--force",
-            f"--key-file={key}",
-            *(f"--{name}{'-file' * (name != 'socket')}={path}" for name, path in files.items()),
-        ]
+        options = ["--force", *(f"--{name}={state}/munge.{name}" for name in files)]
         with open(state / "munge.out", "w") as output:
             munge = subprocess.Popen(["munged", "--foreground", *options], stdout=output, stderr=output)
         cls.addClassCleanup(munge.wait)
         cls.addClassCleanup(munge.terminate)
-        cls.wait_for(files["socket"].exists, 60)
+        cls.wait_for((state / "munge.socket").exists, 60)
 
     @classmethod
     def stop_daemons(cls, state):
-        cls.slurm("scancel", "--full", "--signal=KILL", "--user=root")
-        for path in [state / "slurmctld.pid", state / "slurmd-n1.pid", state / "slurmd-n2.pid"]:
-            if path.exists():
-                pid = int(path.read_text())
-                os.kill(pid, 15)
-                cls.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 30)
+        try:
+            cls.slurm("scancel", "--full", "--signal=KILL", "--user=root")
+        finally:
+            for path in [state / "slurmctld.pid", state / "slurmd-n1.pid", state / "slurmd-n2.pid"]:
+                if path.exists():
+                    pid = int(path.read_text())
+                    os.kill(pid, signal.SIGTERM)
+                    cls.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), 30)
 
     @classmethod
     def slurm(cls, *words):

@@ -7,11 +7,13 @@ Each leaves the same, to the bit, as a run that never stopped.
 import math
 import os
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
 from harness import checkpoints, cuda_graph, report, run
@@ -95,7 +97,12 @@ class TestStopped(ContinuedRunTest):
         self.check()
 
     def test_pictures_are_on_disk_before_their_checkpoint(self):
-        pictures = {}
+        pictures, write = {}, RecordWriter.write
+
+        def write_slowly(writer, data):  # in a thread of its own
+            time.sleep(0.03 if len(data) > 5000 else 0)
+            write(writer, data)
+
         save = checkpoints.CheckpointFiles.save_checkpoint
 
         def save_checkpoint(files, checkpoint, path, storage_options=None):
@@ -104,7 +111,10 @@ class TestStopped(ContinuedRunTest):
             }
             save(files, checkpoint, path)
 
-        with mock.patch.object(checkpoints.CheckpointFiles, "save_checkpoint", save_checkpoint):
+        with (
+            mock.patch.object(checkpoints.CheckpointFiles, "save_checkpoint", save_checkpoint),
+            mock.patch.object(RecordWriter, "write", write_slowly),
+        ):
             self.train(epochs=5, z_dim=2)
         tags = ["Samples", "Means", "Reconstructions", "Manifold"]
         self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in tags})
@@ -170,6 +180,7 @@ class TestCheckpoints(ContinuedRunTest):
             os.rename(self.run_folder(), moved)
             self.train(log_dir=str(moved.parent))
         self.assertEqual((load(moved, "best")["epoch"], load(moved, "last")["epoch"]), (0, 5))
+        self.assertEqual(set(os.listdir(moved / "checkpoints")), {"best.ckpt", "last.ckpt", "previous.ckpt"})
 
     def test_damaged_checkpoints(self):
         self.stop_at(VAE, "on_train_epoch_start", 4)

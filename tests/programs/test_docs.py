@@ -1,0 +1,109 @@
+"""The blocks of Python in README.md and docs/, run page by page: `python -m unittest tests/programs/test_docs.py`."""
+
+import contextlib
+import inspect
+import io
+import os
+import re
+import unittest
+from argparse import Namespace
+from unittest import mock
+
+import bmnist
+import evaluate  # noqa: F401 (ahead of the patches)
+import train_pl
+from rendered_digits import rendered_mnist
+from tests.helpers import REPOSITORY, SeededTest, results
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+Z_DIM = 3
+data_loaders = bmnist.data_loaders
+
+
+def load_few_digits(root="../data/", download=True):
+    """In the place of load_mnist: 350 digits of the training set, 150 of the test set."""
+    return rendered_mnist(350, 150)
+
+
+def loaders_of_few_digits(*data, **options):
+    """In the place of data_loaders: of the 350 digits, 300 train."""
+    arguments = inspect.signature(data_loaders).bind(*data, **options).arguments
+    with mock.patch.multiple(bmnist, TRAIN_SIZES=[300], NUM_VAL=50):
+        return data_loaders(**{**arguments, "train_size": 300})
+
+
+def blocks_of(page):
+    """The blocks of Python in a page."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shapes(line):
+    """The variables that a line assigns to, with the shapes that its comment says: '[128], [2, z_dim]', 'each [2]'."""
+    code, _, comment = line.partition("#")
+    names = re.match(r"(\w+(?:, \w+)*) = ", code)
+    found = [
+        tuple(Z_DIM if size == "z_dim" else int(size) for size in shape.split(", "))
+        for shape in re.findall(r"(?<!\w)\[((?:\d+|z_dim)(?:, (?:\d+|z_dim))*)\]", comment)
+    ]
+    if not names or not found:
+        return []
+    names = names[1].split(", ")
+    return list(zip(names, found * len(names) if "each" in comment else found, strict=True))
+
+
+class TestDocs(SeededTest):
+    def setUp(self):
+        """An empty folder with one short run; the digits are few, whoever loads them."""
+        patches = contextlib.ExitStack()
+        self.addCleanup(patches.close)
+        patches.callback(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        for module in [bmnist, train_pl]:
+            patches.enter_context(mock.patch.object(module, "load_mnist", load_few_digits))
+            patches.enter_context(mock.patch.object(module, "data_loaders", loaders_of_few_digits))
+        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        train_pl.train_vae(Namespace(z_dim=Z_DIM, hidden_dims=[16], epochs=1, accelerator="cpu"))
+        self.runs = self.folder / "VAE_logs" / "lightning_logs"
+
+    def run_page(self, name):
+        """Runs a page's blocks as one program; returns its variables. Shapes that its comments say are checked."""
+        namespace = {}
+        for block in blocks_of(REPOSITORY / name):
+            exec(compile(block, name, "exec"), namespace)
+            for line in block.splitlines():
+                for variable, shape in shapes(line):
+                    self.assertEqual((*namespace[variable].shape,), shape, line)
+        return namespace
+
+    def test_pages(self):
+        """Each page with a block of Python has a test here."""
+        pages = [page.name for page in PAGES if blocks_of(page)]
+        self.assertEqual(pages, ["README.md", "evaluation.md", "runs.md"])
+
+    def test_shapes(self):
+        self.assertEqual(shapes("a, b = f(c)  # each [2, z_dim]: good"), [("a", (2, 3)), ("b", (2, 3))])
+        self.assertEqual(shapes("a, b = f()  # [2] of zeros, [4, 1]"), [("a", (2,)), ("b", (4, 1))])
+        self.assertEqual(shapes("f(a)  # [2]") + shapes('a = f()  # b["c"], b[0]'), [])
+        lines = [line for page in PAGES for block in blocks_of(page) for line in block.splitlines()]
+        self.assertGreater(len([shape for line in lines for shape in shapes(line)]), 10)
+
+    def test_readme(self):
+        names = self.run_page("README.md")
+        self.assertEqual(set(names["imgs"].unique().tolist()), {0, 1})
+        self.assertEqual(names["L_rec"].dim() + names["L_reg"].dim() + names["bpd"].dim(), 0)
+        self.assertEqual(results(self.runs / "version_1")["hyperparameters"]["epochs"], 10)
+
+    def test_evaluation(self):
+        names = self.run_page("docs/evaluation.md")
+        self.assertLess(names["results"]["elbo"], names["results"]["log_likelihood"])
+        self.assertEqual(names["folder"].resolve(), (self.runs / "version_0" / "evaluation").resolve())
+        self.assertTrue((self.folder / "reconstructions.png").exists())
+
+    def test_runs(self):
+        names = self.run_page("docs/runs.md")
+        self.assertEqual(len(names["val_bpd"]), 2)
+        self.assertEqual(names["results"]["best_epoch"], 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
