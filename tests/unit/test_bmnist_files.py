@@ -102,6 +102,11 @@ class TestFiles(SeededTest):
         (self.raw / "t10k-labels-idx1-ubyte").unlink()
         self.assertIn("1 are missing", self.error())
 
+    def test_no_download_where_it_is_switched_off(self):
+        with self.mirror() as requests:
+            self.assertIn("download is switched off", self.error(download=False))
+        self.assertEqual((requests, self.raw.exists()), ([], False))
+
     def test_errors_are_of_the_world_outside(self):
         """harness.program.ending ends a program on them in one line, as on full disks."""
         self.assertTrue(issubclass(bmnist.DataError, OSError))

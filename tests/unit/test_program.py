@@ -150,6 +150,8 @@ class TestEnding(SeededTest):
                 if isinstance(caught.code, str):  # Python prints it and ends with code 1
                     return 1, caught.code + "\n"
                 return caught.code, output.getvalue()
+            except KeyboardInterrupt as caught:  # which would end the tests
+                return caught, output.getvalue()
         return None, output.getvalue()
 
     def test_no_error(self):

@@ -25,6 +25,7 @@ class TestSlurm(TrainingTest):
             self.addCleanup(patch.stop)
         for number in [signal.SIGTERM, signal.SIGUSR1]:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
+        signal.signal(signal.SIGUSR1, slurm.ignore)  # where nobody handles it, it does not end the tests
 
     def train_job(self, **flags):
         """Trains in the folder of the job's run, on the CPU."""
