@@ -177,6 +177,21 @@ class TestFolder(NamedRunTest):
         with self.assertRaisesRegex(RunError, "finished by another process just now"), self.open_folder(epochs=1):
             pass
 
+    def test_the_folder_is_the_runs_as_long_as_it_trains(self):
+        refused = []
+
+        def on_train_epoch_start(model):
+            with self.assertRaisesRegex(RunError, "in use by another process"), self.open_folder(epochs=1):
+                pass
+            refused.append(model.current_epoch)
+
+        with (
+            mock.patch.object(run, "LOCK_TIMEOUT", 0.1),
+            mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start),
+        ):
+            self.train(epochs=1)
+        self.assertEqual(refused, [0])
+
     def test_a_finished_run_is_left_alone(self):
         self.train(epochs=1)
         before, result = self.contents(), [{"test_bpd": results(self.run_folder())["test_bpd"]}]

@@ -7,12 +7,13 @@ Each leaves the same, to the bit, as a run that never stopped.
 import math
 import os
 import tempfile
-import time
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import torch
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
@@ -97,11 +98,18 @@ class TestStopped(ContinuedRunTest):
         self.check()
 
     def test_pictures_are_on_disk_before_their_checkpoint(self):
-        pictures, write = {}, RecordWriter.write
+        pictures, flushing = {}, threading.Event()
+        write, flush = RecordWriter.write, EventFileWriter.flush
 
-        def write_slowly(writer, data):  # in a thread of its own
-            time.sleep(0.03 if len(data) > 5000 else 0)
+        def write_late(writer, data):  # TensorBoard's thread, which is as late as it may be
+            if b"Manifold" in data:
+                flushing.wait(timeout=60)
             write(writer, data)
+
+        def flush_all(writer):
+            flushing.set()
+            flush(writer)
+            flushing.clear()
 
         save = checkpoints.CheckpointFiles.save_checkpoint
 
@@ -113,7 +121,8 @@ class TestStopped(ContinuedRunTest):
 
         with (
             mock.patch.object(checkpoints.CheckpointFiles, "save_checkpoint", save_checkpoint),
-            mock.patch.object(RecordWriter, "write", write_slowly),
+            mock.patch.object(RecordWriter, "write", write_late),
+            mock.patch.object(EventFileWriter, "flush", flush_all),
         ):
             self.train(epochs=5, z_dim=2)
         tags = ["Samples", "Means", "Reconstructions", "Manifold"]

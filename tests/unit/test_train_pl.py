@@ -27,7 +27,7 @@ from tests.helpers import (
     small_loaders,
     summaries,
 )
-from train_pl import VAE, GenerateCallback, train_vae
+from train_pl import QUANTITIES, VAE, GenerateCallback, train_vae
 from utils import elbo_to_bpd
 
 BPD = 1 / math.log(2) / 784  # bits per dimension in a nat of an image
@@ -345,9 +345,32 @@ class TestTraining(TrainingTest):
         with self.assertRaisesRegex(report.TrainingDiverged, r"in epoch 1: try .*no checkpoint was written"):
             self.train(lr=1e30)
 
+    def test_training_minimises_the_bpd(self):
+        imgs, model = torch.rand(6, 1, 28, 28).round(), VAE("MLP", [8], 4, 3, 1e-3)
+        torch.manual_seed(1)
+        _, _, bpd = model(imgs)
+        torch.manual_seed(1)
+        outputs = model.training_step((imgs, None), 0)
+        self.assertEqual((outputs["loss"].item(), outputs["bpd"].item()), (bpd.item(), bpd.item()))
+        outputs["loss"].backward()
+        self.assertTrue(all(parameter.grad.any() for parameter in model.parameters()))
+
+    def test_everything_is_logged_once_per_epoch(self):
+        """A call of self.log in every step would cost a third of the time."""
+        log, logged = VAE.log, []
+
+        def count(model, name, *args, **kwargs):
+            logged.append(name)
+            log(model, name, *args, **kwargs)
+
+        with mock.patch.object(VAE, "log", count):
+            self.train(epochs=2)  # of three minibatches each; validated before the first one, too
+        for name in QUANTITIES:
+            self.assertEqual((logged.count(f"train_{name}"), logged.count(f"val_{name}")), (2, 3))
+
     def test_progress_bar(self):
         _, output = self.train(epochs=1, progress_bar=True)
-        self.assertIn("Epoch 0: 100%", output)
+        self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
         self.assertNotIn("epoch   1/1", output)
 
 
