@@ -34,6 +34,8 @@ def read_checkpoint(path):
         CheckpointError - where the file is no checkpoint, damaged, of another program, or brings code along.
         OSError - where it cannot be read.
     """
+    with open(path, "rb"):
+        pass  # what cannot be read is no damage
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice a flipped bit
             if damaged := archive.testzip():
@@ -44,7 +46,7 @@ def read_checkpoint(path):
             f"{path} is refused: it holds more than tensors and plain values, and could run code when it is loaded "
             f"({one_line(error)})"
         ) from error
-    except (zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # damage becomes anything: of zipfile even an OSError, where it leads to a bad offset
         raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({one_line(error)})") from error
     parts = {"epoch": int, "state_dict": dict, "hyper_parameters": dict, "callbacks": dict}
     if not (

@@ -120,6 +120,20 @@ class TestReading(SeededTest):
                 for name in names:
                     archive.writestr(name, "text")
             self.assert_refused()
+        with zipfile.ZipFile(self.trained / "best.ckpt") as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        for pickled in [
+            b"",
+            b".",
+            b"\x80\x02h\x05.",
+            b"\x80\x02X\x01\0\0\0\xff.",
+            b"\x80\x02K\x01Q.",
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+        ]:
+            with zipfile.ZipFile(self.path, "w") as archive:
+                for name, part in parts.items():
+                    archive.writestr(name, pickled if name.endswith("data.pkl") else part)
+            self.assert_refused()
         for path, error in [(self.folder, IsADirectoryError), (f"{self.path}.not", FileNotFoundError)]:
             with self.assertRaises(error):
                 VAE.load_from_checkpoint(path)
@@ -192,6 +206,10 @@ class TestFiles(SeededTest):
             self.write(self.last, 4)
         self.assertEqual(self.epochs(), {"last.ckpt": 3, "previous.ckpt": 2})
 
+    def test_errors_are_of_the_world_outside(self):
+        """harness.program.ending ends a program on them in one line."""
+        self.assertTrue(issubclass(checkpoints.CheckpointError, OSError))
+
     def test_on_the_disk_before_it_has_its_name(self):
         with mock.patch.object(os, "fsync") as fsync:
             self.write(self.last, 1)
@@ -232,6 +250,19 @@ class TestFiles(SeededTest):
             damage = r"is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 3\n"
             self.assertRegex(error, f"^{self.last} {damage}{self.best} {damage}$")
             self.assertEqual(self.last.read_bytes(), self.previous.read_bytes())
+
+    def test_damaged_at_its_end(self):
+        """Where the archive says what is where in it: it is used all the same, or the one before."""
+        for epoch in [3, 4]:
+            self.write(self.last, epoch)
+        good = self.last.read_bytes()
+        seen = set()
+        for place in range(-50, 0):
+            bad = bytearray(good)
+            bad[place] ^= 255
+            self.last.write_bytes(bad)
+            seen.add(self.newest()[1])
+        self.assertEqual(seen, {3, 4})
 
     def test_all_damaged(self):
         for epoch in [1, 2]:

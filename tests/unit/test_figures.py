@@ -19,7 +19,7 @@ class TestFigures(SeededTest):
         self.inputs = set(self.folder.iterdir())
 
     def curves(self, path):
-        figures.bpd_curves(path, {0: 1.0, 1: 0.3, 2: 0.2}, {1: 0.4, 2: 0.25}, 0.24, "MLP")
+        figures.bpd_curves(path, {1: 0.3, 2: 0.2}, {0: 1.0, 1: 0.4, 2: 0.25}, 0.24, "MLP")
 
     def pictures(self, path):
         figures.side_by_side(path, {"before": self.folder / "a.png", "after": self.folder / "b.png"})
@@ -86,8 +86,8 @@ class TestFigures(SeededTest):
     def test_curves(self):
         (axes,) = self.drawn(self.curves)
         curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-        self.assertEqual(curves.pop("train"), [[0, 1], [1, 0.3], [2, 0.2]])
-        self.assertEqual(curves.pop("validation"), [[1, 0.4], [2, 0.25]])
+        self.assertEqual(curves.pop("train"), [[1, 0.3], [2, 0.2]])
+        self.assertEqual(curves.pop("validation"), [[0, 1], [1, 0.4], [2, 0.25]])
         self.assertEqual({y for _, y in curves.pop("test: 0.2400")}, {0.24})
         self.assertEqual((axes.get_title(), axes.get_yscale()), ("MLP", "log"))
 
@@ -110,6 +110,7 @@ class TestFigures(SeededTest):
         """Images in their rows and columns, with a grey gap between them."""
         (axes,) = self.drawn(self.table, gap=2)
         picture = axes.get_images()[0].get_array()
+        self.assertEqual(axes.get_images()[0].get_clim(), (0, 1))  # black and white, whatever there is between them
         self.assertEqual(picture.shape, (2 * 4 + 2, 3 * 5 + 2 * 2))
         np.testing.assert_allclose(picture[::6, ::7], np.arange(6).reshape(2, 3) / 6)
         np.testing.assert_allclose(picture[3::6, 4::7], np.arange(6).reshape(2, 3) / 6)
