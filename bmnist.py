@@ -7,20 +7,25 @@ cluster often have no network), and prints the splits.
 
 import argparse
 import contextlib
+import glob
+import gzip
+import hashlib
 import http.client
 import io
+import itertools
 import os
+import re
 import shutil
+import signal
 import socket
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import MNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import calculate_md5
 
 # The four files, unpacked: MD5 and size in bytes. torchvision checks only the packed ones that it downloads itself.
 FILES = {
@@ -190,7 +195,7 @@ def bmnist(root="../data/", batch_size=128, num_workers=0, download=True, binari
 
 def load_mnist(root="../data/", download=True):
     """
-    Finds, or downloads, the four files of MNIST and reads them after checking each one.
+    Finds the four files of MNIST, packed with gzip or not, downloads those that are missing, and checks each one.
     Inputs:
         root, download - As in bmnist.
     Outputs:
@@ -199,86 +204,229 @@ def load_mnist(root="../data/", download=True):
     Raises:
         DataError - As in bmnist.
     """
-    folder = Path(root).expanduser() / "MNIST" / "raw"  # where torchvision's MNIST keeps them
-    if missing_files(folder):
+    root = Path(os.path.expanduser(root))
+    folder = root / "MNIST" / "raw"  # where torchvision's MNIST keeps them
+    contents, rejected = read_files(folder)
+    if missing := [name for name in FILES if name not in contents]:
+        check_data_dir(root)
+        for path, problem in rejected.items():
+            if path.name in missing and os.path.exists(path):  # a download would write over it
+                remedy = "Delete it, and it will be downloaded again"
+                if os.path.isdir(path) or not os.access(path, os.R_OK):
+                    remedy = "Mend that or move it away, and MNIST will be downloaded"
+                del rejected[path]
+                raise DataError(f"{path} is not MNIST's: {problem}. {remedy}{not_taken(root, missing, rejected)}")
         problem = "download is switched off"
         if download:
             try:
-                download_mnist(folder)
+                download_mnist(folder, missing)
+                contents |= read_files(folder, missing)[0]
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 problem = " ".join(str(error).split()) or repr(error)
-        if missing := missing_files(folder):
+        if missing := [name for name in missing if name not in contents]:
             raise DataError(
-                f"MNIST is not complete in {folder}: of the four files expected there ({', '.join(FILES)}), "
-                f"{len(missing)} are missing and could not be downloaded ({problem}). Run `python bmnist.py "
-                "--data_dir DIR` where there is a network, or train on the embedded stand-in with --dataset rendered"
+                f"MNIST is not complete in {folder}: of its four files, {len(missing)} are missing "
+                f"({', '.join(missing)}) and could not be downloaded ({problem}){not_taken(root, missing, rejected)}. "
+                "Run `python bmnist.py --data_dir DIR` where there is a network, or train on the embedded stand-in "
+                "with --dataset rendered"
             )
-    for name in FILES:
-        check_file(folder / name)
+    bytes_of_files = (torch.frombuffer(bytearray(contents[name]), dtype=torch.uint8) for name in FILES)
+    train_images, train_labels, test_images, test_labels = bytes_of_files
     return (
-        read_image_file(folder / "train-images-idx3-ubyte"),
-        read_label_file(folder / "train-labels-idx1-ubyte"),
-        read_image_file(folder / "t10k-images-idx3-ubyte"),
-        read_label_file(folder / "t10k-labels-idx1-ubyte"),
+        train_images[16:].view(-1, 28, 28),  # after a head of four numbers
+        train_labels[8:].long(),
+        test_images[16:].view(-1, 28, 28),
+        test_labels[8:].long(),
     )
 
 
-def missing_files(folder):
-    """The names of MNIST's four files that are not in a folder."""
-    return [name for name in FILES if not (folder / name).is_file()]
-
-
-def download_mnist(folder):
+def read_files(folder, names=FILES):
     """
-    Downloads the missing files of MNIST into a folder. Several processes may do so at once: one downloads, the others
-    wait for it. Each file appears under its name only when it is complete and torchvision has verified it.
+    Reads files of MNIST, packed or not, whoever packed them; nothing is written.
     Inputs:
         folder - Path of the folder.
+        names - The files' names, unpacked.
+    Outputs:
+        contents - Dict from name to content, of those that are there with the right content.
+        rejected - Dict from path to what is wrong, of those that were found and not taken.
+    """
+    contents, rejected = {}, {}
+    for name in names:
+        for path in [folder / name, folder / f"{name}.gz"]:
+            if name not in contents and os.path.lexists(path):
+                try:
+                    contents[name] = checked(read_file(path), name)
+                except DataError as error:
+                    rejected[path] = str(error)
+    return contents, rejected
+
+
+def read_file(path):
+    """The content of a file, unpacked, or a DataError that says why there is none."""
+    if not os.path.exists(path):
+        raise DataError(f"it is a link to {os.readlink(path)}, where there is nothing")
+    if not os.path.isfile(path):
+        raise DataError("it is a folder" if os.path.isdir(path) else "it is no file")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"it cannot be read ({error.strerror})") from error
+    try:
+        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except (EOFError, OSError, zlib.error) as error:
+        if path.suffix != ".gz":
+            return content
+        raise DataError(f"it cannot be unpacked ({error})") from error
+
+
+def checked(content, name):
+    """The content of the file of that name, or a DataError that says what is wrong with it."""
+    md5, size = FILES[name]
+    found_md5, found_magic = md5_of(content), int.from_bytes(content[:4], "big")
+    if found_md5 == md5:
+        return content
+    magic = 2051 if "images" in name else 2049
+    beginning = " ".join(content[:40].decode("latin-1").split())
+    twins = [name for name in FILES if FILES[name][0] == found_md5]
+    if twins:
+        problem = f"it holds {twins[0]} (files swapped?)"
+    elif beginning and beginning.isprintable():
+        problem = f"it is a text that begins with {beginning!r} (a login or an error page?)"
+    elif found_magic != magic:
+        problem = f"it begins with the number {found_magic} instead of {magic} (not an unpacked file of this kind?)"
+    elif len(content) != size:
+        problem = f"it has {len(content):,} bytes instead of {size:,} (truncated?)"
+    else:
+        problem = f"its MD5 checksum is {found_md5} instead of {md5} (damaged?)"
+    raise DataError(problem)
+
+
+def md5_of(content):
+    """The MD5 checksum of bytes, also where a machine's rules forbid it for secrets."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def check_data_dir(root):
+    """Raises a DataError where root is the folder MNIST or MNIST/raw with the files, and not the one that holds it."""
+    root = Path(os.path.abspath(root))
+    for data_dir, inner in zip(root.parents, ["MNIST", "MNIST/raw"]):
+        raw = data_dir / "MNIST" / "raw"
+        if data_dir / inner == root and any((raw / f"{name}{end}").exists() for name in FILES for end in ["", ".gz"]):
+            raise DataError(f"MNIST's files are looked for in MNIST/raw below {root}: give --data_dir {data_dir}")
+
+
+def not_taken(root, missing, rejected):
+    """
+    Looks for files of MNIST that were brought along under another name, or to another place.
+    Inputs:
+        root - Directory of the data.
+        missing - The names of the files that are missing.
+        rejected - As read_files returns it.
+    Outputs:
+        sentence - What was found and not taken, with the reasons, or nothing where nothing was found.
+    """
+    folder, expected = root / "MNIST" / "raw", {f"{name}{end}" for name in FILES for end in ["", ".gz"]}
+    known = {md5: name for name, (md5, _) in FILES.items()}
+    remedies, reasons = {}, {path: f"{path.name} ({reason})" for path, reason in rejected.items()}
+    found = (glob.iglob(pattern, root_dir=root) for pattern in ["*", "*/*", "*/raw/*", "MNIST/raw/*/*"])
+    # Not too many: the directory may be somebody's home.
+    for path in map(root.joinpath, itertools.islice(itertools.chain.from_iterable(found), 10_000)):
+        in_place, likely = path.parent == folder, re.search("idx|ubyte|images|labels", path.name, re.IGNORECASE)
+        read_already = in_place and path.name in expected
+        if read_already or not (in_place or likely) or not os.path.isfile(path) or os.path.getsize(path) > 1e8:
+            continue
+        try:
+            name, reason = known.get(md5_of(read_file(path))), "it holds none of the four files"
+        except DataError as error:
+            name, reason = None, error
+        if name in missing:
+            remedies[name] = (
+                f"{path.name} (rename it to {name})" if in_place else f"{path} (move it to {folder / name})"
+            )
+        elif name is None and in_place:
+            reasons[path] = f"{path.name} ({reason})"
+    notes = [*remedies.values(), *reasons.values()]
+    more = f" and {len(notes) - 4} more" if len(notes) > 4 else ""
+    return f". Found and not taken: {', '.join(notes[:4])}{more}" if notes else ""
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """
+    A context that one process is in at a time.
+    Inputs:
+        path - The file to lock.
+    Outputs:
+        locked - False where that is not possible: on Windows, or a file system without locks.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            # The library filelock would wait for ever on some file systems without locks.
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True
+
+
+class SomeOfMNIST(MNIST):
+    """torchvision's download of some of MNIST's files."""
+
+    def __init__(self, root, names):
+        """
+        Inputs:
+            root - Directory in which torchvision makes its folder, raw_folder.
+            names - The files' names, unpacked.
+        """
+        self.root = root
+        self.resources = [(packed, md5) for packed, md5 in MNIST.resources if packed.removesuffix(".gz") in names]
+
+
+def download_mnist(folder, names):
+    """
+    Downloads files of MNIST into a folder. Several processes may do so at once: one downloads, the others wait for it,
+    or, on a file system without locks, each one downloads. Each file appears under its name only when it is complete
+    and torchvision has verified it.
+    Inputs:
+        folder - Path of the folder.
+        names - The names of the files that are missing there.
     Raises:
         OSError, RuntimeError, HTTPException - whatever torchvision met.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        missing = missing_files(folder)
+    with one_at_a_time(folder / ".lock") as locked:
+        missing = [name for name in names if not os.path.isfile(folder / name)]
         if not missing:
             return  # another process was faster
         print(f"Downloading MNIST to {folder}", flush=True)
-        unfinished = folder / ".download"
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        staged = unfinished / "MNIST" / "raw"
-        staged.mkdir(parents=True)
-        for packed in folder.glob("*.gz"):  # brought along by hand: torchvision verifies and unpacks them
-            shutil.copy(packed, staged)
+        if locked:
+            for unfinished in folder.glob(".download*"):  # left by a process that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
         default_timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(TIMEOUT)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                MNIST(unfinished, download=True)
-            for name in missing:
-                os.replace(staged / name, folder / name)
+            with tempfile.TemporaryDirectory(prefix=".download", dir=folder, ignore_cleanup_errors=True) as unfinished:
+                download = SomeOfMNIST(unfinished, missing)
+                staged = Path(download.raw_folder)
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                        download.download()
+                except RuntimeError as error:
+                    _, rejected = read_files(staged, missing)
+                    problems = [f"{path.name}: {problem}" for path, problem in rejected.items()]
+                    raise RuntimeError(" ".join([str(error), *problems])) from error
+                for name in missing:
+                    os.replace(staged / name, folder / name)
         finally:
             socket.setdefaulttimeout(default_timeout)
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_file(path):
-    """Raises a DataError that says what is wrong, unless the file at a path is MNIST's file of that name."""
-    md5, size = FILES[path.name]
-    found_md5, found_size = calculate_md5(path), path.stat().st_size
-    if found_md5 == md5:
-        return
-    with open(path, "rb") as file:
-        magic, found_magic = 2051 if "images" in path.name else 2049, int.from_bytes(file.read(4), "big")
-    twins = [name for name in FILES if FILES[name][0] == found_md5]
-    if twins:
-        problem = f"it holds {twins[0]} (files swapped?)"
-    elif found_magic != magic:
-        problem = f"it begins with the number {found_magic} instead of {magic} (not an unpacked file of this kind?)"
-    elif found_size != size:
-        problem = f"it has {found_size:,} bytes instead of {size:,} (truncated?)"
-    else:
-        problem = f"its MD5 checksum is {found_md5} instead of {md5} (damaged?)"
-    raise DataError(f"{path} is not MNIST's: {problem}. Delete it, and it will be downloaded again")
+def terminate(signum, frame):
+    """A handler of SIGTERM: one line, and the exit code that a shell expects."""
+    print("bmnist.py: terminated", file=sys.__stderr__)  # the other one may be redirected at that moment
+    sys.exit(128 + signum)
 
 
 def main():
@@ -288,11 +436,16 @@ def main():
     )
     parser.add_argument("--data_dir", default="../data/", help="Directory of the data, which go to MNIST/raw in it")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, terminate)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name can be printed on any terminal
     try:
         loaders = bmnist(args.data_dir)
     except OSError as error:
         sys.exit(f"bmnist.py: error: {error}")
-    print(f"MNIST in {Path(args.data_dir).expanduser() / 'MNIST' / 'raw'}: all four files verified")
+    except KeyboardInterrupt:
+        sys.exit("bmnist.py: interrupted")
+    print(f"MNIST in {Path(os.path.expanduser(args.data_dir)) / 'MNIST' / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):
         images = loader.dataset.images
         print(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")

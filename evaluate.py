@@ -7,9 +7,13 @@ Test bpd, log p(x), active units, and what the latent space holds, for any check
 import argparse
 import json
 import math
+import os
+import re
+import tempfile
 import time
 from pathlib import Path
 
+import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
@@ -17,12 +21,14 @@ from tqdm import tqdm
 from harness import figures
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.files import write_text
-from harness.program import FlagError, Parser, ending
+from harness.program import FlagError, Parser, UserError, ending, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags, load_data
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
 
 BATCH_SIZE = 100  # test images at a time
+RESULTS = "evaluation.json"
+PICTURES = ["reconstructions", "interpolations", "traversals", "samples", "sample_means", "manifold", "latent_space"]
 
 
 # As in train_pl.py.
@@ -63,72 +69,136 @@ def evaluate(
         OSError - of one clear line, where a flag, the checkpoint, the data or the folder is of no use.
     """
     start = time.perf_counter()
-    checkpoint = Path(checkpoint)
-    device = pick_device(dataset, iw_samples, accelerator)
+    given = dict(dataset=dataset, data_dir=data_dir, iw_samples=iw_samples, out=out)
+    given.update(accelerator=accelerator, progress_bar=progress_bar)
+    args = make_parser().complete(argparse.Namespace(**given))
+    checkpoint = Path(checkpoint).expanduser()
+    device = pick_device(args.accelerator)
     with isolate_rng():  # its initial weights are drawn
         model = load_model(VAE, checkpoint).to(device).eval()
-    flags, epoch = trained_with(checkpoint, dataset)
-    if data_dir is not None:
-        flags.data_dir = data_dir
-    test_set = load_data(flags, download=data_dir is not None)[2].dataset
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    folder = Path(out) if out is not None else run / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
+    run = run_folder(checkpoint)
+    flags, epoch = trained_with(checkpoint, run, args)
+    try:
+        test_set = load_data(flags, download=args.data_dir is not None)[2].dataset
+    except OSError as error:
+        if args.data_dir is not None:
+            raise
+        raise UserError(f"{error} (--data_dir says where MNIST is now)") from error
+    folder = Path(args.out).expanduser() if args.out else run / "evaluation"
+    prepare(folder)
     with isolate_rng(), torch.no_grad():
         torch.manual_seed(0)
-        results, means = likelihoods(model, test_set, iw_samples, progress_bar)
+        results, means = likelihoods(model, test_set, args.iw_samples, args.progress_bar)
+        results = {
+            "checkpoint": str(checkpoint),
+            "epoch": epoch,
+            "model": model.hparams.model_name,
+            "z_dim": plain_value(model.hparams.z_dim),
+            "dataset": flags.dataset,
+            "binarization": flags.binarization,
+            "test_images": len(test_set),
+            **results,
+            "device": str(device),
+            "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        # Before the pictures, so that none of them can cost it.
+        write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
         imgs, labels = test_set[torch.arange(len(test_set))]
         pictures(folder, model, imgs, labels, means)
-    results = {
-        "checkpoint": str(checkpoint),
-        "epoch": epoch,
-        "model": model.hparams.model_name,
-        "z_dim": model.hparams.z_dim,
-        "dataset": flags.dataset,
-        "binarization": flags.binarization,
-        "test_images": len(test_set),
-        **results,
-        "device": str(device),
-        "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    write_text(folder / "evaluation.json", json.dumps(results, indent=2) + "\n")
     return results, folder
 
 
-def pick_device(dataset, iw_samples, accelerator):
-    """The torch.device to work on. Raises a FlagError where a flag is of no use."""
-    make_parser().complete(argparse.Namespace(dataset=dataset, iw_samples=iw_samples, accelerator=accelerator))
+def pick_device(accelerator):
+    """The torch.device to work on. Raises a FlagError where there is none such."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise FlagError("--accelerator gpu: there is no CUDA GPU here; use auto or cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def trained_with(path, dataset):
+def run_folder(checkpoint):
+    """
+    Path of the folder of the run that a checkpoint belongs to, from any working directory and by any links, of which
+    its folder `checkpoints` may be one. For a checkpoint of no run it is the checkpoint's own folder.
+    """
+    # By the names that the user gave, the links among them; the shell knows by which ones it came here.
+    by_name = os.path.normpath(os.path.join(os.environ.get("PWD", ""), checkpoint))
+    if not (os.path.exists(by_name) and os.path.samefile(by_name, checkpoint)):
+        by_name = checkpoint
+    paths = [checkpoint, Path(by_name)]
+    while paths[-1].is_symlink():
+        paths.append(paths[-1].parent / os.readlink(paths[-1]))
+    paths.append(Path(os.path.realpath(checkpoint)))
+    for path in paths:
+        run = path.parent.parent
+        if path.parent.name == "checkpoints" and (run / "hparams.yaml").exists():
+            return run if path is checkpoint else Path(os.path.realpath(run))
+    return run if path.parent.name == "checkpoints" else path.parent
+
+
+def trained_with(path, run, args):
     """
     The flags that a checkpoint was trained with.
     Inputs:
         path - Path of the checkpoint.
-        dataset - What replaces its data set, or None.
+        run - Path of its run's folder.
+        args - Namespace of the flags of evaluate.py: dataset and data_dir replace the checkpoint's.
     Outputs:
-        args - Namespace of every flag.
-        epoch - Number of epochs.
+        flags - Namespace of every flag.
+        epoch - Number of epochs; None where the checkpoint does not say.
     Raises:
         FlagError - where there is no data set.
         CheckpointError - where the flags are of no use.
     """
     checkpoint = read_checkpoint(path)
-    run = checkpoint.get(RUN)
-    flags = run.get("flags") if isinstance(run, dict) else None
-    if flags is None and dataset is None:
+    kept = checkpoint.get(RUN) if isinstance(checkpoint.get(RUN), dict) else {}
+    if kept.get("flags") is None and args.dataset is None:
         raise FlagError(f"{path} does not say what data it was trained on: give --dataset")
     known = {name for group in TRAINING_FLAGS.values() for name in group}
     try:
-        flags = {name: value for name, value in (flags or {}).items() if name in known}
-        args = complete_flags(argparse.Namespace(**{**flags, **({"dataset": dataset} if dataset else {})}))
+        flags = {name: value for name, value in (kept.get("flags") or {}).items() if name in known}
+        flags = complete_flags(argparse.Namespace(**{**flags, **({"dataset": args.dataset} if args.dataset else {})}))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
-    return args, checkpoint["epoch"] + 1
+    flags.data_dir = args.data_dir or data_dir_of(run, kept, flags.data_dir)
+    epoch = checkpoint.get("epoch")
+    return flags, epoch + 1 if isinstance(epoch, int) else None
+
+
+def data_dir_of(run, kept, data_dir):
+    """
+    Where the data of a training is now.
+    Inputs:
+        run - Path of the run's folder, which may have been moved since, with the data or without.
+        kept - Dict of what the checkpoint keeps of the run.
+        data_dir - The flag as it was given, to be taken where nothing is to be found.
+    Outputs:
+        data_dir - Path of the first one of these that holds MNIST, or else that exists.
+    """
+    kept = {name: place for name, place in kept.items() if isinstance(place, str)}
+    from_run = [os.path.join(os.path.realpath(run), kept["data_dir_from_run"])] if "data_dir_from_run" in kept else []
+    places = [*from_run, kept.get("data_dir", data_dir), os.path.expanduser(data_dir)]
+    existing = [place for content in ["MNIST", ""] for place in places if os.path.isdir(os.path.join(place, content))]
+    return os.path.normpath(existing[0]) if existing else data_dir
+
+
+def prepare(folder):
+    """Makes the folder of the results. Raises a UserError where it cannot be written, or holds files of others."""
+    results = folder / RESULTS
+    files = [RESULTS, *(f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"])]
+    there = [name for name in files if os.path.lexists(folder / name)]
+    text = results.read_text(encoding="utf-8", errors="replace") if results.is_file() else "another's"
+    if there and not re.match(r'\0*\Z|\{\s*"checkpoint":', text):  # after a crash it may be empty
+        raise UserError(
+            f"{folder} holds {there[0]}, which evaluate.py did not make and does not overwrite: choose another folder "
+            "with --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
 
 def likelihoods(model, test_set, iw_samples, progress_bar):
@@ -158,7 +228,8 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
             )
         )
         means.append(model.encoder(imgs)[0].cpu())
-    neg_elbos, log_ps, means = torch.cat(neg_elbos).double(), torch.cat(log_ps).double(), torch.cat(means)
+    # On the CPU, since a Mac's GPU has no double precision.
+    neg_elbos, log_ps, means = torch.cat(neg_elbos).cpu().double(), torch.cat(log_ps).cpu().double(), torch.cat(means)
 
     img_shape = imgs.shape
     results = {}
@@ -174,73 +245,84 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     results["iw_samples"] = iw_samples
     if means.shape[1] == 2:
         all_imgs = test_set[torch.arange(len(test_set))][0].to(device)
-        add("log_likelihood_by_quadrature", quadrature_log_likelihood(all_imgs, model.decoder).double())
+        add("log_likelihood_by_quadrature", quadrature_log_likelihood(all_imgs, model.decoder).cpu().double())
     results["active_units"] = int(active_units(means).sum())
     return results, means
 
 
 def pictures(folder, model, imgs, labels, means):
     """
-    Draws, each as PNG and PDF: reconstructions, interpolations, traversals, samples, latent_space, and manifold.
+    Draws the PICTURES that there are for the model, each as PNG and PDF; one that fails is a line on stderr,
+    unless the disk is full.
     Inputs:
-        folder - Where the pictures go.
+        folder - Where the pictures go, in the place of those that are there.
         model - The VAE.
         imgs, labels - The test set, [N,1,28,28] and [N].
         means - Tensor of shape [N,D], the means of its posteriors.
     """
+    z_dim = means.shape[1]
 
     def decode(z):
         return torch.sigmoid(model.decoder(z.to(model.device))).squeeze(-3).cpu()
 
-    z_dim = means.shape[1]
-    # The first three test images of each digit, in columns (rendered or not, every digit is there).
-    picks = torch.stack([(labels == digit).nonzero().squeeze(1)[:3] for digit in range(10)], dim=1)
-    rows = torch.stack([imgs[picks].squeeze(2), decode(means[picks].flatten(0, 1)).unflatten(0, picks.shape)], dim=1)
-    figures.image_table(
-        folder / "reconstructions",
-        rows.flatten(0, 1),
-        rows=["input", "reconstruction"] * 3,
-        title="Test images and the means of their reconstructions",
-    )
+    def first_three():
+        """Indices [3,10] of the first three test images of each digit (rendered or not, every digit is there)."""
+        return torch.stack([(labels == digit).nonzero().squeeze(1)[:3] for digit in range(10)], dim=1)
 
-    start, end = picks[0], picks[1].roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
-    weights = torch.linspace(0, 1, 11)
-    z = torch.lerp(means[start].unsqueeze(1), means[end].unsqueeze(1), weights.view(1, -1, 1))
-    between = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    figures.image_table(
-        folder / "interpolations",
-        torch.cat([imgs[start], between, imgs[end]], dim=1),
-        columns=["input", *(f"{weight:.1f}" for weight in weights), "input"],
-        title="Along straight lines in latent space, between two test images",
-    )
+    def reconstructions(path):
+        picks = first_three()
+        decoded = decode(means[picks].flatten(0, 1)).unflatten(0, picks.shape)
+        figures.image_table(
+            path,
+            torch.stack([imgs[picks].squeeze(2), decoded], dim=1).flatten(0, 1),
+            rows=["input", "reconstruction"] * 3,
+            title="Test images and the means of their reconstructions",
+        )
 
-    active = active_units(means).nonzero().squeeze(1)
-    active = active[means.var(dim=0)[active].argsort(descending=True)]
-    values = torch.linspace(-3, 3, 13)
-    if len(active):
+    def interpolations(path):
+        start, second, _ = first_three()
+        end = second.roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
+        weights = torch.linspace(0, 1, 11)
+        z = torch.lerp(means[start].unsqueeze(1), means[end].unsqueeze(1), weights.view(1, -1, 1))
+        between = decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        figures.image_table(
+            path,
+            torch.cat([imgs[start], between, imgs[end]], dim=1),
+            columns=["input", *(f"{weight:.1f}" for weight in weights), "input"],
+            title="Along straight lines in latent space, between two test images",
+        )
+
+    def traversals(path):
+        active = active_units(means).nonzero().squeeze(1)
+        active = active[means.var(dim=0)[active].argsort(descending=True)]
+        if not len(active):
+            return
+        values = torch.linspace(-3, 3, 13)
         z = means[0].expand(len(active), len(values), -1).clone()
         z[torch.arange(len(active)), :, active] = values
         figures.image_table(
-            folder / "traversals",
+            path,
             decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]),
             rows=[f"z{unit}" for unit in active.tolist()],
             columns=[f"{value:.1f}" for value in values],
             title="One latent changes, the others stay those of the first test image",
         )
 
-    samples, sample_means = model.sample(64)
-    for name, drawn in [("samples", samples), ("sample_means", sample_means)]:
-        figures.image_table(
-            folder / name,
-            drawn.view(8, 8, *drawn.shape[-2:]).cpu(),
-            title="Samples" if name == "samples" else "Means of the samples' pixels",
-        )
+    drawn, drawn_means = (imgs.view(8, 8, *imgs.shape[-2:]).cpu() for imgs in model.sample(64))
 
-    if z_dim == 2:
+    def samples(path):
+        figures.image_table(path, drawn, title="Samples")
+
+    def sample_means(path):
+        figures.image_table(path, drawn_means, title="Means of the samples' pixels")
+
+    def manifold(path):
+        if z_dim != 2:
+            return
         z = manifold_latents(20)
         axis = [f"{value:.2f}" for value in z[:20, 0]]
         figures.image_table(
-            folder / "manifold",
+            path,
             decode(z).view(20, 20, *imgs.shape[-2:]),
             rows=axis[::-1],
             columns=axis,
@@ -249,14 +331,19 @@ def pictures(folder, model, imgs, labels, means):
             gap=0,
             columns_below=True,
         )
-    points, names = plane(means, labels)
-    figures.latent_space(
-        folder / "latent_space",
-        points,
-        labels,
-        names,
-        title=f"Posterior means of the {len(labels):,} test images, {z_dim} latents",
-    )
+
+    def latent_space(path):
+        points, names = plane(means, labels)
+        title = f"Posterior means of the {len(labels):,} test images, {z_dim} latents"
+        figures.latent_space(path, points, labels, names, title=title)
+
+    drawings = [reconstructions, interpolations, traversals, samples, sample_means, manifold, latent_space]
+    for name in PICTURES:
+        for kind in ["png", "pdf"]:
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of an earlier evaluation
+    for name, draw in zip(PICTURES, drawings, strict=True):
+        with optional(f"drawing {folder / name}"):
+            draw(folder / name)
 
 
 def plane(means, labels):
@@ -288,14 +375,13 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     with ending(parser):
-        results, folder = evaluate(**vars(args))
-    print_results(results, folder)
+        print_results(*evaluate(**vars(args)))
 
 
 def print_results(results, folder):
     """Prints what evaluate returned."""
-    print(
-        f"{results['model']}, {results['z_dim']} latents, after {results['epoch']} epochs, on "
+    say(
+        f"{results['model']}, {results['z_dim']} latents, after {results['epoch'] or 'some'} epochs, on "
         f"{results['test_images']:,} test images of {results['dataset']} ({results['binarization']}), "
         f"on {results['device']}"
     )
@@ -313,11 +399,10 @@ def print_results(results, folder):
                 "log_likelihood_by_quadrature": ", by quadrature",
             }.get(name, "")
             error = results[f"{name}_standard_error"]
-            print(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
-    print(
+            say(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
+    say(
         f"active units  {results['active_units']:8} of {results['z_dim']}\nevaluation in {folder}, "
-        f"{results['seconds']} s",
-        flush=True,
+        f"{results['seconds']} s"
     )
 
 

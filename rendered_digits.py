@@ -48,13 +48,33 @@ LIMITS = {
 }
 EDGE = 1.2  # pixels from paper to ink across the grey edge
 
+SYSTEM_DATA = Path(
+    "/usr/share/matplotlib/mpl-data"
+)  # Debian's and Ubuntu's matplotlib: the same files, the same digits
 
-def font_folder():
-    """Folder of matplotlib's fonts. Importing matplotlib to ask would take longer and create its settings folder."""
+
+def font_path(name):
+    """
+    The file of one of matplotlib's fonts. Importing matplotlib to ask would take longer and make its settings folder.
+    Inputs:
+        name - Name of the font, one of FONTS.
+    Outputs:
+        path - Path of the file.
+    Raises:
+        FileNotFoundError - where it is missing. A font of that name from elsewhere may draw other digits.
+    """
     spec = importlib.util.find_spec("matplotlib")
-    if spec is None:
-        raise ModuleNotFoundError("rendered_digits draws with matplotlib's fonts: pip install matplotlib")
-    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+    if spec is None or not spec.origin:  # a folder of that name is no matplotlib
+        raise FileNotFoundError("rendered_digits draws with matplotlib's fonts: pip install matplotlib")
+    data = [Path(spec.origin).parent / "mpl-data", SYSTEM_DATA]
+    paths = [folder / "fonts" / "ttf" / f"{name}.ttf" for folder in data]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"rendered_digits draws with matplotlib's fonts, and {name}.ttf is neither in {paths[0].parent} nor in "
+        f"{paths[1].parent}: pip install --force-reinstall matplotlib, whose fonts draw the same digits everywhere"
+    )
 
 
 def draw_glyph(font, digit):
@@ -98,11 +118,8 @@ def glyphs():
     fields, corners, hairlines = [], [], []
     angles = np.arange(32) * (2 * np.pi / 32)
     for name, thinnest in FONTS.items():
-        path = font_folder() / f"{name}.ttf"
-        if not path.is_file():
-            raise FileNotFoundError(f"rendered_digits draws with matplotlib's fonts, and {path} is missing")
         # The basic layout: the other one depends on a library that not every machine has.
-        font = ImageFont.truetype(str(path), EM, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(str(font_path(name)), EM, layout_engine=ImageFont.Layout.BASIC)
         for digit in range(10):
             ink = draw_glyph(font, digit)
             points = np.argwhere(ink)[:, ::-1] - (CANVAS - 1) / 2

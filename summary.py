@@ -1,23 +1,68 @@
 """The results of many runs at a glance: `python summary.py VAE_logs/job_17_*` prints a table and draws a plot."""
 
 import json
+import math
 import os
-from pathlib import Path
 from statistics import mean, stdev
 
-from harness.program import CHANGEABLE_FLAGS, Parser, UserError, ending
+from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, note, one_line
+
+BPDS = ["test_bpd", "best_val_bpd"]
+PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
 
 def read_runs(folders):
-    """The contents of every results.json in folders and below them, and the folders of runs that have none."""
+    """
+    Reads the results of all runs in folders and below them, by links too, each run once.
+    Inputs:
+        folders - List of paths.
+    Outputs:
+        finished - List of what the results.json files hold; one that is damaged is a line on stderr.
+        unfinished - List of the folders of runs that have none.
+    """
     finished, unfinished = [], []
-    for path in sorted({path for folder in folders for path in Path(folder).rglob("hparams.yaml")}):
-        results = path.with_name("results.json")
-        if results.exists():
-            finished.append(json.loads(results.read_text()))
-        else:
-            unfinished.append(str(path.parent))
+    for folder in run_folders(folders):
+        path = os.path.join(folder, "results.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                results = json.load(file)
+            if not is_results(results):
+                raise ValueError("holds no results of a run")
+            finished.append(results)
+        except FileNotFoundError:
+            unfinished.append(folder)
+        except (OSError, ValueError, RecursionError) as error:
+            note(f"{path} is left out: {getattr(error, 'strerror', None) or error}")
     return finished, unfinished
+
+
+def run_folders(folders):
+    """The sorted folders of runs among folders and those below them, by links too, each one once."""
+    seen, runs = set(), []
+    for top in folders:
+        for folder, below, files in os.walk(top, onerror=tell, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()  # a link may lead to where it is
+            elif "hparams.yaml" in files:
+                runs.append(folder)
+            seen.add(real)
+    return sorted(runs)
+
+
+def tell(error):
+    """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
+    if not isinstance(error, NotADirectoryError):
+        note(f"{error.filename} is left out: {error.strerror}")
+
+
+def is_results(results):
+    """Whether what a results.json holds is what a run leaves there."""
+    return (
+        isinstance(results, dict)
+        and isinstance(results.get("hyperparameters"), dict)
+        and all(type(results.get(name)) in (int, float) and math.isfinite(results[name]) for name in BPDS)
+    )
 
 
 def by_setting(results):
@@ -38,10 +83,17 @@ def by_setting(results):
     varied = [name for name in flags if any(value != values[name][0] for value in values[name])]
     groups = {}
     rows = zip(results, *(values[name] for name in varied))
-    for run, *setting in sorted(rows, key=lambda row: [(type(value).__name__, value) for value in row[1:]]):
+    for run, *setting in sorted(rows, key=lambda row: sort_key(row[1:])):
         name = ", ".join(f"{name} {as_typed(value)}" for name, value in zip(varied, setting)) or "all runs"
         groups.setdefault(name, []).append(run)
     return groups
+
+
+def sort_key(value):
+    """What sorts flags' values of any types: each one beside those of its own, numbers by size."""
+    if isinstance(value, (list, tuple)):
+        return "list", [sort_key(item) for item in value]
+    return type(value).__name__, value if isinstance(value, (int, float, str)) else str(value)
 
 
 def as_typed(value):
@@ -55,7 +107,7 @@ def table(groups):
     lines = [f"{'setting':{width}}  runs  test bpd            best validation bpd"]
     for setting, runs in groups.items():
         cells = []
-        for name in ["test_bpd", "best_val_bpd"]:
+        for name in BPDS:
             bpds = [run[name] for run in runs]
             cells.append(f"{mean(bpds):.4f}" + (f" +- {stdev(bpds):.4f}" if len(bpds) > 1 else " " * 10))
         lines.append(f"{setting:{width}}  {len(runs):4}  {'    '.join(cells)}".rstrip())
@@ -65,24 +117,25 @@ def table(groups):
 def main():
     parser = Parser("Sums up runs: a table of test bpd by setting, and a plot of it.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Folders of runs, or folders that hold such")
-    parser.add_argument("--plot", default="summary.png", help="PNG file to draw")
+    parser.add_argument("--plot", default="summary.png", help=f"Picture to draw ({', '.join(PLOTS)})")
     args = parser.parse_args()
     with ending(parser):
+        if not args.plot.lower().endswith(tuple(PLOTS)):
+            raise FlagError(f"--plot must be a file whose name ends with {', '.join(PLOTS)}, got {args.plot!r}")
         finished, unfinished = read_runs(args.folders)
         if not finished:
             raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
         groups = by_setting(finished)
         print(*table(groups), sep="\n")
         if unfinished:
-            print(f"not finished: {', '.join(unfinished)}")
-
-        from harness import figures  # only now, since matplotlib would delay the table
-
+            print(f"not finished: {', '.join(unfinished)}", flush=True)
         try:
+            from harness import figures  # only now, since matplotlib would delay the table
+
             bpds = {name: [run["test_bpd"] for run in runs] for name, runs in groups.items()}
             figures.bpd_by_setting(args.plot, bpds)
-        except OSError as error:
-            raise UserError(f"cannot write {args.plot} ({error.strerror}): choose another file with --plot") from error
+        except Exception as error:
+            raise UserError(f"no plot ({one_line(error)}): choose another file with --plot") from error
         print(f"plot {os.path.abspath(args.plot)}")
 
 

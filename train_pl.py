@@ -3,6 +3,7 @@
 import math
 import os
 
+import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torchvision.utils import make_grid, save_image
 from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, data_loaders, load_mnist
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
-from harness.program import FlagError, Parser, ending
+from harness.program import FlagError, Parser, ending, optional
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from rendered_digits import rendered_mnist
@@ -29,6 +30,8 @@ QUANTITIES = {
 
 
 class VAE(pl.LightningModule):
+    _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums"]  # of several processes, each keeps its own sums
+
     def __init__(self, model_name, hidden_dims, num_filters, z_dim, lr):
         """
         Variational autoencoder (Kingma & Welling 2014) with a unit Gaussian prior, a Gaussian encoder and a
@@ -104,13 +107,11 @@ class VAE(pl.LightningModule):
         mean, _ = self.encoder(imgs)
         return torch.sigmoid(self.decoder(mean))
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path, map_location=None, **hyperparameters):
-        """Lightning's, on the CPU by default; of tensors and plain values alone: a CheckpointError for other files."""
-        return load_model(cls, checkpoint_path, **hyperparameters).to(map_location or "cpu")
+    load_from_checkpoint = classmethod(load_model)  # Lightning's, on the CPU by default; it runs no code of a file
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=True)
+        clips = self._trainer is not None and self.trainer.gradient_clip_val  # refused in mixed precision if fused
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=None if clips else True)
 
     def training_step(self, batch, batch_idx):
         imgs, _ = batch
@@ -119,7 +120,7 @@ class VAE(pl.LightningModule):
         return {"loss": loss, "bpd": self.add_to(self.train_sums, imgs, L_rec, L_reg)["bpd"]}
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.is_last_batch:
+        if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
             self.log_means("train", self.train_sums)
 
     def validation_step(self, batch, batch_idx):
@@ -179,6 +180,7 @@ class GenerateCallback(pl.Callback):
             self.sample_and_save(trainer, pl_module, epoch)
 
     @rank_zero_only
+    @optional("drawing the pictures")
     def sample_and_save(self, trainer, pl_module, epoch):
         """
         Adds samples, means and, where there are images for it, reconstructions (each to the right of its original)
@@ -230,22 +232,21 @@ def train_vae(args):
     generate = GenerateCallback(save_to_disk=True)
     schedule = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
     with Run(args, make_parser().defaults, QUANTITIES, [generate, *schedule]) as run:
-        if run.is_finished:
-            return run.test_result
-        train_loader, val_loader, test_loader = run.start(load_data)
-        generate.imgs, _ = val_loader.dataset[torch.arange(32)]
-        pl.seed_everything(args.seed)
-        model = make_vae(args)
-        if run.is_new:
-            generate.sample_and_save(run.trainer, model, epoch=0)
-            run.trainer.validate(model, val_loader, verbose=False)
-        run.fit(model, train_loader, val_loader)
-        model = VAE.load_from_checkpoint(run.best_checkpoint)
-        test_result = run.trainer.test(model, test_loader, verbose=False)
-        if args.z_dim == 2 and run.trainer.is_global_zero:
-            save_image(visualize_manifold(model.decoder), os.path.join(run.folder, "vae_manifold.png"))
-        run.finish(test_result)
-    return test_result
+        if not run.is_finished:
+            train_loader, val_loader, test_loader = run.start(load_data)
+            generate.imgs, _ = val_loader.dataset[torch.arange(32)]
+            pl.seed_everything(args.seed)
+            model = make_vae(args)
+            if run.is_new:
+                generate.sample_and_save(run.trainer, model, epoch=0)
+                run.trainer.validate(model, val_loader, verbose=False)
+            run.fit(model, train_loader, val_loader)
+            run.finish(run.trainer.test(VAE.load_from_checkpoint(run.best_checkpoint), test_loader, verbose=False))
+        if args.z_dim == 2:
+            run.save_image(
+                "vae_manifold.png", lambda: visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).decoder)
+            )
+    return run.test_result
 
 
 def make_vae(args):

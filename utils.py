@@ -132,8 +132,8 @@ def manifold_latents(grid_size):
     """
     if grid_size < 1:
         raise ValueError(f"grid_size must be at least 1, got {grid_size}")
-    # In double precision, so that the points are symmetric around 0.
-    percentiles = torch.arange(1, grid_size + 1, dtype=torch.float64) / (grid_size + 1)
+    # In double precision, so that the points are symmetric around 0; on the CPU, since a Mac's GPU has none.
+    percentiles = torch.arange(1, grid_size + 1, dtype=torch.float64, device="cpu") / (grid_size + 1)
     axis = torch.special.ndtri(percentiles).float()
     z1, z0 = torch.meshgrid(axis.flip(0), axis, indexing="ij")
     return torch.stack([z0.flatten(), z1.flatten()], dim=-1)

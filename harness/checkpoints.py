@@ -1,91 +1,239 @@
 """Checkpoints are data: written whole or not at all, and read without running anything that a file may bring along."""
 
+import argparse
 import contextlib
+import inspect
+import io
+import itertools
 import os
+import pathlib
 import pickle
+import re
 import shutil
-import sys
+import textwrap
+import types
 import zipfile
 
+import numpy as np
 import torch
+import yaml
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
+from pytorch_lightning.utilities import rank_zero_warn
 
 from harness.files import written_whole
-from harness.program import UserError
+from harness.program import UserError, note
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where report.EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.
 RUN, OLD_CALLBACK = "run", "EpochReport"
+# What a run continues from; checkpoints of other programs may lack any of them.
+PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
 
 
 class CheckpointError(UserError):
     """A file is not a checkpoint that can be used."""
 
 
-def read_checkpoint(path):
+class NumpyType:
+    """In the place of a numpy.dtype, of numbers and text alone: NumPy trusts what a pickle says of its types."""
+
+    def __init__(self, name, *_):
+        self.name = name
+
+    def __setstate__(self, state):
+        self.name = state[1] + self.name  # the order of the bytes
+
+    def values(self, data):
+        """The array of the values that are in some bytes."""
+        if not re.fullmatch(r"[<>|=][biufU]\d+", self.name):
+            raise pickle.UnpicklingError(f"NumPy's type {self.name} is neither numbers nor text")
+        return np.frombuffer(data, self.name)
+
+
+class NumpyArray(list):
+    """In the place of a numpy.ndarray."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, data = state
+        self[:] = dtype.values(data).reshape(shape, order="F" if by_columns else "C").tolist()
+
+
+def numpy_scalar(dtype, data):
+    """In the place of NumPy's function of that name: a plain number or text."""
+    return dtype.values(data)[0].item()
+
+
+# What the hyperparameters of a user's own Trainer may hold beside tensors and plain values: what is called for a name
+# in the file. It takes values and keeps them, and calls nothing.
+HARMLESS = [
+    (NumpyType, "numpy.dtype"),
+    (NumpyArray, "numpy.ndarray"),
+    *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ["core", "_core"]),
+    *((NumpyArray, f"numpy.{core}.multiarray._reconstruct") for core in ["core", "_core"]),
+    *(
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
+        for module, pure, system in itertools.product(["pathlib", "pathlib._local"], ["", "Pure"], ["Posix", "Windows"])
+    ),
+    (argparse.Namespace, "argparse.Namespace"),
+    (types.SimpleNamespace, "types.SimpleNamespace"),
+]
+
+
+def read_checkpoint(path, map_location="cpu"):
     """
-    Reads a checkpoint of train_pl.py: tensors, on the CPU, and plain values. Nothing else is loaded, so nothing in the
-    file can run (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
+    Reads a checkpoint of a module: tensors, plain values, and what is HARMLESS. Nothing else is loaded, so nothing in
+    the file can run (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
     Inputs:
-        path - Path of the checkpoint.
+        path - Path of the checkpoint, or a file that is open for reading bytes.
+        map_location - Where its tensors go, see torch.load.
     Outputs:
-        checkpoint - The dict that Lightning has written; what EpochReport keeps is under RUN, if it is there.
+        checkpoint - The dict that Lightning has written; what EpochReport keeps is under RUN, if it is there. Of a file
+            that holds nothing but a state_dict, a dict of that.
     Raises:
         CheckpointError - where the file is no checkpoint, damaged, of another program, or brings code along.
         OSError - where it cannot be read.
     """
-    with open(path, "rb"):
-        pass  # what cannot be read is no damage
+    if hasattr(path, "read"):
+        data, path = path.read(), getattr(path, "name", "the open file")
+    else:
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read()  # what cannot be read is no damage; from here on, all depends on these bytes alone
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice a flipped bit
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load would not notice a flipped bit
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(data, "cpu")
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values, and could run code when it is loaded "
             f"({one_line(error)})"
         ) from error
-    except Exception as error:  # damage becomes anything: of zipfile even an OSError, where it leads to a bad offset
+    except Exception as error:  # damage becomes anything
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
+            raise
         raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({one_line(error)})") from error
-    parts = {"epoch": int, "state_dict": dict, "hyper_parameters": dict, "callbacks": dict}
-    if not (
-        isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(part), kind) for part, kind in parts.items())
+    if map_location != "cpu":
+        checkpoint = load_tensors(data, map_location)
+    if isinstance(checkpoint, dict) and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
+        checkpoint = {"state_dict": checkpoint}
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(part, missing), dict)
+        for part, missing in [("state_dict", None), ("hyper_parameters", {}), ("callbacks", {})]
     ):
-        raise CheckpointError(f"{path} is a file of another program, not a checkpoint of train_pl.py")
-    if OLD_CALLBACK in checkpoint["callbacks"]:
+        raise CheckpointError(f"{path} is a file of another program, not a checkpoint of train_pl.py or of Lightning")
+    if OLD_CALLBACK in checkpoint.get("callbacks", {}):
         checkpoint[RUN] = checkpoint["callbacks"].pop(OLD_CALLBACK)
     return checkpoint
 
 
+def load_tensors(data, map_location):
+    """What torch.load makes of the bytes of a file without running any of it."""
+    others = torch.serialization.get_safe_globals()  # what the user allows, where it is not of the same name
+
+    def name(entry):
+        return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+    names = set(map(name, HARMLESS))
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([*HARMLESS, *(entry for entry in others if name(entry) not in names)])
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
 def one_line(error):
     """An error in one line: of torch's explanations the one that names what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return next((line for line in lines if "GLOBAL" in line or "size mismatch" in line), lines[0]).rstrip(".:")
+    text = str(error).rpartition("WeightsUnpickler error:")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
+    telling = (line for line in lines if "size mismatch" in line or "key(s) in state_dict" in line)
+    return textwrap.shorten(next(telling, lines[0]), 400, placeholder=" ...").rstrip(".:")
 
 
-def load_model(model_class, path, **hyperparameters):
+def load_model(
+    model_class,
+    checkpoint_path,
+    map_location=None,
+    hparams_file=None,
+    strict=None,
+    weights_only=None,
+    **hyperparameters,
+):
     """
-    Builds the module that a checkpoint holds, on the CPU.
+    Builds the module that a checkpoint holds, as Lightning's load_from_checkpoint does, but that it runs no code of a
+    file, and loads to the CPU by default.
     Inputs:
         model_class - Class of the module.
-        path - Path of the checkpoint.
-        hyperparameters - Arguments of the class that replace the checkpoint's.
+        checkpoint_path - As in read_checkpoint.
+        map_location - Where its tensors go, see torch.load; by default all on the CPU.
+        hparams_file - File (.yaml or .csv) of hyperparameters that replace or complete the checkpoint's, or None.
+        strict - Whether the weights must be those of the module, no more and no less; by default as the module says.
+        weights_only - Without effect: nothing but weights and plain values is ever read.
+        hyperparameters - Arguments of the class that replace or complete both.
     Outputs:
         model - The module, with the checkpoint's weights.
     Raises:
-        CheckpointError - as read_checkpoint, and where the weights do not fit the module.
-        OSError - where the file cannot be read.
+        CheckpointError - as read_checkpoint, where hyperparameters are missing or of no use, and where the weights do
+            not fit the module.
+        OSError - where a file cannot be read.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(checkpoint_path, map_location or "cpu")
+    state_dict = checkpoint["state_dict"]
+    given = {**checkpoint.get("hyper_parameters", {}), **read_hyperparameters(hparams_file), **hyperparameters}
+    arguments = inspect.signature(model_class).parameters
+    if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        given = {name: value for name, value in given.items() if name in arguments}
+    by_name = [inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY]
+    required = [name for name, item in arguments.items() if item.default is item.empty and item.kind in by_name]
+    if missing := [name for name in required if name not in given]:
+        what = "is a bare state_dict" if set(checkpoint) == {"state_dict"} else "holds weights"
+        raise CheckpointError(
+            f"{checkpoint_path} {what} without the hyperparameters {', '.join(missing)}: give them to "
+            f"{model_class.__name__}.load_from_checkpoint by name, as in {missing[-1]}=..."
+        )
     try:
-        model = model_class(**{**checkpoint["hyper_parameters"], **hyperparameters})
-        model.load_state_dict(checkpoint["state_dict"])
+        model = model_class(**given)
+        model.on_load_checkpoint(checkpoint)
+        keys = model.load_state_dict(state_dict, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise CheckpointError(
-            f"{path} does not fit {model_class.__name__} of train_pl.py ({one_line(error)})"
+            f"{checkpoint_path} does not fit {model_class.__name__} of train_pl.py ({one_line(error)})"
         ) from error
-    return model
+    for kind, names in zip(["lacks", "has too many"], keys):
+        if names:
+            rank_zero_warn(f"of the module's weights, {checkpoint_path} {kind}: {', '.join(names)}")
+    return model.to(next((value.device for value in state_dict.values() if torch.is_tensor(value)), "cpu"))
+
+
+def read_hyperparameters(path):
+    """The hyperparameters in a file (.yaml or .csv), as a dict. Raises a CheckpointError where there are none."""
+    if path is None:
+        return {}
+    with open(path, "rb"):
+        pass  # Lightning would only warn
+    try:
+        if str(path).lower().endswith(".csv"):
+            return load_hparams_from_tags_csv(path)
+        return {**load_hparams_from_yaml(path, use_omegaconf=False)}
+    except (yaml.YAMLError, TypeError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path} holds no hyperparameters ({one_line(error)})") from error
+
+
+def read_run_checkpoint(path):
+    """read_checkpoint of a checkpoint from which a run can be continued. Raises a CheckpointError for others, too."""
+    checkpoint = read_checkpoint(path)
+    lacking = [part for part, kind in PARTS_OF_A_RUN.items() if not isinstance(checkpoint.get(part), kind)]
+    if lacking:
+        raise CheckpointError(
+            f"{path} is no checkpoint to continue a run from: it lacks {', '.join(lacking)} (it is of another program, "
+            "or of an older version)"
+        )
+    return checkpoint
 
 
 def newest_checkpoint(folder):
@@ -97,13 +245,13 @@ def newest_checkpoint(folder):
     Outputs:
         path, checkpoint - Where it is, and what it holds; None, None if there is no checkpoint.
     Raises:
-        CheckpointError - where there are checkpoints, but all of them damaged.
+        CheckpointError - where there are checkpoints, but none to continue from.
     """
     checkpoints, damages = {}, []
     for name in [LAST, PREVIOUS, BEST]:
         with contextlib.suppress(FileNotFoundError):
             try:
-                checkpoints[name] = read_checkpoint(os.path.join(folder, name))
+                checkpoints[name] = read_run_checkpoint(os.path.join(folder, name))
             except CheckpointError as error:
                 damages.append(str(error))
     if not checkpoints and damages:
@@ -114,12 +262,20 @@ def newest_checkpoint(folder):
         return None, None
     newest = max(checkpoints, key=lambda name: checkpoints[name]["epoch"])
     for damage in damages:
-        print(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}", file=sys.stderr)
+        note(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
     last = os.path.join(folder, LAST)
     if newest != LAST:
         with written_whole(last) as unfinished:
             shutil.copyfile(os.path.join(folder, newest), unfinished)
     return last, checkpoints[newest]
+
+
+def flags_of_run(folder):
+    """The flags of the run whose checkpoints are in a folder, or None where none of them can be read."""
+    for name in [LAST, PREVIOUS, BEST]:
+        with contextlib.suppress(OSError):
+            return read_run_checkpoint(os.path.join(folder, name))[RUN].get("flags")
+    return None
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -130,10 +286,15 @@ class CheckpointFiles(TorchCheckpointIO):
         os.makedirs(folder, exist_ok=True)
         keep_as = os.path.join(folder, PREVIOUS) if name == LAST else None
         with written_whole(path, keep_as, sync=True) as unfinished:
-            torch.save(checkpoint, unfinished)  # by name: Ctrl-C in a Python file's write would become a RuntimeError
+            try:
+                torch.save(checkpoint, unfinished)  # by name: Ctrl-C in a Python file's write would be a RuntimeError
+            except RuntimeError:
+                with open(unfinished, "ab") as file:  # torch does not tell why; on a full disk this does
+                    file.write(bytes(2**26))
+                raise
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_run_checkpoint(path)
         folder = os.path.dirname(path)
         for state in checkpoint["callbacks"].values():
             if "dirpath" in state:  # a ModelCheckpoint's, whose folder may have been moved since

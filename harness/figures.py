@@ -1,16 +1,72 @@
-"""The figures of a run and of a trained model for a report, drawn by matplotlib."""
+"""
+The figures of a run and of a trained model for a report, drawn by matplotlib.
 
+They depend on no setting of the user's. Whoever imports a library that imports matplotlib itself, as Lightning does,
+imports this module first, lest a setting that matplotlib cannot use end the program there.
+"""
+
+import contextlib
+import importlib
+import logging
 import os
+import sys
+import tempfile
+import warnings
 from statistics import mean, stdev
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.image import imread
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from harness.files import written_whole
 
+SETTINGS = ["MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"]  # matplotlib's, in the environment
 
+
+@contextlib.contextmanager
+def unheard_settings():
+    """A context in which matplotlib says nothing of the user's settings, and the environment may be changed."""
+    logger, kept = logging.getLogger("matplotlib"), {name: os.environ.get(name) for name in SETTINGS}
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        for name, value in kept.items():  # matplotlib, too, changes its folder where it cannot write
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def import_matplotlib():
+    """Imports matplotlib with the user's settings, or without them where it cannot use them: a notebook's backend."""
+    try:
+        importlib.import_module("matplotlib.pyplot")
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # half of it is there
+        here = os.getcwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ.update(dict.fromkeys(SETTINGS, ""), MPLCONFIGDIR=folder)
+            os.chdir(folder)  # a file of settings in the working directory would be found first of all
+            try:
+                importlib.import_module("matplotlib.pyplot")
+            finally:
+                os.chdir(here)
+
+
+with unheard_settings():
+    import_matplotlib()
+
+from matplotlib import style  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.image import imread  # noqa: E402
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator  # noqa: E402
+
+plain = style.context("default")  # decorates whatever makes and saves a figure; the user's settings are back afterwards
+
+
+@plain
 def bpd_curves(path, train, val, test_bpd, title):
     """
     Draws bits per dimension over epochs.
@@ -37,6 +93,7 @@ def bpd_curves(path, train, val, test_bpd, title):
     save(figure, path)
 
 
+@plain
 def side_by_side(path, pictures):
     """
     Draws pictures beside each other.
@@ -52,6 +109,7 @@ def side_by_side(path, pictures):
     save(figure, path, bbox_inches="tight", pad_inches=0.05)
 
 
+@plain
 def bpd_by_setting(path, bpds):
     """
     Draws the test bpd of many runs, a row per setting: each run, their mean and their standard deviation.
@@ -80,6 +138,7 @@ def bpd_by_setting(path, bpds):
     save(figure, path)
 
 
+@plain
 def image_table(
     name, images, rows=None, columns=None, title=None, xlabel=None, ylabel=None, gap=2, columns_below=False
 ):
@@ -112,6 +171,7 @@ def image_table(
     save_png_and_pdf(figure, name)
 
 
+@plain
 def latent_space(name, points, labels, axis_names, title):
     """
     Draws images as points of a plane, coloured by their digit.

@@ -1,11 +1,103 @@
 """The processes of a run, one or several: their start, their shares of each minibatch and its noise, the seeds."""
 
 import contextlib
+import os
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    TorchElasticEnvironment,
+)
 from torch.utils.data.distributed import DistributedSampler
+
+from harness import slurm
+
+# What torchrun sets in each process, besides what Lightning sets in those that it starts, as does who starts them by
+# hand (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"}
+OF_THE_NODE = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
+OF_OTHERS = {*OF_THE_NODE, "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}
+
+
+def environment(devices, num_nodes, run_name):
+    """
+    Who starts the processes of a run: Lightning's environment for it. Variables that others have left in the
+    environment, an old shell or an interactive allocation, change nothing.
+    Inputs:
+        devices, num_nodes - Number of processes per node, and of nodes.
+        run_name - The run's own name, or None.
+    Outputs:
+        environment - A ClusterEnvironment.
+    Raises:
+        ValueError - where the processes that were started cannot be those of the run; it says what to give.
+    """
+    launcher, started, kind = "torchrun", started_by_torchrun(), TorchElasticEnvironment
+    if started == (1, 1):
+        launcher, started, kind = "srun", slurm.tasks(), slurm.environment
+    is_one_process = (num_nodes, devices) == (1, 1)
+    is_one_of_several_runs = is_one_process and launcher == "srun" and run_name
+    if started != (1, 1) and not is_one_of_several_runs:
+        check_started(launcher, *started, wanted=(num_nodes, devices))
+        return kind()
+    if is_one_process:
+        environment = LightningEnvironment()
+        environment.set_global_rank(0)  # Lightning took another one from such variables when it was imported
+        return environment
+    for kind in [LSFEnvironment, MPIEnvironment]:
+        if kind.detect():
+            return kind()
+    if num_nodes == 1 and not {*OF_THE_NODE, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them, here
+        for name in OF_OTHERS:
+            os.environ.pop(name, None)
+    check_variables(devices, num_nodes)
+    return LightningEnvironment()
+
+
+def started_by_torchrun():
+    """Number of nodes, and of processes on each, that torchrun has started, of which this one is one; or 1, 1."""
+    if not os.environ.keys() >= TORCHRUN:
+        return 1, 1
+    num_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ["WORLD_SIZE"]) // num_per_node, num_per_node
+
+
+def check_started(launcher, num_nodes, num_per_node, wanted):
+    """Checks that a launcher has started what is wanted: number of nodes, and of processes on each."""
+    if not num_per_node:
+        raise ValueError("srun has not started as many tasks on each node: give it --ntasks-per-node")
+    if (num_nodes, num_per_node) != wanted:
+        other = {
+            "srun": "a --run_name of its own to each for several runs",
+            "torchrun": "unset TORCHELASTIC_RUN_ID if it is left from another time",
+        }
+        raise ValueError(
+            f"{launcher} has started {num_nodes * num_per_node} processes: give --devices {num_per_node} "
+            f"--num_nodes {num_nodes} for one run of them all, or {other[launcher]}"
+        )
+
+
+def check_variables(devices, num_nodes):
+    """Checks the variables by which the processes of a run find each other, where no launcher vouches for them."""
+    missing = OF_THE_NODE - os.environ.keys()
+    if num_nodes > 1 and missing:
+        raise ValueError(
+            f"--num_nodes {num_nodes} needs srun or torchrun, which start its processes, or on each node in the "
+            f"environment {', '.join(sorted(missing))}"
+        )
+    for name, possible in [
+        ("LOCAL_RANK", range(devices)),
+        ("NODE_RANK", range(num_nodes)),
+        ("WORLD_SIZE", [devices * num_nodes]),
+    ]:
+        if name in os.environ and os.environ[name] not in map(str, possible):
+            raise ValueError(
+                f"{name}={os.environ[name]} in the environment does not fit --devices {devices} --num_nodes "
+                f"{num_nodes}: give those that do, or unset LOCAL_RANK if it is left from another time"
+            )
 
 
 @contextlib.contextmanager

@@ -1,16 +1,24 @@
-"""What every program shares: errors of one line and how to end on them, and flags as plain values."""
+"""What every program shares: errors of one line and how to end on them, lines of output, and flags as plain values."""
 
 import argparse
 import contextlib
+import errno
 import json
-import math
+import numbers
+import os
+import reprlib
+import signal
 import sys
+import threading
+from collections.abc import Mapping
 
 # Flags that say where and how a run is computed, not what: another value continues the same run.
 CHANGEABLE_FLAGS = {
     *("run_name", "log_dir", "data_dir", "num_workers", "progress_bar"),
     *("accelerator", "devices", "num_nodes", "plain"),
 }
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
+MAKE_ROOM = "make room and give the same command again"
 
 
 class UserError(OSError):
@@ -24,6 +32,19 @@ class UserError(OSError):
 
 class FlagError(UserError, ValueError):
     """A flag's value is of no use; the message names the flag."""
+
+
+class NoRoomError(UserError):
+    """A disk is full or a quota used up: with room again, the same command goes on."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM has come. Raised where the program is, it ends it with the exit code that a shell expects then, 143."""
+
+    told = False  # whether the user has been told already
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,29 +73,21 @@ class Parser(argparse.ArgumentParser):
         """
         Completes flags, which may come from a notebook, and checks them.
         Inputs:
-            args - Namespace of some flags.
+            args - Namespace of some flags. Numbers may be NumPy's or tensors, lists arrays or tuples, texts paths.
         Outputs:
-            args - Namespace of every flag, with the default of each one that was not there.
+            args - Namespace of every flag, as plain values, with the default of each one that was not there.
         Raises:
             FlagError - where a value is of no use.
         """
-        args = argparse.Namespace(**{**self.defaults, **vars(args)})
-        for name, (default, possible, _) in self.flags.items():
-            value = getattr(args, name)
-            if value == default:
-                continue
-            if isinstance(possible, list):
-                if value not in possible:
-                    raise FlagError(f"--{name} must be one of {', '.join(map(str, possible))}, got {value!r}")
-            elif isinstance(default, list):
-                if not value or min(value) < possible:
-                    raise FlagError(f"--{name} must be one or more numbers of at least {possible}, got {value}")
-            elif isinstance(default, float):
-                if not (math.isfinite(value) and value > possible):
-                    raise FlagError(f"--{name} must be a finite number above {possible:g}, got {value}")
-            elif possible is not None and value < possible:
-                raise FlagError(f"--{name} must be at least {possible}, got {value}")
-        return args
+        flags = {**self.defaults, **vars(args)}
+        for name, given in flags.items():
+            try:
+                value = plain_value(given)
+                flags[name] = fitting(value, *self.flags[name][:2]) if name in self.flags else value
+            except ValueError as error:
+                got = " ".join(reprlib.repr(given).split())
+                raise FlagError(f"--{name} must be {error}, got {got}") from None
+        return argparse.Namespace(**flags)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -90,17 +103,157 @@ def kind_of_flag(default, possible):
     return {"type": str if default is None else type(default), "choices": choices}
 
 
+def plain_value(value):
+    """
+    A value as Python's own type, which can be written into any file: numbers, texts, truth values, None, and lists and
+    dicts of them.
+    Raises:
+        ValueError - where it is none of these.
+    """
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return str(os.fspath(value))
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Number) and not isinstance(value, complex):
+        return float(value)
+    if isinstance(value, (list, tuple, range)):
+        return [plain_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): plain_value(item) for name, item in value.items()}
+    raise ValueError("a number, a text, or a list of them")
+
+
+def fitting(value, default, possible):
+    """
+    A plain value as that of a flag.
+    Inputs:
+        value - The value.
+        default, possible - The flag's, see Parser.
+    Outputs:
+        value - The same, of the flag's type.
+    Raises:
+        ValueError - where it is of no use; its text says what the flag must be.
+    """
+    if value is default is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        if value in (False, True):  # 0 and 1, too
+            return bool(value)
+        raise ValueError("True or False")
+    if isinstance(default, list):
+        with contextlib.suppress(ValueError):
+            values = [fitting(item, default[0], possible) for item in (value if isinstance(value, list) else [value])]
+            if values:
+                return values
+        raise ValueError(f"one or more numbers of at least {possible}")
+    if isinstance(default, int) and is_number and value == value // 1:
+        value = int(value)
+    if isinstance(possible, list):
+        if value in possible and not isinstance(value, bool):
+            return value
+        raise ValueError(f"one of {', '.join(map(str, possible))}")
+    if isinstance(default, float):
+        if is_number and possible < value <= sys.float_info.max:
+            return float(value)
+        raise ValueError(f"a finite number above {possible:g}")
+    if isinstance(default, int):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError("a whole number")
+        if possible is not None and value < possible:
+            raise ValueError(f"at least {possible}")
+    elif not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
 @contextlib.contextmanager
 def ending(parser):
-    """A context that a program works in: an error of the world outside ends it with one line, and not with code 0."""
+    """
+    A context that a program works in. An error of the world outside ends it with one line, and never with code 0, and
+    so do Ctrl-C and SIGTERM. What it prints can be printed on any terminal.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with sigterm_raises():
+            yield
     except FlagError as error:
         parser.error(error)
     except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        remedy = "" if isinstance(error, UserError) or not has_no_room(error) else f"; {MAKE_ROOM}"
+        sys.exit(f"{parser.prog}: error: {error}{remedy}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted")
+    except Terminated as end:
+        if not end.told:
+            note(f"{parser.prog}: terminated")
+        raise
+
+
+@contextlib.contextmanager
+def sigterm_raises():
+    """A context in which SIGTERM raises Terminated, unless the program does something else at it already."""
+    takes_it = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if takes_it:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if takes_it:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def terminate(signum, frame):
+    """A handler of SIGTERM."""
+    raise Terminated
+
+
+def say(text):
+    """Prints lines at once. Where they go nowhere any more, as into a closed pipe, the program goes on without."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        note(f"nothing more can be printed here ({error.strerror}); everything else goes on")
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def note(text):
+    """Prints a line on stderr, at once, if it can be."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def optional(what):
+    """
+    A context for what may fail without harm to the rest, such as a picture: its error becomes a line on stderr. Where
+    a disk is full, the rest will fail, too, so that error is raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if has_no_room(error):
+            raise
+        note(f"{what} failed, the rest goes on ({one_line(error)})")
+
+
+def has_no_room(error):
+    """Whether an error is of a full disk or a quota."""
+    return isinstance(error, NoRoomError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
+
+
+def one_line(error):
+    """An error in one line: its kind, if it is none of the world outside, and the first line of its text."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def plain_values(flags):

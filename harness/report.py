@@ -1,5 +1,6 @@
 """What a run reports: the line of each epoch, metrics.csv, TensorBoard, the figures at the end."""
 
+import contextlib
 import csv
 import glob
 import io
@@ -8,6 +9,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 
@@ -15,15 +17,21 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
-from harness.checkpoints import RUN
+from harness.checkpoints import RUN, newest_checkpoint
 from harness.files import UNFINISHED, write_text, written_whole
-from harness.program import UserError
+from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, optional, say
 
+TELLING_FLAGS = {"model", "z_dim", "hidden_dims", "lr", "seed"}  # what TensorBoard's table of runs shows first
 STAGES = ["train", "val"]  # of which each epoch has metrics
+EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
+NEW_FILE = Event(file_version="brain.Event:2")  # what such a file begins with
+START_AGAIN = Event(session_log=SessionLog(status=SessionLog.START))  # what was logged from step 0 on is void
+DASHBOARD = ("_hparams_/", "custom_scalars__config__")  # what set_up_dashboard writes, at each start
 
 
 class TrainingDiverged(UserError):
@@ -51,11 +59,18 @@ class EpochReport(Checkpoint):
         self.flags = flags
         self.quantities = quantities
         self.print_lines = print_lines
+        self.device = None  # what trains, as in results.json
         self.history = []
         self.first_step_bpd = None  # the very first minibatch of training, before any update
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        checkpoint[RUN] = {"flags": self.flags, "history": self.history, "first_step_bpd": self.first_step_bpd}
+        checkpoint[RUN] = {
+            "flags": self.flags,
+            "history": self.history,
+            "first_step_bpd": self.first_step_bpd,
+            "device": self.device,
+            **places_of_data(self.flags["data_dir"], trainer.logger.log_dir),
+        }
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         self.history, self.first_step_bpd = checkpoint[RUN]["history"], checkpoint[RUN]["first_step_bpd"]
@@ -110,29 +125,81 @@ class EpochReport(Checkpoint):
         if not trainer.is_global_zero:
             return
         write_metrics(trainer.logger.log_dir, self.history, self.quantities)
-        trainer.logger.experiment.flush()  # what was logged so far is on disk ahead of this epoch's checkpoint
+        trainer.logger.flush()  # what was logged so far is on disk ahead of this epoch's checkpoint
         if self.print_lines:
             bpds = "  ".join(
                 f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16
                 for stage in STAGES
             )
-            print(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s", flush=True)
+            say(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s")
 
     def on_exception(self, trainer, pl_module, exception):
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        if isinstance(exception, (KeyboardInterrupt, Terminated)) and trainer.is_global_zero:
+            exception.told = True
             epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
             checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
             name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
-            print(
+            say(
                 f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
                 f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
-                "continues it",
-                flush=True,
+                "continues it"
             )
+
+    def draw_curves(self, test_bpd, path):
+        """
+        Draws the curves of question 1.9.
+        Inputs:
+            test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
+            path - The PNG file, in the run's folder.
+        """
+        from harness import figures  # only now, since matplotlib would delay the start of training
+
+        self.read_history(os.path.dirname(path))
+        train_bpd = self.curve("train_bpd")
+        if self.first_step_bpd is not None:
+            train_bpd = {0: self.first_step_bpd, **train_bpd}
+        title = f"{self.flags['model']}, {self.flags['z_dim']} latents, {self.flags['dataset']}"
+        figures.bpd_curves(path, train_bpd, self.curve("val_bpd"), test_bpd, title)
+
+    def draw_samples(self, path):
+        """Draws the samples of question 1.10: before training, after 10 epochs, and the last ones in path's folder."""
+        from harness import figures
+
+        folder = os.path.dirname(path)
+        drawn = [re.fullmatch(r"epoch_(\d+)_samples.png", name) for name in os.listdir(folder)]
+        epochs = sorted(int(match[1]) for match in drawn if match)
+        after_10 = [epoch for epoch in epochs if epoch <= 10][-1:]
+        pictures = {
+            f"epoch {epoch}" if epoch else "before training": os.path.join(folder, f"epoch_{epoch}_samples.png")
+            for epoch in sorted({*epochs[:1], *after_10, *epochs[-1:]})
+        }
+        figures.side_by_side(path, pictures)
+
+    def read_history(self, folder):
+        """Takes the history from the last checkpoint in a finished run's folder, unless it has just been trained."""
+        if not self.history:
+            _, checkpoint = newest_checkpoint(os.path.join(folder, "checkpoints"))
+            self.on_load_checkpoint(None, None, checkpoint)
 
     def curve(self, name):
         """Dict from epoch to the value of a metric, for the epochs that have it."""
         return {row["epoch"]: row[name] for row in self.history if name in row}
+
+
+def places_of_data(data_dir, folder):
+    """
+    Where a run's data is: as an absolute path, and as one from the run's folder, which holds where both are moved.
+    Inputs:
+        data_dir - The flag.
+        folder - The run's folder.
+    Outputs:
+        places - Dict of data_dir and, where the two are on one drive, data_dir_from_run.
+    """
+    data_dir = os.path.realpath(os.path.expanduser(data_dir))
+    places = {"data_dir": data_dir}
+    with contextlib.suppress(ValueError):  # Windows
+        places["data_dir_from_run"] = os.path.relpath(data_dir, os.path.realpath(folder))
+    return places
 
 
 def metric_names(names):
@@ -157,23 +224,47 @@ def write_metrics(folder, history, quantities):
 def return_to_epoch(folder, history, quantities):
     """
     Makes a run's folder that of the last epoch of a history: metrics.csv and what TensorBoard shows, without what was
-    logged later. Of the epoch itself the scalars are dropped, too, since not all of them may be there: EpochReport
+    logged later. Of the epoch itself its metrics are dropped, too, since not all of them may be there: EpochReport
     logs them again.
     """
-    epoch = len(history) - 1
-    for path in glob.glob(os.path.join(glob.escape(folder), "**", f"*{UNFINISHED}"), recursive=True):
-        os.remove(path)  # left by a process that was killed
-    for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
-        if not history:
+    for ours in ["*.png", "*.yaml", "*.csv", "*.json", f"{EVENTS}*", "checkpoints/*.ckpt"]:
+        for path in glob.glob(os.path.join(glob.escape(folder), f"{ours}{UNFINISHED}")):
+            os.remove(path)  # left by a process that was killed
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"{EVENTS}*")))
+    if paths:
+        # In a new file, at whose beginning a TensorBoard that watches the run forgets what it has read of it. It still
+        # looks for the last one of the others.
+        copy = os.path.join(folder, f"{EVENTS}{int(time.time()):010d}")
+        # Twice: TensorBoard takes the first one that it sees in a run for the run's beginning.
+        write_events(copy, [NEW_FILE, START_AGAIN, START_AGAIN, *kept_events(paths, len(history) - 1)])
+        for path in {*paths} - {copy, paths[-1]}:
             os.remove(path)
-            continue
-        with written_whole(path) as unfinished, open(unfinished, "wb") as file:
-            writer = RecordWriter(file)
-            for record in RawEventFileLoader(path).Load():
-                event = Event.FromString(record)
-                if event.step < epoch or event.step == epoch and any(v.HasField("image") for v in event.summary.value):
-                    writer.write(record)
+        if paths[-1] != copy:
+            write_events(paths[-1], [NEW_FILE])
     write_metrics(folder, history, quantities)
+
+
+def write_events(path, events):
+    """Writes one of TensorBoard's files."""
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+
+
+def kept_events(paths, epoch):
+    """The scalars and images in event files, in the order of their names, up to an epoch; see return_to_epoch."""
+    events = []
+    for path in paths:
+        for record in RawEventFileLoader(path).Load():
+            event = Event.FromString(record)
+            if event.session_log == START_AGAIN.session_log:
+                events.clear()  # a process that was killed as it copied these has left both files
+            tags = [value.tag for value in event.summary.value if not value.tag.startswith(DASHBOARD)]
+            again = any(tag.startswith(("train_", "val_", "test_")) for tag in tags)
+            if tags and (event.step < epoch or event.step == epoch and not again):
+                events.append(event)
+    return events
 
 
 class EpochLogger(TensorBoardLogger):
@@ -183,6 +274,7 @@ class EpochLogger(TensorBoardLogger):
     """
 
     epoch = 0
+    has_failed = False
 
     def __init__(self, folder):
         super().__init__(folder, name="", version="", default_hp_metric=False)
@@ -190,61 +282,70 @@ class EpochLogger(TensorBoardLogger):
     @rank_zero_only
     def set_up_dashboard(self, flags, quantities):
         """
-        Tells TensorBoard the run's flags, for a row of its table of hyperparameters with the test bpd, and to draw
-        training and validation in one chart (its tab Custom Scalars).
+        Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with the test bpd,
+        and to draw training and validation in one chart (its tab Custom Scalars).
         Inputs:
             flags - Dict of every flag.
             quantities - Dict from the name of each logged quantity to its title; the last one is drawn first.
         """
         flags = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flags.items()
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in flags.items()
+            if name not in CHANGEABLE_FLAGS
         }
-        for summary in hparams(flags, {"test_bpd": None}):
+        summaries = hparams(flags, {"test_bpd": None})
+        # TensorBoard sorts them by name, but for those by which runs differ, and shows the first five.
+        plugin_data = summaries[0].value[0].metadata.plugin_data
+        table = HParamsPluginData.FromString(plugin_data.content)
+        for info in table.experiment.hparam_infos:
+            info.differs = info.name in TELLING_FLAGS
+        plugin_data.content = table.SerializeToString()
+        for summary in summaries:
             self.experiment.file_writer.add_summary(summary)
         charts = {
             title: ["Multiline", [f"{stage}_{name}" for stage in STAGES]]
             for name, title in reversed(quantities.items())
         }
         self.experiment.add_custom_scalars({"Training and validation": charts})
+        self.experiment.flush()
 
     @property
     def log_dir(self):
         return self.save_dir
 
     def log_metrics(self, metrics, step=None):
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, self.epoch)
+        metrics = {name: value for name, value in metrics.items() if name != "epoch"}
+        self.unless_it_fails(super().log_metrics, metrics, self.epoch)
+
+    @rank_zero_only
+    def flush(self):
+        """Writes all that was logged so far to the disk."""
+        self.unless_it_fails(self.experiment.flush)
+
+    def finalize(self, status):
+        with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
+            self.unless_it_fails(super().finalize, status)
+
+    def unless_it_fails(self, function, *args):
+        """Calls a function that logs. Once one has failed, the run goes on without; a full disk ends it."""
+        if not self.has_failed:
+            self.has_failed = True
+            with optional(f"logging to TensorBoard's files in {self.log_dir}"):
+                function(*args)
+                self.has_failed = False
 
 
-def draw_figures(folder, report, test_bpd):
-    """
-    Draws the curves of question 1.9 and the samples of question 1.10, as PNG files in a run's folder.
-    Inputs:
-        folder - The run's folder; the samples before training, after 10 epochs and at the end are files in it.
-        report - The run's EpochReport.
-        test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
-    """
-    from harness import figures  # only now, since matplotlib would delay the start of training
-
-    flags = report.flags
-    train_bpd = report.curve("train_bpd")
-    if report.first_step_bpd is not None:
-        train_bpd = {0: report.first_step_bpd, **train_bpd}
-    title = f"{flags['model']}, {flags['z_dim']} latents, {flags['dataset']}"
-    figures.bpd_curves(os.path.join(folder, "bpd_curves.png"), train_bpd, report.curve("val_bpd"), test_bpd, title)
-    drawn = [re.fullmatch(r"epoch_(\d+)_samples.png", name) for name in os.listdir(folder)]
-    epochs = sorted(int(match[1]) for match in drawn if match)
-    after_10 = [epoch for epoch in epochs if epoch <= 10][-1:]
-    pictures = {
-        f"epoch {epoch}" if epoch else "before training": os.path.join(folder, f"epoch_{epoch}_samples.png")
-        for epoch in sorted({*epochs[:1], *after_10, *epochs[-1:]})
-    }
-    figures.side_by_side(os.path.join(folder, "samples_over_training.png"), pictures)
+def report_error_of_thread(args):
+    """In the place of threading.excepthook: the error of TensorBoard's thread is raised where something is logged."""
+    if not type(args.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(args)
 
 
 def quiet_libraries():
     """Leaves the output to the epoch lines: errors and real warnings still come through."""
     for name in ["pytorch_lightning", "lightning_fabric"]:  # start-up notes and tips
         logging.getLogger(name).setLevel(logging.WARNING)
+    threading.excepthook = report_error_of_thread
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # how it is getting on with its font cache
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a continued run's

@@ -5,36 +5,38 @@ import functools
 import json
 import os
 import platform
+import re
+import shlex
+import signal
+import sys
+import threading
 import time
-from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-import yaml
-from filelock import FileLock, Timeout
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torchvision.utils import save_image
 
 from harness import checkpoints, cuda_graph, processes, report, slurm
-from harness.files import UNFINISHED, write_text
-from harness.program import CHANGEABLE_FLAGS, FlagError, UserError, plain_values
+from harness.files import write_text, written_whole
+from harness.folder import RunError, finished_results, open_folder
+from harness.program import (
+    MAKE_ROOM,
+    FlagError,
+    NoRoomError,
+    UserError,
+    has_no_room,
+    one_line,
+    optional,
+    plain_values,
+    say,
+    sigterm_raises,
+)
 
-LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
-
-
-class RunError(UserError):
-    """The run cannot be started or continued."""
-
-
-class Place(NamedTuple):
-    """Where a run is, and how far it has come."""
-
-    folder: str
-    checkpoint: str | None  # the checkpoint to continue from
-    epoch: int  # its number of epochs, 0 without one
-    seconds: float  # that these epochs took
+FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
+NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
+WORKERS_FAILED = r"DataLoader worker|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
 
 
 class Run:
@@ -72,29 +74,37 @@ class Run:
         self.quantities = quantities
         self.log_dir = os.path.expanduser(args.log_dir)
         self.name = args.run_name or slurm.run_name()
-        self.report = report.EpochReport(self.flags, list(quantities), print_lines=not args.progress_bar)
+        self.report = report.EpochReport(self.flags, list(quantities), print_lines=not shows_bar(args))
         self.trainer = make_trainer(args, os.path.join(self.log_dir, self.name or ""), [*callbacks, self.report])
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
+        self.stack.enter_context(sigterm_raises())
         self.stack.enter_context(processes.connected(self.trainer))
         results = None
         if self.name:
-            folder = os.path.join(self.log_dir, self.name)
-            results = processes.on_rank_zero(self.trainer, finished_results, folder, self.flags, self.defaults)
+            self.folder = os.path.join(self.log_dir, self.name)
+            results = processes.on_rank_zero(self.trainer, finished_results, self.folder, self.flags, self.defaults)
         self.is_finished = results is not None
         if self.is_finished:
+            self.print(f"{self.folder} is finished: test bpd {results['test_bpd']:.4f}")
             self.test_result = [{"test_bpd": results["test_bpd"]}]
-            self.print(f"{folder} is finished: test bpd {results['test_bpd']:.4f}")
+            self.draw_figures(results["test_bpd"])  # those that it lacks, if it was killed as it drew them
         return self
 
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
+    def __exit__(self, kind, error, traceback):
+        if error is not None and hasattr(self.trainer.strategy.launcher, "kill"):
+            self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # processes of this one
+        if isinstance(error, RuntimeError) and self.args.num_workers and re.search(WORKERS_FAILED, str(error)):
+            raise RunError(f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}")
+        if has_no_room(error) and not isinstance(error, UserError):
+            raise NoRoomError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
+        return self.stack.__exit__(kind, error, traceback)
 
     def print(self, text):
         """Prints in the first process alone, and at once."""
         if self.trainer.is_global_zero:
-            print(text, flush=True)
+            say(text)
 
     def start(self, load_data):
         """
@@ -109,13 +119,14 @@ class Run:
         sampler = functools.partial(processes.sampler, trainer=self.trainer, seed=self.args.seed)
         with processes.rank_zero_first(self.trainer):  # which may download them
             loaders = load_data(self.args, download=self.trainer.is_global_zero, sampler=sampler)
+        if self.args.num_workers:
+            check_shared_memory(self.args.num_workers, loaders[0])
         # Only now that nothing else can be wrong.
         self.place = processes.on_rank_zero(self.trainer, self.open_folder)
         self.folder, self.is_new = self.place.folder, not self.place.checkpoint
-        self.best_checkpoint = os.path.join(self.folder, "checkpoints", checkpoints.BEST)
+        self.report.device = self.device_name
         self.trainer.logger = report.EpochLogger(self.folder)
-        if self.is_new:
-            self.trainer.logger.set_up_dashboard(self.flags, self.quantities)
+        self.trainer.logger.set_up_dashboard(self.flags, self.quantities)
         num_processes = self.trainer.world_size
         self.print(
             f"{self.args.model} on {self.args.dataset}, {len(loaders[0].dataset):,} training images, on {self.device}"
@@ -123,6 +134,11 @@ class Run:
             + f", in {self.folder}"
             + ("" if self.is_new else f", continued after epoch {self.place.epoch}")
         )
+        if self.place.device not in [None, self.device_name]:
+            self.print(
+                f"The epochs before were trained on {self.place.device}, the next ones are on {self.device_name}: "
+                "from here on the numbers are those of a run that never stopped but for their rounding"
+            )
         return loaders
 
     def open_folder(self):
@@ -136,6 +152,18 @@ class Run:
         """The torch.device that trains."""
         return self.trainer.strategy.root_device
 
+    @property
+    def device_name(self):
+        """What trains, as far as the numbers depend on it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+    @property
+    def best_checkpoint(self):
+        """Path of the checkpoint with the lowest validation bpd."""
+        return os.path.join(self.folder, "checkpoints", checkpoints.BEST)
+
     def fit(self, model, train_loader, val_loader):
         """Trains a model, from the epoch on that the run has reached."""
         trainer = self.trainer
@@ -146,29 +174,62 @@ class Run:
             loaders = cuda_graph.train_in_chunks(trainer, model, *loaders)
         fit_start = time.perf_counter()
         trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
+        if trainer.interrupted:
+            raise RunError("training was interrupted")
         self.fit_seconds = time.perf_counter() - fit_start
 
     def finish(self, test_result):
         """
-        Leaves the results in the run's folder, results.json last of all: it says that the run is finished.
+        Leaves the results in the run's folder: results.json says that the run is finished. Then it draws the figures.
         Inputs:
             test_result - What trainer.test returned for the best checkpoint.
         """
-        if not self.trainer.is_global_zero:
-            return
         test_bpd = test_result[0]["test_bpd"]
-        report.draw_figures(self.folder, self.report, test_bpd)
-        write_text(os.path.join(self.folder, "results.json"), json.dumps(self.results(test_bpd), indent=2) + "\n")
-        self.print(f"test bpd {test_bpd:.4f}\nrun folder {self.folder}")
+        if self.trainer.is_global_zero:
+            for name in FIGURES:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.folder, name))  # of fewer epochs
+            results = json.dumps(self.results(test_bpd), indent=2) + "\n"
+            write_text(os.path.join(self.folder, "results.json"), results, sync=True)
+        self.print(
+            f"test bpd {test_bpd:.4f}\n"
+            f"curves and pictures: tensorboard --logdir {shlex.quote(self.log_dir)} --samples_per_plugin images=1000\n"
+            f"run folder {self.folder}"
+        )
+        self.test_result = test_result
+        self.draw_figures(test_bpd)
+
+    def draw_figures(self, test_bpd):
+        """Draws the figures of the finished run. None of them can cost it its results any more."""
+        self.draw("bpd_curves.png", functools.partial(self.report.draw_curves, test_bpd))
+        self.draw("samples_over_training.png", self.report.draw_samples)
+
+    def draw(self, name, function):
+        """
+        Draws a figure of the finished run, unless it is there.
+        Inputs:
+            name - Name of the PNG file in the run's folder.
+            function - Function that draws it, given its path.
+        """
+        path = os.path.join(self.folder, name)
+        if self.trainer.is_global_zero and not os.path.exists(path):
+            with optional(f"drawing {path}"):
+                function(path)
+
+    def save_image(self, name, function):
+        """Draws, like `draw`, the image of shape [C,H,W] that a function returns."""
+
+        def save(path):
+            with written_whole(path) as unfinished:
+                save_image(function(), unfinished, format="png")
+
+        self.draw(name, save)
 
     def results(self, test_bpd):
         """What results.json holds. Its seconds begin, in a continued run, with those of the epochs before."""
         val_bpd = self.report.curve("val_bpd")
         del val_bpd[0]  # untrained
         best_epoch = min(val_bpd, key=val_bpd.get)
-        device = f"{self.device.type}, {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.device)
         return {
             "test_bpd": test_bpd,
             "best_val_bpd": val_bpd[best_epoch],
@@ -183,7 +244,7 @@ class Run:
                 "torch": torch.__version__,
                 "pytorch_lightning": pl.__version__,
             },
-            "device": device,
+            "device": self.device_name,
             "fit_seconds": round(self.place.seconds + self.fit_seconds, 1),
             "seconds": round(self.place.seconds + time.perf_counter() - self.started_at, 1),
         }
@@ -199,18 +260,18 @@ def make_trainer(args, root_dir, callbacks):
     Outputs:
         trainer - The Trainer.
     Raises:
-        RunError - where the flags do not fit the machine, or the tasks that SLURM started.
+        RunError - where the flags do not fit the machine, or the processes that were started.
     """
     callbacks = [
         processes.SeedEpochs(args.seed),
         processes.SharedNoise(),
+        KeepSigterm(),
         slurm.StayInQueue(),
         *callbacks,
+        *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, where that is installed
         ModelCheckpoint(filename="best", monitor="val_bpd", mode="min"),
         ModelCheckpoint(filename="last", enable_version_counter=False),
     ]
-    # Buffers are left alone: each process sums its own losses.
-    strategy = DDPStrategy(broadcast_buffers=False) if args.devices * args.num_nodes > 1 else "auto"
     try:
         return pl.Trainer(
             default_root_dir=root_dir,
@@ -219,16 +280,54 @@ def make_trainer(args, root_dir, callbacks):
             accelerator=args.accelerator,
             devices=args.devices,
             num_nodes=args.num_nodes,
-            strategy=strategy,
-            plugins=[checkpoints.CheckpointFiles(), *slurm.environment(args.devices, args.num_nodes)],
+            strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
+            plugins=[checkpoints.CheckpointFiles(), processes.environment(args.devices, args.num_nodes, args.run_name)],
             use_distributed_sampler=False,
             logger=False,
-            enable_progress_bar=args.progress_bar,
+            enable_progress_bar=shows_bar(args),
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise RunError(" ".join(str(error).split())) from error
+
+
+def check_shared_memory(num_workers, loader):
+    """
+    Checks that the worker processes of two data loaders have room for the minibatches that they send: where they have
+    not, torch waits for them for ever.
+    Inputs:
+        num_workers - Number of worker processes of each loader.
+        loader - One of the data loaders.
+    Raises:
+        RunError - where there is less.
+    """
+    imgs, labels = loader.dataset[torch.arange(min(loader.batch_size, len(loader.dataset)))]
+    needed = 2 * num_workers * (loader.prefetch_factor + 1) * (imgs.nbytes + labels.nbytes)
+    try:
+        torch.empty(needed, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        raise RunError(
+            f"the shared memory is too small for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS}"
+        ) from error
+
+
+def shows_bar(args):
+    """Whether there is a progress bar: on a terminal or in a notebook, where it can be drawn over itself."""
+    return args.progress_bar and (sys.stdout.isatty() or hasattr(sys, "ps1"))
+
+
+class KeepSigterm(pl.Callback):
+    """Leaves SIGTERM to the handler that it had before: Lightning's would end the training with exit code 0."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def restore(self, *_):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_train_start = on_validation_start = on_test_start = restore
 
 
 def check_run_flags(args):
@@ -245,95 +344,9 @@ def check_run_flags(args):
             f"--devices {args.devices} x --num_nodes {args.num_nodes}"
         )
     name = args.run_name
-    if name is not None and (os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (".", "..")):
+    if name is not None and (
+        os.path.isabs(name) or os.path.splitdrive(name)[0] or os.path.normpath(name).split(os.sep)[0] in (".", "..")
+    ):
         raise FlagError(f"--run_name must be a folder inside the log directory, got {name!r}")
     if args.seed >= 2**32:
         raise FlagError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
-
-
-def finished_results(folder, flags, defaults):
-    """
-    The results of a finished run. Changes nothing.
-    Inputs:
-        folder - The run's folder.
-        flags, defaults - Dicts of every flag, and of its default, see Run.
-    Outputs:
-        results - What results.json holds; None where the run is unfinished or new.
-    Raises:
-        RunError - where the folder is another one's: other hyperparameters, or no run at all.
-    """
-    if not os.path.isdir(folder) or set(os.listdir(folder)) <= {".lock", f"hparams.yaml{UNFINISHED}"}:
-        return None  # new, or it was killed at once
-    try:
-        with open(os.path.join(folder, "hparams.yaml")) as file:
-            there = {**defaults, **yaml.safe_load(file)}
-    except FileNotFoundError:
-        raise RunError(f"{folder} is there already, but holds no run: choose another --run_name") from None
-    differences = [
-        f"--{flag} was {there[flag]}, is {flags[flag]}"
-        for flag in flags
-        if flag in there and flag not in CHANGEABLE_FLAGS and there[flag] != flags[flag]
-    ]
-    if differences:
-        raise RunError(
-            f"{folder} holds a run with other hyperparameters ({'; '.join(differences)}): "
-            "give the same ones to continue it, or choose another --run_name"
-        )
-    path = os.path.join(folder, "results.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as file:
-        return json.load(file)
-
-
-@contextlib.contextmanager
-def open_folder(log_dir, name, flags, defaults, quantities):
-    """
-    Makes the folder of a run, or finds where to continue it, and keeps it to this process while the context lasts.
-    Inputs:
-        log_dir - Directory of all runs.
-        name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
-        flags, defaults, quantities - See Run; the values of the flags are plain ones.
-    Outputs:
-        place - A Place. What its folder holds is that of the epochs up to its checkpoint.
-    Raises:
-        RunError - where the folder cannot be made, is in use, or is another one's (see finished_results).
-    """
-    try:
-        folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
-        os.makedirs(folder, exist_ok=True)
-        lock = FileLock(os.path.join(folder, ".lock"), timeout=LOCK_TIMEOUT)
-        lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"{folder} is in use by another process: wait for it, or choose another --run_name for this one"
-        ) from None
-    except OSError as error:
-        raise RunError(
-            f"cannot write to the log directory {log_dir} ({error.strerror}); choose another one with --log_dir"
-        ) from error
-    with lock:
-        if finished_results(folder, flags, defaults):
-            raise RunError(f"{folder} was finished by another process just now")
-        path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"))
-        write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags))
-        try:
-            history = checkpoint[checkpoints.RUN]["history"] if checkpoint else []
-        except LookupError:
-            raise RunError(
-                f"{path} is of an older version, whose runs cannot be continued: choose another --run_name"
-            ) from None
-        report.return_to_epoch(folder, history, quantities)
-        yield Place(folder, path, max(len(history) - 1, 0), sum(row["seconds"] for row in history))
-
-
-def numbered_folder(log_dir):
-    """Makes the next free folder `<log_dir>/lightning_logs/version_N`, for this process alone."""
-    version = TensorBoardLogger(log_dir).version
-    while True:
-        folder = os.path.join(log_dir, "lightning_logs", f"version_{version}")
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            version += 1  # another process was faster

@@ -1,6 +1,8 @@
-"""A SLURM job's name for its run, and what it does when SLURM is about to end it."""
+"""A SLURM job's name for its run, its tasks, and what it does when SLURM is about to end it."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,24 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
+# Variable with the name of a file that slurm/job.sh makes at the start of each life of a job: no epoch is finished yet.
+NO_EPOCH_YET = "NO_EPOCH_YET"
+
+
+def is_interactive():
+    """Whether somebody may sit at this process: it has a terminal, or is a notebook's or an interactive Python's."""
+    if hasattr(sys, "ps1"):
+        return True
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
 
 def job_id():
     """The job's id as scontrol takes it, '<id>' or '<array id>_<task>'; None outside of batch jobs."""
-    if SLURMEnvironment.job_id() is None or hasattr(sys, "ps1"):  # an interactive job or a notebook: no one run's job
+    if SLURMEnvironment.job_id() is None or is_interactive():  # an interactive job is no one run's
         return None
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -25,44 +41,85 @@ def run_name():
     return f"job_{job_id()}" if job_id() else None
 
 
-def environment(devices, num_nodes):
+def tasks():
     """
-    Plugins for the Trainer: Lightning's SLURM support, where it applies, without its way to requeue, which saves a
-    checkpoint in the middle of a step, from which training could not continue exactly.
-    Raises:
-        ValueError, RuntimeError - where SLURM has not started one task per device.
+    The tasks that srun has started, of which this process is one. What a job has asked for does not tell: a batch
+    script is a single process, and srun starts any part of the tasks.
+    Outputs:
+        num_nodes, num_per_node - Number of nodes, and of tasks on each: 0 if it is not the same on all of them.
     """
-    if not SLURMEnvironment.detect():
-        return []
-    environment = SLURMEnvironment(auto_requeue=False)
-    environment.validate_settings(devices, num_nodes)
-    return [environment]
+    if "SLURM_STEP_ID" not in os.environ or is_interactive():  # srun --pty has one terminal, whatever it was asked for
+        return 1, 1
+    per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    return int(os.environ["SLURM_STEP_NUM_NODES"]), int(per_node[1]) if per_node else 0
+
+
+def environment():
+    """
+    Lightning's environment for one run in all tasks of srun, without its way to requeue, which saves a checkpoint in
+    the middle of a step, from which training could not continue exactly.
+    """
+    # Lightning looks at the job where another step may run beside this one, on other nodes or the same.
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+    root = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
+    os.environ.setdefault("MASTER_ADDR", root)
+    os.environ.setdefault("MASTER_PORT", str(10000 + (10 * job + step) % 20000))
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks()[1])
+    return SLURMEnvironment(auto_requeue=False)
 
 
 class StayInQueue(pl.Callback):
     """
     Lets a batch job go on after SLURM ends it. At SIGUSR1, which announces the time limit (sbatch --signal=USR1@60),
-    the job is requeued. SIGTERM announces a preemption and is ignored, until SIGKILL comes: SLURM requeues a preempted
-    job that it had to kill, but takes one that ended by itself for done.
+    the job is requeued, unless it has not finished an epoch since it started: then it never would. SIGTERM announces a
+    preemption and is ignored, until SIGKILL comes: SLURM requeues a preempted job that it had to kill, but takes one
+    that ended by itself for done.
     """
 
     def __init__(self):
         super().__init__()
+        self.job_id = job_id()
+        self.has_advanced = False  # whether there is a checkpoint of an epoch since this life of the job started
         self.handle_signals()
 
     def handle_signals(self, *_):
-        if job_id() and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, requeue)
+        if self.job_id and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self.requeue)
             signal.signal(signal.SIGTERM, ignore)
 
     # Anew each time: Lightning puts a handler of its own, which stops the Trainer, in the place of that for SIGTERM.
-    on_train_start = on_validation_start = on_test_start = handle_signals
+    on_validation_start = on_test_start = handle_signals
 
+    def on_train_start(self, trainer, pl_module):
+        self.handle_signals()
+        self.first_epoch = trainer.current_epoch
 
-def requeue(signum, frame):
-    if rank_zero_only.rank == 0:
-        os.write(1, f"Time is almost up: requeueing job {job_id()}\n".encode())  # print may be what was interrupted
-        subprocess.run(["scontrol", "requeue", job_id()])
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch > self.first_epoch:
+            self.on_train_end()
+
+    def on_train_end(self, *_):
+        if self.job_id and not self.has_advanced:
+            self.has_advanced = True
+            with contextlib.suppress(OSError):
+                os.unlink(os.environ.get(NO_EPOCH_YET, ""))
+
+    def requeue(self, signum, frame):
+        if not self.has_advanced:
+            sys.exit(
+                f"error: job {self.job_id} has not finished an epoch and its time is almost up, so it is not requeued: "
+                "give a longer --time"
+                if rank_zero_only.rank == 0
+                else 1
+            )
+        if rank_zero_only.rank != 0:
+            return
+        os.write(1, f"Time is almost up: requeueing job {self.job_id}\n".encode())  # print may be what was interrupted
+        try:
+            subprocess.run(["scontrol", "requeue", self.job_id], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            text = f"Job {self.job_id} is not requeued ({error}): training goes on until the time limit\n"
+            os.write(2, text.encode())
 
 
 def ignore(signum, frame):

@@ -30,7 +30,7 @@ sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)
 
 import bmnist  # noqa: E402
 import train_pl  # noqa: E402
-from harness import report, run  # noqa: E402
+from harness import run  # noqa: E402
 from harness.program import CHANGEABLE_FLAGS  # noqa: E402
 from rendered_digits import rendered_digits  # noqa: E402
 
@@ -47,6 +47,15 @@ torch.set_num_threads(1)  # for so little data a second thread saves nothing, an
 
 class Killed(BaseException):
     """In the place of SIGKILL; no code of ours or Lightning's goes on after it, but for its clean-up."""
+
+
+@contextlib.contextmanager
+def printed_lines():
+    """A context whose output is caught; what it yields is the list of the lines at its end."""
+    lines = []
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        yield lines
+    lines += output.getvalue().splitlines()
 
 
 class SeededTest(unittest.TestCase):
@@ -83,10 +92,11 @@ def small_loaders(args, download=True, sampler=None, sizes=(300, 50, 50)):
         )
 
 
-def leave_empty_figures(folder, *_):
-    """In the place of report.draw_figures, which takes longer than the few epochs of a test."""
+def leave_empty_figures(run, test_bpd):
+    """In the place of Run.draw_figures, which takes longer than the few epochs of a test."""
     for name in ["bpd_curves.png", "samples_over_training.png"]:
-        (Path(folder) / name).touch()
+        if not (Path(run.folder) / name).exists():
+            (Path(run.folder) / name).touch()
 
 
 def use_few_digits(sizes=(300, 50, 50)):
@@ -116,7 +126,7 @@ class TrainingTest(SeededTest):
     def setUp(self):
         patches = [mock.patch.object(train_pl, "load_data", small_loaders)]
         if not self.draws_figures:
-            patches.append(mock.patch.object(report, "draw_figures", leave_empty_figures))
+            patches.append(mock.patch.object(run.Run, "draw_figures", leave_empty_figures))
         for patch in patches:
             patch.start()
             self.addCleanup(patch.stop)

@@ -1,12 +1,15 @@
 """`python evaluate.py` as a user runs it: `python -m unittest tests/programs/test_evaluate.py`."""
 
+import functools
 import json
 import os
 import unittest
 
+import numpy as np
 import torch
 
-from tests.helpers import MNIST_DIR, NO_MNIST, CommandTest
+from tests.helpers import MNIST_DIR, NO_MNIST, CommandTest, Forked, use_few_digits
+from train_pl import VAE
 
 
 class TestCommand(CommandTest):
@@ -33,10 +36,32 @@ class TestCommand(CommandTest):
             ([checkpoint, "--iw_samples", "0"], 2, "--iw_samples"),
             ([checkpoint, "--dataset", "mnist"], 1, "MNIST"),
             ([run / "results.json"], 1, "no checkpoint"),
+            ([checkpoint, "--out", run / "results.json"], 1, "results.json (File exists): choose", "--out"),
             ([], 2, "checkpoint"),
         ]:
             self.assert_one_line(self.run_forked("evaluate.py", *flags), code, *parts)
         self.assertEqual(sorted(self.folder.rglob("*")), before)
+
+    def test_of_the_assignments_template(self):
+        """As ModelCheckpoint(save_weights_only=True) writes it, in the folders that Lightning makes."""
+        run = self.folder / "lightning_logs" / "version_0"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "hparams.yaml").touch()
+        model = VAE("MLP", [16], 32, 3, lr=np.float64(1e-3))
+        content = {"epoch": 4, "global_step": 5, "pytorch-lightning_version": "2.0.0", "state_dict": model.state_dict()}
+        torch.save({**content, "hyper_parameters": dict(model.hparams)}, run / "checkpoints" / "epoch=4.ckpt")
+        flags = ["epoch=4.ckpt", "--iw_samples", "2"]
+        setup = functools.partial(use_few_digits, sizes=(300, 100, 200))
+        for more, code in [([], 2), (["--dataset", "rendered"], 0)]:
+            process = Forked("evaluate.py", *flags, *more, cwd=run / "checkpoints", setup=setup)
+            stdout, stderr = process.communicate()
+            self.assertEqual((process.returncode, stderr == ""), (code, code == 0), stderr)
+            if code:
+                self.assertRegex(stderr, r"^evaluate.py: error: epoch=4.ckpt does not say .* give --dataset .*\n$")
+                self.assertFalse((run / "evaluation").exists())
+        self.assertIn("after 5 epochs", stdout)
+        self.assertTrue((run / "evaluation" / "evaluation.json").exists())
+        self.assertEqual([path.name for path in (run / "checkpoints").iterdir()], ["epoch=4.ckpt"])
 
     def test_malicious_checkpoint(self):
         made = self.folder / "made"

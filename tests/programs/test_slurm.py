@@ -66,19 +66,21 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# Appended to a sitecustomize.py: with SLOW in its environment, a run that does not continue another one waits in each
-# epoch but the first. So it is not finished before what is to end it, however fast the machine.
+# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, a run that does not continue another one
+# waits from an epoch on in each. So it is not finished before what is to end it, however fast the machine.
 SLOW_START = """
 import os, time
 from harness import report
 begin_epoch = report.EpochReport.begin_epoch
 def begin_slowly(self, trainer):
-    if trainer.current_epoch > 0:
-        time.sleep(5)
+    epoch, seconds = os.environ["SLOW"].split()
+    if trainer.current_epoch >= int(epoch):
+        time.sleep(int(seconds))
     begin_epoch(self, trainer)
 if "SLOW" in os.environ and not os.path.exists(f"VAE_logs/job_{os.environ['SLURM_JOB_ID']}/checkpoints/last.ckpt"):
     report.EpochReport.begin_epoch = begin_slowly
 """
+TRAIN = "python train_pl.py --dataset rendered --hidden_dims 32 --z_dim 3 --epochs 1"
 
 
 def free_ports(count):
@@ -169,13 +171,18 @@ class TestSlurm(unittest.TestCase):
             (self.checkout / path.name).symlink_to(path)
 
     def submit(self, *words, **variables):
-        """Submits a job that trains on rendered digits, if the words end with flags, and returns its id."""
+        """Submits a job and returns its id."""
         words = ["sbatch", "--parsable", "--cpus-per-task=1", *words]
         return command(*words, cwd=self.checkout, env={**self.environment, **variables}).strip()
 
     def job(self, job_id):
         """What SLURM knows of a job, by name."""
         return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", job_id)))
+
+    def script(self, text):
+        """A job script of one's own, in the tests' environment."""
+        (self.checkout / "own.sh").write_text(f"#!/bin/bash\n{self.environment['ACTIVATE']}\n{text}\n")
+        return "own.sh"
 
     def start_now(self, job_id):
         """
@@ -210,8 +217,9 @@ class TestSlurm(unittest.TestCase):
             file.write(SLOW_START)
         flags = ["slurm/train.sbatch", "--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "2", "--epochs", "15"]
         undisturbed = self.submit("--nodelist=n1", *flags, **variables)
-        limited = self.submit("--nodelist=n1", "--time=1", *flags, SLOW="1", **variables)
-        preempted = self.submit("--nodelist=n2", *flags, SLOW="1", **variables)
+        limit = ["--time=2", "--signal=B:USR1@60"]
+        limited = self.submit("--nodelist=n1", *limit, *flags, SLOW="1 5", **variables)
+        preempted = self.submit("--nodelist=n2", *flags, SLOW="1 5", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
         (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")
         urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", "short.sh")
@@ -227,13 +235,14 @@ class TestSlurm(unittest.TestCase):
         """A shell script in the place of Python; returns what activates it."""
         program = self.checkout / "bin" / "python"
         program.parent.mkdir()
-        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.write_text(f'#!/bin/sh\n[ "$1" != slurm/settings.py ] || exec {sys.executable} "$@"\n{script}\n')
         program.chmod(0o755)
         return f"PATH={program.parent}:$PATH"
 
     def test_flags_and_threads(self):
-        (self.checkout / "settings.txt").write_text("# a comment\n--lr 1e-3 --hidden_dims 64 32\n\n--lr 1e-4\n")
-        activate = self.stand_in('echo "$OMP_NUM_THREADS: $*"')
+        settings = '\ufeff# a comment\r\n--lr 1e-3\t--hidden_dims 64 32  # another\r\n\r\n--run_name "a  *" --lr $(id)'
+        (self.checkout / "settings.txt").write_text(settings)
+        activate = self.stand_in('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
         sweep = self.submit(
             *("--array=0-1", "slurm/sweep.sbatch", "--epochs", "3"), SETTINGS="settings.txt", ACTIVATE=activate
         )
@@ -241,17 +250,57 @@ class TestSlurm(unittest.TestCase):
             *("--nodes=2", "--ntasks-per-node=2", "slurm/train_ddp.sbatch", "--lr", "0.1"), ACTIVATE=activate
         )
         train = self.submit("--cpus-per-task=2", "slurm/train.sbatch", "--z_dim", "2 3", ACTIVATE=activate)
-        self.wait_for_end(f"{sweep}_0", f"{sweep}_1", ddp, train)
-        beginning = "train_pl.py --dataset mnist"
+        little = self.submit(f"--export=ACTIVATE={activate}", "--job-name=my job", "slurm/train.sbatch")
+        self.wait_for_end(f"{sweep}_0", f"{sweep}_1", ddp, train, little)
+        beginning = "<train_pl.py> <--dataset> <mnist>"
         self.assertEqual(
-            [self.output(job_id) for job_id in [f"{sweep}_0", f"{sweep}_1", ddp, train]],
+            [self.output(job_id) for job_id in [f"{sweep}_0", f"{sweep}_1", ddp, train, little]],
             [
-                f"1: {beginning} --lr 1e-3 --hidden_dims 64 32 --epochs 3\n",
-                f"1: {beginning} --lr 1e-4 --epochs 3\n",
-                4 * f"1: {beginning} --num_nodes 2 --devices 2 --lr 0.1\n",
-                f"2: {beginning} --z_dim 2 3\n",
+                f"1: {beginning} <--lr> <1e-3> <--hidden_dims> <64> <32> <--epochs> <3>\n",
+                f"1: {beginning} <--run_name> <a  *> <--lr> <$(id)> <--epochs> <3>\n",
+                4 * f"1: {beginning} <--num_nodes> <2> <--devices> <2> <--lr> <0.1>\n",
+                f"2: {beginning} <--z_dim> <2 3>\n",
+                f"1: {beginning}\n",
             ],
         )
+
+    def test_a_life_without_an_epoch_is_the_last_one(self):
+        """In the job scripts, before Python is ready, and in one's own."""
+        variables = few_digits(self.checkout)
+        with open(self.checkout / "sitecustomize.py", "a") as file:
+            file.write(SLOW_START)
+        activate = self.stand_in("echo starting; sleep 100")
+        job = self.submit("--requeue", "slurm/train.sbatch", ACTIVATE=activate)
+        own = self.submit("--requeue", self.script(f"srun {TRAIN}"), SLOW="0 1000", **variables)
+        self.wait_for(lambda: "starting" in self.output(job) and "MLP on" in self.output(own), 300)
+        self.assertEqual([path.name for path in self.checkout.glob(".no_epoch*")], [f".no_epoch_yet_{job}"])
+        self.slurm("scancel", "--signal=USR1", "--batch", job)  # as SLURM does ahead of the time limit
+        self.slurm("scancel", "--signal=USR1", own)
+        self.wait_for_end(job, own)
+        for job_id, message in [(job, "vae: error: no epoch was finished"), (own, f"job {own} has not finished")]:
+            self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("FAILED", "0"))
+            self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
+        self.assertEqual(list(self.checkout.glob(".no_epoch*")), [])
+
+    def test_several_runs_in_one_job(self):
+        """Which have names of their own; and one of a terminal in it, which is numbered."""
+        variables = few_digits(self.checkout)
+        script = self.script(
+            f"{TRAIN} --run_name a &\nsrun -n 2 --overlap bash -c '{TRAIN} --run_name r$SLURM_PROCID' &\n"
+            "wait\ntouch ready\nsleep 1000"
+        )
+        job_id = self.submit("--ntasks=2", "--nodes=1", "--job-name=train", script, **variables)
+        self.addCleanup(self.wait_for_end, job_id)
+        self.addCleanup(self.slurm, "scancel", job_id)
+        self.wait_for((self.checkout / "ready").exists, 300)
+        folders = {path.parent.name for path in self.checkout.glob("VAE_logs/*/results.json")}
+        self.assertEqual(folders, {"a", "r0", "r1"}, self.output(job_id))
+        terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
+        words = ["srun", f"--jobid={job_id}", "-n1", "--overlap", "--pty", "sh", "-c"]
+        words.append(f"{self.environment['ACTIVATE']}; exec {TRAIN}")
+        environment = {**self.environment, **variables}
+        output = command(*terminal, *words, stdin=subprocess.DEVNULL, cwd=self.checkout, env=environment)
+        self.assertIn("run folder VAE_logs/lightning_logs/version_0", output)
 
     def test_preempted_before_it_is_ready(self):
         """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
@@ -292,11 +341,18 @@ class TestSlurm(unittest.TestCase):
         self.assertFalse((self.checkout / "VAE_logs").exists())
 
     def test_scripts_say_what_is_missing(self):
-        nowhere = self.submit("--chdir=/", f"--output={self.checkout}/slurm-%j.out", "slurm/train.sbatch")
-        no_python = self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere")
-        too_many = self.submit("--array=9", "slurm/sweep.sbatch")
-        self.wait_for_end(nowhere, no_python, too_many)
-        for job_id, problem in [(nowhere, "slurm/job.sh"), (no_python, "set ACTIVATE"), (f"{too_many}_9", "=0-7")]:
+        (self.checkout / "settings.txt").write_text("--lr 1\n--run_name 'a\n")
+        nowhere = "source /nowhere/bin/activate"
+        jobs = {
+            self.submit("--chdir=/", f"--output={self.checkout}/slurm-%j.out", "slurm/train.sbatch"): "slurm/job.sh",
+            self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere"): "set ACTIVATE",
+            self.submit("slurm/train.sbatch", ACTIVATE=nowhere): f"vae: error: ACTIVATE ended with status 1: {nowhere}",
+            self.submit("--array=9", "slurm/sweep.sbatch") + "_9": "=0-7",
+            self.submit("--array=0", "slurm/sweep.sbatch", SEEDS="1,2") + "_0": "numbers with spaces between: 1,2",
+            self.submit("--array=0", "slurm/sweep.sbatch", SETTINGS="settings.txt") + "_0": "settings.txt, line 2: No",
+        }
+        self.wait_for_end(*jobs)
+        for job_id, problem in jobs.items():
             self.assertEqual(self.job(job_id)["JobState"], "FAILED")
             self.assertIn(problem, self.output(job_id))
 

@@ -1,12 +1,18 @@
 """Tests of how bmnist.py finds, fetches and checks its files: `python -m unittest tests/unit/test_bmnist_files.py`."""
 
 import contextlib
+import errno
 import functools
+import gzip
 import hashlib
 import io
 import multiprocessing
+import os
+import signal
 import socket
 import sys
+import threading
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -53,9 +59,10 @@ class TestFiles(SeededTest):
             loaders = bmnist.bmnist(self.folder, **options)
         return loaders, output.getvalue()
 
-    def error(self, download=False):
-        with self.assertRaises(bmnist.DataError) as caught:
-            self.load(download=download)
+    def error(self, download=False, root=None):
+        """The line that tells what is wrong."""
+        with self.assertRaises(bmnist.DataError) as caught, contextlib.redirect_stdout(io.StringIO()):
+            bmnist.bmnist(root or self.folder, download=download)
         self.assertNotIn("\n", str(caught.exception))
         return str(caught.exception)
 
@@ -165,13 +172,160 @@ class TestFiles(SeededTest):
                 self.assertIn("timed out", self.error(download=True))
         self.assertIsNone(socket.getdefaulttimeout())
 
-    def test_packed_files_brought_along(self):
-        self.raw.mkdir(parents=True)
+    def test_only_missing_files_are_downloaded(self):
+        self.write()
+        (self.raw / "t10k-labels-idx1-ubyte").unlink()
+        (self.raw / "t10k-labels-idx1-ubyte").symlink_to(self.folder / "gone")
         with self.mirror() as requests:
-            for name, content in self.packed.items():
-                (self.raw / name).write_bytes(content)
+            self.load()
+        self.assertEqual(set(requests), {"t10k-labels-idx1-ubyte.gz"})
+        self.assert_complete()
+
+    def test_login_page_in_the_place_of_a_download(self):
+        self.packed["train-images-idx3-ubyte.gz"] = b"<html>\n<title>Log in"
+        with self.mirror(), mock.patch.object(MNIST, "resources", [("train-images-idx3-ubyte.gz", "0" * 32)]):
+            error = self.error(download=True)
+        self.assertIn("train-images-idx3-ubyte.gz: it is a text that begins with '<html> <title>Log in'", error)
+        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+
+    def test_full_disk(self):
+        with self.mirror(), mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left")):
+            self.assertIn("could not be downloaded ([Errno 28] No space left)", self.error(download=True))
+        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+
+    def test_any_mixture_brought_along(self):
+        """Packed by whoever, not packed, under the name of the other kind, beside a damaged one; nothing is written."""
+        names = list(self.content)
+        images, labels, test_images, test_labels = self.content.values()
+        for files in [
+            {f"{name}.gz": gzip.compress(content, 1, mtime=7) for name, content in self.content.items()},
+            {names[0]: images, f"{names[1]}.gz": self.packed[f"{names[1]}.gz"], names[2]: test_images}
+            | {f"{names[3]}.gz": gzip.compress(test_labels[:9]) + gzip.compress(test_labels[9:])},
+            {names[0]: gzip.compress(images), f"{names[1]}.gz": labels, names[2]: test_images, names[3]: test_labels},
+            {**self.content, names[0]: images[:99], f"{names[0]}.gz": gzip.compress(images)},
+            {**self.content, f"{names[0]}.gz": b"<html>"},
+        ]:
+            with self.subTest(files.keys()), self.mirror() as requests:
+                self.raw.mkdir(parents=True)
+                for name, content in files.items():
+                    (self.raw / name).write_bytes(content)
+                (train_loader, _, test_loader), output = self.load()
+                self.assertTrue(torch.equal(train_loader.dataset.images, self.images[:60]))
+                self.assertTrue(torch.equal(test_loader.dataset.labels, self.labels[60:]))
+                self.assertEqual((requests, output), ([], ""))
+                self.assertEqual({path.name: path.read_bytes() for path in self.raw.iterdir()}, files)
+            for path in self.raw.iterdir():
+                path.unlink()
+            self.raw.rmdir()
+
+    def test_found_and_not_taken(self):
+        """It is named with its reason, and does not hinder a download."""
+        self.raw.mkdir(parents=True)
+        images, labels, test_images, test_labels = bmnist.FILES
+        (self.raw / f"{images}.gz").write_bytes(b"\n<!DOCTYPE html>\n<html>")
+        (self.raw / f"{labels}.gz").write_bytes(self.packed[f"{labels}.gz"][:-20])
+        (self.raw / test_images).symlink_to(self.folder / "gone")
+        (self.raw / f"{test_labels}.gz").mkdir()
+        error = self.error()
+        for part in [
+            f"{images}.gz (it is a text that begins with '<!DOCTYPE html> <html>'",
+            f"{labels}.gz (it cannot be unpacked",
+            f"{test_images} (it is a link to {self.folder / 'gone'}, where there is nothing)",
+            f"{test_labels}.gz (it is a folder)",
+        ]:
+            self.assertIn(part, error)
+        with self.mirror():
+            self.load()
+
+    def test_files_that_cannot_be_read(self):
+        self.write()
+        path, read = self.raw / "t10k-labels-idx1-ubyte", Path.read_bytes
+
+        def read_bytes(self):
+            if self.name == path.name:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return read(self)
+
+        with mock.patch.object(Path, "read_bytes", read_bytes), self.mirror() as requests:
+            self.assertIn(f"{path} is not MNIST's: it cannot be read (Permission denied)", self.error(download=True))
+            (self.raw / f"{path.name}.gz").write_bytes(self.packed[f"{path.name}.gz"])
             self.load()
         self.assertEqual(requests, [])
+
+    def test_names_of_other_sites(self):
+        """As Kaggle has them, found by their content, packed or not; the most useful hints come first."""
+        for name, content in self.content.items():
+            (self.raw / name).mkdir(parents=True)
+            (self.raw / name / name.replace("-idx", ".idx")).write_bytes(content)
+        with self.mirror() as requests:
+            error = self.error(download=True)
+        self.assertEqual(requests, [])  # it could not get its place
+        self.assertRegex(error, "train-images-idx3-ubyte is not MNIST's: it is a folder. Mend that or move it away")
+        for name in self.content:
+            place = self.raw / name / name.replace("-idx", ".idx")
+            self.assertIn(f"{place} (move it to {self.raw / name})", error)
+            place.rename(self.raw / place.name)
+            (self.raw / name).rmdir()
+        packed = self.raw / "train-images-idx3-ubyte(1).gz"
+        packed.write_bytes(self.packed["train-images-idx3-ubyte.gz"])
+        (self.raw / "train-images.idx3-ubyte").unlink()
+        for number in range(20):
+            (self.raw / f"{number}.txt").touch()
+        error = self.error()
+        self.assertIn(f"{packed.name} (rename it to train-images-idx3-ubyte)", error)
+        self.assertIn("t10k-labels.idx1-ubyte (rename it to t10k-labels-idx1-ubyte) and 20 more. Run", error)
+        self.assertLess(len(error), 1_500)
+
+    def test_files_in_another_place(self):
+        for place in [self.folder, self.folder / "mnist", self.folder / "raw"]:
+            place.mkdir(exist_ok=True)
+            for name, content in self.packed.items():
+                (place / name).write_bytes(content)
+            error = self.error()
+            for name in self.content:
+                self.assertIn(f"{place / name}.gz (move it to {self.raw / name})", error)
+                (place / f"{name}.gz").unlink()
+
+    def test_data_dir_too_deep(self):
+        self.write()
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.raw)
+        with self.mirror() as requests:
+            for root in [self.raw, f"{self.raw.parent}/", ".", Path(".."), "../raw"]:
+                self.assertIn(
+                    f": give --data_dir {os.path.dirname(os.path.dirname(os.getcwd()))}", self.error(True, root)
+                )
+            bmnist.bmnist("../..")
+            with mock.patch.dict(os.environ, HOME=str(self.folder.parent), USERPROFILE=str(self.folder.parent)):
+                bmnist.bmnist(f"~/{self.folder.name}")
+        self.assertEqual(requests, [])
+
+    def test_file_system_without_locks(self):
+        """Each process downloads by itself, at the same time, and the result is the same."""
+        both_ask = threading.Barrier(2, timeout=60)
+        asked = []
+
+        def write(name, content, answer):
+            asked.append(name)
+            if asked.count(name) <= 2 and "train-images" in name:
+                both_ask.wait()
+            answer.write(content)
+
+        for number in [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524]:
+            asked.clear()
+            context = multiprocessing.get_context("fork")
+            with self.mirror(write), mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available")):
+                processes = [context.Process(target=self.load_in_a_process) for _ in range(2)]
+                for process in processes:
+                    process.start()
+                for process in processes:
+                    process.join(60)
+                    process.kill()
+            self.assertEqual([process.exitcode for process in processes], [0, 0])
+            self.assert_complete()
+            for path in self.raw.iterdir():
+                path.unlink()
 
     def test_eight_processes_at_once(self):
         context = multiprocessing.get_context("fork")
@@ -193,22 +347,45 @@ class TestFiles(SeededTest):
         if not torch.equal(train_loader.dataset.images, self.images[:60]):
             sys.exit(3)
 
+    def command(self, folder, **loads):
+        """What `python bmnist.py` printed on a terminal that knows ASCII alone, and its exit code or last line."""
+        before, output = signal.getsignal(signal.SIGTERM), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        load = functools.partial(bmnist.bmnist, train_size=50)
+        with (
+            mock.patch.object(sys, "argv", ["bmnist.py", "--data_dir", str(folder)]),
+            mock.patch.multiple(
+                bmnist, TRAIN_SIZES=[50], NUM_VAL=10, bmnist=mock.Mock(**{"side_effect": load, **loads})
+            ),
+            contextlib.redirect_stdout(output),
+        ):
+            code = None
+            try:
+                bmnist.main()
+            except SystemExit as end:
+                code = end.code
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        output.flush()
+        return output.buffer.getvalue().decode(), code
+
     def test_command(self):
         self.write()
-        with (
-            mock.patch.object(sys, "argv", ["bmnist.py", "--data_dir", str(self.folder)]),
-            mock.patch.multiple(
-                bmnist, TRAIN_SIZES=[50], NUM_VAL=10, bmnist=functools.partial(bmnist.bmnist, train_size=50)
-            ),
-            contextlib.redirect_stdout(io.StringIO()) as output,
-        ):
-            bmnist.main()
+        other = self.folder / "здесь 数据"
+        other.mkdir()
+        self.raw.parent.rename(other / "MNIST")
+        output, code = self.command(other)
         ink = (self.images[:50] > 127).float().mean().item()
-        self.assertRegex(output.getvalue(), rf"verified\ntrain +50 images +ink {ink:.2%}\nvalidation +10 images")
-        self.write(t10k_images=b"nonsense")
-        with (
-            self.assertRaises(SystemExit) as caught,
-            mock.patch.object(sys, "argv", ["x", f"--data_dir={self.folder}"]),
-        ):
-            bmnist.main()
-        self.assertIn("t10k-images-idx3-ubyte is not MNIST", caught.exception.code)
+        self.assertRegex(output, rf"\\u0437.*verified\ntrain +50 images +ink {ink:.2%}\nvalidation +10 images")
+        self.assertIsNone(code)
+        (other / "MNIST" / "raw" / "t10k-images-idx3-ubyte").write_bytes(b"nonsense")
+        self.assertIn("t10k-images-idx3-ubyte is not MNIST", self.command(other)[1])
+
+    def test_command_interrupted(self):
+        self.assertEqual(self.command(self.folder, side_effect=KeyboardInterrupt), ("", "bmnist.py: interrupted"))
+
+        def terminate(root):
+            signal.raise_signal(signal.SIGTERM)
+
+        with mock.patch.object(sys, "__stderr__", io.StringIO()) as stderr:
+            self.assertEqual(self.command(self.folder, side_effect=terminate), ("", 128 + signal.SIGTERM))
+        self.assertEqual(stderr.getvalue(), "bmnist.py: terminated\n")

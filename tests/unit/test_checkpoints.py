@@ -5,20 +5,26 @@ import contextlib
 import functools
 import io
 import os
+import pathlib
 import pickle
 import shutil
 import tempfile
+import types
 import zipfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 
 import train_pl
-from harness import checkpoints, report
+from harness import checkpoints, run
 from tests.helpers import Killed, SeededTest, small_loaders
 from train_pl import VAE
+
+# A checkpoint from which a run could go on, were there a model in it.
+EMPTY = {"epoch": 0, "state_dict": {}, "callbacks": {}, "loops": {}, "optimizer_states": [], "run": {}}
 
 
 class Exploit:
@@ -31,6 +37,16 @@ class Exploit:
         return os.mkdir, (str(self.folder),)
 
 
+class Call:
+    """A pickle of it calls a function when it is loaded."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args, state) if state else (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
 class TestReading(SeededTest):
     """What is loaded as a checkpoint: tensors and plain values, or nothing."""
 
@@ -41,7 +57,7 @@ class TestReading(SeededTest):
         args = dict(hidden_dims=[16], z_dim=2, epochs=1, log_dir=folder.name, run_name="run", accelerator="cpu")
         with (
             mock.patch.object(train_pl, "load_data", small_loaders),
-            mock.patch.object(report, "draw_figures"),
+            mock.patch.object(run.Run, "draw_figures"),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             train_pl.train_vae(argparse.Namespace(**args))
@@ -51,13 +67,12 @@ class TestReading(SeededTest):
     def setUp(self):
         self.path = str(self.folder / "some.ckpt")
 
-    def assert_refused(self, *parts):
-        for load in [VAE.load_from_checkpoint, functools.partial(checkpoints.load_model, VAE)]:
-            with self.assertRaises(checkpoints.CheckpointError) as caught:
-                load(self.path)
-            for part in [self.path, *parts]:
-                self.assertIn(part, str(caught.exception))
-            self.assertNotIn("\n", str(caught.exception))
+    def assert_refused(self, *parts, **options):
+        with self.assertRaises(checkpoints.CheckpointError) as caught:
+            VAE.load_from_checkpoint(self.path, **options)
+        for part in parts or [self.path]:
+            self.assertIn(part, str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
 
     def test_what_train_pl_wrote(self):
         torch.save(self.good, self.path)
@@ -91,11 +106,17 @@ class TestReading(SeededTest):
         def save_pickle(content, path):
             Path(path).write_bytes(pickle.dumps(content))
 
+        scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
         for content in [
             exploit,
             {**self.good, "x": exploit},
             {**self.good, "state_dict": exploit},
             {**self.good, "hyper_parameters": {"model_name": exploit}},
+            # By the names that are allowed for numbers, paths and namespaces.
+            {**self.good, "x": Call(scalar, np.dtype("O"), exploit)},
+            {**self.good, "x": np.array([exploit])},
+            {**self.good, "x": argparse.Namespace(x=exploit)},
+            {**self.good, "x": Call(pathlib.PurePosixPath, exploit)},
         ]:
             for save in [torch.save, functools.partial(torch.save, _use_new_zipfile_serialization=False), save_pickle]:
                 save(content, self.path)
@@ -110,6 +131,31 @@ class TestReading(SeededTest):
         torch.save(exploit, self.path)
         torch.load(self.path, weights_only=False)
         self.assertTrue(made.exists(), "the exploit is none")
+
+    def test_what_the_allowed_names_are_not_for(self):
+        """NumPy's types that a pickle makes up, whose values would be addresses, and calls in other files."""
+        scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+        fields = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+        for content, *parts in [
+            (np.zeros(1, [("a", "f8")]), "refused", "neither numbers nor text"),
+            (np.datetime64("2020-01-01"), "refused", "neither numbers nor text"),
+            (Call(scalar, Call(np.dtype, "V8", state=fields), b"12345678"), "refused"),
+            (Call(scalar, np.dtype("f8"), b"1234"), "damaged"),
+            (Call(scalar, Call(np.dtype, "f8", state=(3, "<x", None, None, None, 8, 1, 0)), b"12345678"), "refused"),
+            (Call(np.ndarray, 3, state=(1, (2,), np.dtype("f8"), False, b"1234")), "damaged"),
+            (Call(np.frombuffer, b"1234", np.dtype("f8")), "refused", "GLOBAL"),
+            (types.SimpleNamespace(x=nn.Linear(2, 2)), "refused", "GLOBAL"),
+        ]:
+            torch.save({**self.good, "x": content}, self.path)
+            self.assert_refused(*parts)
+        made = self.folder / "made"
+        hidden = {"_instantiator": "os.mkdir", "_class_path": str(made), **self.good["hyper_parameters"]}
+        torch.save({**self.good, "hyper_parameters": hidden, "hparams_type": "os.mkdir"}, self.path)
+        VAE.load_from_checkpoint(self.path)
+        file = self.folder / "hparams.yaml"
+        file.write_text(f"model_name: !!python/object/apply:os.mkdir ['{made}']")
+        self.assert_refused("hparams.yaml holds no hyperparameters", hparams_file=file)
+        self.assertFalse(made.exists())
 
     def test_no_checkpoints(self):
         for content in [b"", b"nonsense", Path(__file__).read_bytes()]:
@@ -141,9 +187,10 @@ class TestReading(SeededTest):
     def test_other_programs(self):
         for content in [
             torch.zeros(3),
-            nn.Linear(2, 3).state_dict(),
-            {"epoch": 3, "state_dict": {}},
             [1, 2],
+            {},
+            {"epoch": 3, "model_state_dict": nn.Linear(2, 3).state_dict()},
+            {**self.good, "state_dict": [torch.zeros(3)]},
             {**self.good, "hyper_parameters": None},
         ]:
             torch.save(content, self.path)
@@ -156,9 +203,8 @@ class TestReading(SeededTest):
             ({"hyper_parameters": {**parameters, "hidden_dims": [16, 16]}}, "does not fit"),
             ({"hyper_parameters": {**parameters, "hidden_dims": "wide"}}, "does not fit"),
             ({"hyper_parameters": {**parameters, "z_dim": -1}}, "does not fit"),
-            ({"hyper_parameters": {**parameters, "depth": 5}}, "depth"),
             ({"hyper_parameters": {**parameters, "model_name": "GAN"}}, "model_name must be"),
-            ({"state_dict": {}}, "does not fit"),
+            ({"state_dict": {}}, 'Missing key(s) in state_dict: "encoder.net.0.weight"'),
             ({"state_dict": {**weights, "encoder.net.0.weight": "x"}}, "does not fit"),
         ]:
             torch.save({**self.good, **change}, self.path)
@@ -176,12 +222,7 @@ class TestFiles(SeededTest):
 
     def write(self, path, epoch):
         """A checkpoint as it is after `epoch` epochs."""
-        checkpoint = {
-            "epoch": epoch - 1,
-            "state_dict": {"x": torch.rand(5_000)},
-            "hyper_parameters": {},
-            "callbacks": {},
-        }
+        checkpoint = {**EMPTY, "epoch": epoch - 1, "state_dict": {"x": torch.rand(5_000)}}
         checkpoints.CheckpointFiles().save_checkpoint(checkpoint, str(path))
 
     def epochs(self):
@@ -277,16 +318,23 @@ class TestFiles(SeededTest):
         self.assertEqual({path.read_bytes() for path in [self.last, self.previous]}, {b"nonsense"})
         self.assertFalse(self.best.exists())
 
+    def test_of_other_programs(self):
+        """A run continues from its own checkpoints alone, even where a later one was put beside them."""
+        self.write(self.last, 3)
+        for part in ["run", "loops", "callbacks", "optimizer_states"]:
+            checkpoint = {**EMPTY, "epoch": 7}
+            del checkpoint[part]
+            torch.save(checkpoint, self.best)
+            path, epoch, error = self.newest()
+            self.assertEqual((path, epoch), (str(self.last), 3))
+            self.assertIn(f"best.ckpt is no checkpoint to continue a run from: it lacks {part} (", error)
+            self.assertEqual(checkpoints.read_checkpoint(self.best)["epoch"], 7)
+
     def test_folder_that_was_moved(self):
         """Where the best checkpoint is, is told anew; its score is kept."""
         state = {"dirpath": "/there", "best_model_path": "/there/best.ckpt", "kth_best_model_path": ""}
         state.update(best_k_models={"/there/best.ckpt": torch.tensor(0.5)}, best_model_score=torch.tensor(0.5))
-        content = {
-            "epoch": 0,
-            "state_dict": {},
-            "hyper_parameters": {},
-            "callbacks": {"A": state, "B": {"x": "/there"}},
-        }
+        content = {**EMPTY, "callbacks": {"A": state, "B": {"x": "/there"}}}
         checkpoints.CheckpointFiles().save_checkpoint(content, str(self.last))
         loaded = checkpoints.CheckpointFiles().load_checkpoint(str(self.last))["callbacks"]
         best = str(self.best)

@@ -1,6 +1,9 @@
 """Tests of evaluate.py: `python -m unittest tests/unit/test_evaluate.py`."""
 
+import contextlib
+import errno
 import functools
+import io
 import json
 import math
 import shutil
@@ -12,11 +15,12 @@ import torch
 import torch.distributions as D
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import train_pl
 from harness.checkpoints import CheckpointError
-from harness.program import FlagError
+from harness.program import FlagError, UserError
 from tests.helpers import NamedRunTest, results, small_loaders
 from train_pl import VAE
 from utils import log_likelihood, quadrature_log_likelihood
@@ -73,7 +77,7 @@ class TestNumbers(EvaluateTest):
         self.assertEqual(folder, checkpoint.parent.parent / "evaluation")
         self.assertEqual(json.loads((folder / "evaluation.json").read_text()), left)
         torch.rand(1)  # whatever has been drawn before
-        again, _ = self.evaluate(checkpoint, out=self.folder / "again")
+        again, _ = self.evaluate(checkpoint, out=self.folder / "again", iw_samples=torch.tensor(20))
         for run in [left, again]:
             del run["seconds"]
         self.assertEqual(left, again)
@@ -139,12 +143,129 @@ class TestPictures(EvaluateTest):
             checkpoint = self.trained(z_dim=z_dim, run_name=f"run {z_dim}")
             with mock.patch.object(Figure, "savefig", save_small):
                 _, folder = self.evaluate(checkpoint, iw_samples=1)
+            self.assertLessEqual(names, set(evaluate.PICTURES))
             files = {f"{name}.{kind}" for name in names for kind in ["png", "pdf"]}
             self.assertEqual({path.name for path in folder.iterdir()}, files | {"evaluation.json"})
             for name in names:
                 picture = imread(folder / f"{name}.png")
                 self.assertTrue(min(picture.shape[:2]) > 50 and picture[..., :3].std() > 0.05, name)  # not blank
                 self.assertEqual((folder / f"{name}.pdf").read_bytes()[:5], b"%PDF-")
+
+
+class TestFailures(EvaluateTest):
+    """No picture costs the numbers or another picture, and nothing of others is touched."""
+
+    draws_pictures = True
+
+    def evaluate(self, checkpoint, **choices):
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            _, folder = super().evaluate(checkpoint, **{"iw_samples": 1, **choices})
+        return {path.name for path in folder.iterdir()}, error.getvalue()
+
+    def save(self, figure, path, **options):
+        """In the place of Figure.savefig: fails where `failing` is in the path."""
+        self.assertTrue((Path(path).parent / "evaluation.json").exists())
+        if self.failing in str(path):
+            raise self.error
+        Path(path).touch()
+
+    def test_pictures_that_fail(self):
+        checkpoint = self.trained()
+        all_files = {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]} | {"evaluation.json"}
+        with mock.patch.object(Figure, "savefig", autospec=True, side_effect=self.save):
+            self.failing = "no such"
+            self.assertEqual(self.evaluate(checkpoint), (all_files, ""))
+            for self.failing, self.error in [
+                ("samples.png", ValueError("no such\nfont")),
+                ("samples.png", FileNotFoundError(2, "No such font")),
+                ("samples.png", PermissionError(13, "Permission denied")),
+            ]:
+                files, error = self.evaluate(checkpoint)
+                self.assertEqual(files, all_files - {"samples.png", "samples.pdf"})  # nor that of an earlier evaluation
+                self.assertRegex(error, r"^drawing .*/samples failed, the rest goes on \(.*\)\n$")
+            self.failing, self.error = "samples.png", OSError(errno.ENOSPC, "No space left on device")
+            with self.assertRaisesRegex(UserError, "cannot write .*samples.png .No space left.*; make room"):
+                self.evaluate(checkpoint, out=self.folder / "full")
+            self.assertIn("test_bpd", json.loads((self.folder / "full" / "evaluation.json").read_text()))
+
+    def test_files_of_others(self):
+        checkpoint = self.trained()
+        out = self.folder / "out"
+        for name, content in [
+            ("samples.png", "mine"),
+            ("evaluation.json", '{"score": 3}'),
+            ("evaluation.json", "[]"),
+            ("latent_space.pdf/more", "mine"),
+            ("evaluation.json/more", "mine"),
+        ]:
+            (out / name).parent.mkdir(parents=True)
+            (out / name).write_text(content)
+            with (
+                mock.patch.object(evaluate, "likelihoods", side_effect=AssertionError("computed first")),
+                self.assertRaisesRegex(UserError, f"out holds {name.split('/')[0]}, .*not overwrite: choose .*--out"),
+            ):
+                self.evaluate(checkpoint, out=out)
+            self.assertEqual([path.read_text() for path in out.rglob("*") if path.is_file()], [content])
+            shutil.rmtree(out)
+
+    def test_folders_that_can_be_used(self):
+        """With a log, a hidden file and an empty folder in it; with what an earlier evaluation left, even if cut."""
+        checkpoint = self.trained()
+        out = self.folder / "out"
+        (out / "empty").mkdir(parents=True)
+        others = {"empty", ".hidden", "train.log"}
+        for name in others - {"empty"}:
+            (out / name).write_text("mine")
+        with mock.patch.object(Figure, "savefig", autospec=True, side_effect=lambda _, path, **__: Path(path).touch()):
+            expected, _ = self.evaluate(checkpoint, out=out)
+            self.assertGreater(expected, others)
+            text = (out / "evaluation.json").read_text()
+            for left in [text, "", "\0" * 100, text[:30]]:
+                (out / "evaluation.json").write_text(left)
+                self.assertEqual(self.evaluate(checkpoint, out=out), (expected, ""))
+
+    def test_folder_that_cannot_be_written(self):
+        """It is known before minutes of computing."""
+        checkpoint = self.trained()
+        (self.folder / "file").touch()
+        with mock.patch.object(evaluate, "likelihoods", side_effect=AssertionError("computed first")):
+            for out in ["file", "file/out"]:
+                with self.assertRaisesRegex(UserError, "cannot write to .*file.* .*: choose another folder with --out"):
+                    self.evaluate(checkpoint, out=self.folder / out)
+            with (
+                mock.patch.object(evaluate.tempfile, "TemporaryFile", side_effect=OSError(30, "Read-only")),
+                self.assertRaisesRegex(UserError, "cannot write to .*out .Read-only.: choose another folder"),
+            ):
+                self.evaluate(checkpoint, out=self.folder / "out")
+
+
+class NoDoubles(TorchDispatchMode):
+    """Makes the device `meta` refuse double precision, as a Mac's GPU does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if torch.is_tensor(value) and value.device.type != "cpu" and value.dtype == torch.float64:
+                raise TypeError("the MPS framework doesn't support float64")
+        return result
+
+
+class TestDevice(EvaluateTest):
+    def test_no_double_precision_on_a_macs_gpu(self):
+        with NoDoubles(), self.assertRaises(TypeError):
+            torch.zeros(1, device="meta").double()
+        model = VAE("MLP", [16], 32, 2, 1e-3).to("meta")
+        test_set = small_loaders(self.namespace(), sizes=SIZES)[2].dataset
+        cpu = torch.Tensor.cpu
+
+        def from_meta(tensor):
+            return torch.rand(tensor.shape) if tensor.is_meta else cpu(tensor)
+
+        with NoDoubles(), torch.no_grad(), mock.patch.object(torch.Tensor, "cpu", from_meta):
+            results, means = evaluate.likelihoods(model, test_set, 2, progress_bar=False)
+            evaluate.pictures(self.folder, model, *test_set[torch.arange(200)], means)
+        self.assertIn("log_likelihood_by_quadrature", results)
+        self.assertLessEqual({"manifold", "latent_space"}, self.drawn.keys())
 
 
 class TestWhatPicturesShow(EvaluateTest):
@@ -240,6 +361,24 @@ class TestChoices(EvaluateTest):
             torch.save(saved, moved)
             with self.assertRaisesRegex(CheckpointError, "model.ckpt holds flags of no use"):
                 self.evaluate(moved)
+
+    def test_of_the_assignments_template(self):
+        """A file that ModelCheckpoint(save_weights_only=True) wrote says nothing of the data."""
+        saved = torch.load(self.trained(binarization="stochastic"), weights_only=True)
+        path = self.folder / "template.ckpt"
+        for parts in [["state_dict", "hyper_parameters", "epoch"], ["state_dict", "hyper_parameters"]]:
+            torch.save({part: saved[part] for part in parts}, path)
+            with self.assertRaisesRegex(FlagError, "template.ckpt does not say what data .* give --dataset"):
+                self.evaluate(path)
+            results, _ = self.evaluate(path, dataset="rendered")
+            expected = ("threshold", 1 if "epoch" in parts else None)
+            self.assertEqual((results["binarization"], results["epoch"]), expected)
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                evaluate.print_results(results, self.folder)
+            self.assertIn(f"after {results['epoch'] or 'some'} epochs", output.getvalue())
+        torch.save(saved["state_dict"], path)
+        with self.assertRaisesRegex(CheckpointError, "is a bare state_dict without the hyperparameters model_name"):
+            self.evaluate(path, dataset="rendered")
 
     def test_bad_choices(self):
         checkpoint = self.trained()

@@ -2,7 +2,9 @@
 
 from unittest import mock
 
+import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
@@ -10,8 +12,8 @@ from harness import figures
 from tests.helpers import SeededTest
 
 
-class TestFigures(SeededTest):
-    """That each function writes readable files, and draws what it was given."""
+class FiguresTest(SeededTest):
+    """A test that draws a figure of each kind."""
 
     def setUp(self):
         for name in ["a", "b"]:
@@ -34,6 +36,10 @@ class TestFigures(SeededTest):
     def latents(self, name):
         labels = np.array([0, 1, 1, 9])
         figures.latent_space(name, np.arange(8.0).reshape(4, 2), labels, ["first", "second"], "Means")
+
+
+class TestFigures(FiguresTest):
+    """That each function writes readable files, and draws what it was given."""
 
     def drawn(self, draw, *args, **options):
         """The axes of the figure that a function would write."""
@@ -127,3 +133,25 @@ class TestFigures(SeededTest):
         expected = {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]}
         self.assertEqual(points, {str(digit): expected.get(str(digit), []) for digit in range(10)})
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("first", "second"))
+
+
+class TestSettings(FiguresTest):
+    """Figures are the same to the bit, whatever the user's settings are."""
+
+    def pngs(self):
+        """The bytes of figures of two kinds."""
+        self.settings(self.folder / "settings.png")
+        self.table(self.folder / "table")
+        return [(self.folder / name).read_bytes() for name in ["settings.png", "table.png"]]
+
+    def test_notebook(self):
+        """Where the user draws in a style, it is in force again afterwards."""
+        expected = self.pngs()
+        with matplotlib.rc_context():
+            style.use("dark_background")
+            matplotlib.rcParams.update({"text.usetex": True, "savefig.transparent": True, "savefig.bbox": "tight"})
+            matplotlib.rcParams.update({"font.family": "Comic Sans MS", "path.sketch": (1, 100, 2), "font.size": 20})
+            before = dict(dict.items(matplotlib.rcParams))  # asked by itself, it would look for a backend
+            pngs = self.pngs()
+            self.assertEqual(dict(dict.items(matplotlib.rcParams)), before)
+        self.assertTrue(pngs == expected)

@@ -1,10 +1,12 @@
 """Tests of harness/files.py: `python -m unittest tests/unit/test_files.py`."""
 
+import errno
 import os
 from pathlib import Path
 from unittest import mock
 
 from harness.files import UNFINISHED, write_text, written_whole
+from harness.program import NoRoomError, UserError
 from tests.helpers import Killed, SeededTest
 
 
@@ -26,13 +28,26 @@ class TestWrittenWhole(SeededTest):
         self.assertEqual(self.contents(), {"file": "new", "new": "new"})
 
     def test_whole_or_not_at_all(self):
-        for error in [OSError, KeyboardInterrupt, Killed]:
+        """After an error half a file goes at once; where the process ends, it goes when the run is continued."""
+        for error in [OSError, ValueError, KeyboardInterrupt, Killed]:
             with self.assertRaises(error), written_whole(self.path, keep_as=self.before) as unfinished:
                 Path(unfinished).write_text("hal")
                 raise error
-            self.assertEqual(self.contents(), {"file": "old", f"file{UNFINISHED}": "hal"})
+            left = {} if issubclass(error, Exception) else {f"file{UNFINISHED}": "hal"}
+            self.assertEqual(self.contents(), {"file": "old", **left})
         write_text(self.path, "new")  # in the place of what was left unfinished
         self.assertEqual(self.contents(), {"file": "new"})
+
+    def test_no_room(self):
+        """On a full disk, over quota, or above the largest size of a file."""
+        for number in [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]:
+            with (
+                self.assertRaisesRegex(
+                    NoRoomError, f"^cannot write {self.path} .{os.strerror(number)}.; make room and"
+                ),
+                written_whole(self.path),
+            ):
+                raise OSError(number, os.strerror(number))
 
     def test_keep_as(self):
         for text in ["new", "newer"]:
@@ -95,6 +110,6 @@ class TestWriteText(SeededTest):
         write_text(path, "old")
         with self.assertRaises(TypeError):
             write_text(path, b"no text")
-        with self.assertRaises(FileNotFoundError):
+        with self.assertRaisesRegex(UserError, "^cannot write .*no folder/file .No such file or directory.$"):
             write_text(self.folder / "no folder" / "file", "text")
         self.assertEqual(path.read_text(), "old")

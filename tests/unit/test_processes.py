@@ -1,13 +1,16 @@
 """Tests of harness/processes.py: `python -m unittest tests/unit/test_processes.py`."""
 
+import os
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 import bmnist
-from harness import processes
+from harness import processes, slurm
 from tests.helpers import SeededTest
 from utils import sample_reparameterize
 
@@ -18,6 +21,81 @@ def two_processes():
     first = SimpleNamespace(is_global_zero=True, strategy=mock.Mock(broadcast=lambda x: sent.append(x) or x))
     second = SimpleNamespace(is_global_zero=False, strategy=mock.Mock(broadcast=lambda x: sent[-1]))
     return first, second, sent
+
+
+TORCHRUN = dict(TORCHELASTIC_RUN_ID="x", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", WORLD_SIZE="4")
+MANUAL = dict(MASTER_ADDR="n1", MASTER_PORT="9", NODE_RANK="0", LOCAL_RANK="1", WORLD_SIZE="2")
+
+
+class TestEnvironment(SeededTest):
+    def environment(self, variables, devices=1, num_nodes=1, run_name=None, tasks=(1, 1)):
+        """The environment of a run, in a process with these variables and no others."""
+        with (
+            mock.patch.dict(os.environ, variables, clear=True),
+            mock.patch.object(rank_zero_only, "rank", 1),
+            mock.patch.object(slurm, "tasks", return_value=tasks),
+            mock.patch.object(slurm, "environment", lambda: SLURMEnvironment(auto_requeue=False)),
+        ):
+            environment = processes.environment(devices, num_nodes, run_name)
+            self.rank, self.left = rank_zero_only.rank, dict(os.environ)
+            self.starts_others = not environment.creates_processes_externally
+        return environment
+
+    def test_a_single_process_is_the_first(self):
+        """Whatever is in its environment; only what torchrun or srun has started cannot be a single one."""
+        for variables in [
+            {},
+            *({name: value} for name, value in {**TORCHRUN, **MANUAL, "SLURM_PROCID": "1"}.items()),
+            MANUAL,
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+            dict(
+                SLURM_NTASKS="4", SLURM_PROCID="1", SLURM_LOCALID="1", JSM_NAMESPACE_RANK="1", OMPI_COMM_WORLD_RANK="1"
+            ),
+        ]:
+            environment = self.environment(variables)
+            self.assertEqual((type(environment), environment.global_rank(), self.rank), (LightningEnvironment, 0, 0))
+        self.assertIsInstance(self.environment({}, run_name="x", tasks=(2, 2)), LightningEnvironment)
+        self.assertEqual(self.rank, 0)
+
+    def test_what_was_started(self):
+        self.assertIsInstance(self.environment(TORCHRUN, 2, 2), TorchElasticEnvironment)
+        self.assertIsInstance(self.environment({}, 2, 2, tasks=(2, 2)), SLURMEnvironment)
+        self.assertIsInstance(self.environment({}, 2, 2, "x", tasks=(2, 2)), SLURMEnvironment)
+        self.assertIsInstance(self.environment(TORCHRUN, 2, 2, tasks=(4, 1)), TorchElasticEnvironment)  # srun torchrun
+
+    def test_lightning_starts_the_others(self):
+        """On one node, whatever others have left; but not in the processes that it or somebody has started."""
+        for variables in [
+            {},
+            *({name: value} for name, value in {**TORCHRUN, **MANUAL}.items()),
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"},
+            dict(MASTER_ADDR="nowhere", MASTER_PORT="1", NODE_RANK="1", GROUP_RANK="2", WORLD_SIZE="8", RANK="3"),
+        ]:
+            self.assertIsInstance(self.environment(variables, devices=2), LightningEnvironment)
+            self.assertTrue(self.starts_others)
+            self.assertLessEqual(self.left.keys(), {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"})
+        self.assertIsInstance(self.environment(MANUAL, devices=2), LightningEnvironment)
+        self.assertFalse(self.starts_others)
+        self.assertEqual(self.left, MANUAL)
+        self.environment({**MANUAL, "LOCAL_RANK": "0", "NODE_RANK": "1"}, num_nodes=2)
+        self.assertFalse(self.starts_others)
+        without_local_rank = {name: value for name, value in MANUAL.items() if name != "LOCAL_RANK"}
+        self.environment({**without_local_rank, "WORLD_SIZE": "4"}, devices=2, num_nodes=2)  # one process per node
+        self.assertTrue(self.starts_others)
+
+    def test_what_cannot_work(self):
+        for variables, devices, num_nodes, message in [
+            (TORCHRUN, 1, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2 .*TORCHELASTIC_RUN_ID"),
+            (TORCHRUN, 4, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2"),
+            ({}, 1, 2, "srun or torchrun.*MASTER_ADDR, MASTER_PORT, NODE_RANK$"),
+            (dict(MASTER_ADDR="n1", MASTER_PORT="9", WORLD_SIZE="2"), 1, 2, "environment NODE_RANK$"),
+            ({**MANUAL, "WORLD_SIZE": "4"}, 2, 1, "WORLD_SIZE=4 .* does not fit --devices 2 --num_nodes 1"),
+            ({**MANUAL, "LOCAL_RANK": "2"}, 2, 1, "LOCAL_RANK=2 .* does not fit"),
+            ({**MANUAL, "LOCAL_RANK": "x"}, 2, 1, "LOCAL_RANK=x .* unset LOCAL_RANK"),
+            ({**MANUAL, "NODE_RANK": "1"}, 2, 1, "NODE_RANK=1 .* does not fit"),
+        ]:
+            with self.assertRaisesRegex(ValueError, message):
+                self.environment(variables, devices, num_nodes)
 
 
 class TestSampler(SeededTest):

@@ -3,10 +3,34 @@
 import argparse
 import contextlib
 import io
+import json
 import math
+import os
+import signal
+import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from unittest import mock
 
-from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, plain_values
+import numpy as np
+import torch
+
+from harness.program import (
+    CHANGEABLE_FLAGS,
+    MAKE_ROOM,
+    FlagError,
+    NoRoomError,
+    Parser,
+    Terminated,
+    UserError,
+    ending,
+    note,
+    optional,
+    plain_values,
+    say,
+    sigterm_raises,
+)
 from tests.helpers import SeededTest
 from train_pl import FLAGS as TRAINING_FLAGS
 
@@ -109,10 +133,36 @@ class TestComplete(SeededTest):
     def test_values_of_use(self):
         for flags in [
             dict(kind="square", side=2, colour="blue", sizes=[1], number=1, rate=1e-9, seed=2**40),
-            dict(sizes=(9, 1), rate=3, name="x", count=-5, shiny=True),
+            dict(sizes=[9, 1], rate=3.0, name="x", count=-5, shiny=True),
             dict(colour=None, name=None),
         ]:
             self.assertEqual(self.complete(**flags), {**DEFAULTS, **flags})
+
+    def test_values_of_any_usual_type_become_plain(self):
+        for name, value, plain in [
+            ("rate", np.logspace(-3, -4, 2)[0], 0.001),
+            ("rate", np.float32(0.5), 0.5),
+            ("rate", torch.tensor(0.5, requires_grad=True), 0.5),
+            ("rate", Fraction(1, 8), 0.125),
+            ("rate", Decimal("0.25"), 0.25),
+            ("rate", 3, 3.0),
+            ("number", np.int64(7), 7),
+            ("number", torch.tensor(7), 7),
+            ("number", 1e2, 100),
+            ("side", np.uint8(2), 2),
+            ("sizes", (9, 1), [9, 1]),
+            ("sizes", np.array([9, 1]), [9, 1]),
+            ("sizes", torch.tensor([9.0, 1.0]), [9, 1]),
+            ("sizes", range(2, 4), [2, 3]),
+            ("sizes", 9, [9]),
+            ("shiny", np.bool_(True), True),
+            ("shiny", 0, False),
+            ("kind", np.str_("square"), "square"),
+            ("name", Path("a") / "b", "a/b"),
+            ("more", {"a": (np.int8(1), Path("b"))}, {"a": [1, "b"]}),
+        ]:
+            found = self.complete(**{name: value})[name]
+            self.assertEqual((repr(found), json.dumps(found)), (repr(plain), json.dumps(plain)), value)
 
     def test_values_of_no_use(self):
         for name, value, message in [
@@ -128,6 +178,21 @@ class TestComplete(SeededTest):
             ("rate", -1, "--rate must be a finite number above 0, got -1"),
             ("rate", math.inf, "--rate must be a finite number above 0, got inf"),
             ("rate", math.nan, "--rate must be a finite number above 0, got nan"),
+            ("rate", None, "--rate must be a finite number above 0, got None"),
+            ("rate", "0.1", "--rate must be a finite number above 0, got '0.1'"),
+            ("rate", 10**400, "--rate must be a finite number above 0, got 100000000000000000...0000000000000000000"),
+            ("rate", torch.ones(2), "--rate must be a finite number above 0, got tensor([1., 1.])"),
+            ("number", "3", "--number must be a whole number, got '3'"),
+            ("number", 2.5, "--number must be a whole number, got 2.5"),
+            ("number", math.nan, "--number must be a whole number, got nan"),
+            ("number", True, "--number must be a whole number, got True"),
+            ("side", True, "--side must be one of 1, 2, got True"),
+            ("sizes", "34", "--sizes must be one or more numbers of at least 1, got '34'"),
+            ("sizes", [[3]], "--sizes must be one or more numbers of at least 1, got [[3]]"),
+            ("shiny", "no", "--shiny must be True or False, got 'no'"),
+            ("name", 3, "--name must be a text, got 3"),
+            ("name", b"x", "--name must be a number, a text, or a list of them, got b'x'"),
+            ("more", {1}, "--more must be a number, a text, or a list of them, got {1}"),
             ("number", 0, "--number must be at least 1, got 0"),
             ("seed", -1, "--seed must be at least 0, got -1"),
         ]:
@@ -161,7 +226,8 @@ class TestEnding(SeededTest):
         for error, code, message in [
             (FlagError("--x is bad"), 2, "draw.py: error: --x is bad (--help lists the flags)\n"),
             (UserError("no run"), 1, "draw.py: error: no run\n"),
-            (OSError(28, "No space left on device"), 1, "draw.py: error: [Errno 28] No space left on device\n"),
+            (OSError(28, "No space"), 1, f"draw.py: error: [Errno 28] No space; {MAKE_ROOM}\n"),
+            (NoRoomError(f"no room; {MAKE_ROOM}"), 1, f"draw.py: error: no room; {MAKE_ROOM}\n"),
             (FileNotFoundError(2, "Not there", "a"), 1, "draw.py: error: [Errno 2] Not there: 'a'\n"),
             (KeyboardInterrupt(), 1, "draw.py: interrupted\n"),
         ]:
@@ -172,10 +238,78 @@ class TestEnding(SeededTest):
             with self.assertRaises(error):
                 self.end(error())
 
+    def test_sigterm(self):
+        """It ends the program with the code that a shell expects, and with a line unless that was said already."""
+        with mock.patch("sys.argv", ["draw.py"]), contextlib.redirect_stderr(io.StringIO()) as output:
+            for told in [False, True]:
+                with self.assertRaises(SystemExit) as caught, ending(Parser("Draws.")):
+                    try:
+                        signal.raise_signal(signal.SIGTERM)
+                    except Terminated as end:
+                        end.told = told
+                        raise
+                self.assertEqual((caught.exception.code, output.getvalue()), (143, "draw.py: terminated\n"))
+        self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+
+    def test_a_handler_of_sigterm_that_is_there_is_kept(self):
+        """As in a batch job, which must not end by itself when it is preempted."""
+        signals = []
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: signals.append(1)))
+        with sigterm_raises():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        self.assertEqual(signals, [1, 1])
+
     def test_kinds(self):
         """As an error of the flags it is a ValueError, too, for who calls a program's functions."""
         self.assertTrue(issubclass(FlagError, UserError) and issubclass(FlagError, ValueError))
         self.assertTrue(issubclass(UserError, OSError))
+
+
+class TestLines(SeededTest):
+    """What is printed, on whatever it goes to."""
+
+    def test_a_terminal_that_lacks_letters(self):
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as output:
+            with mock.patch("sys.argv", ["draw.py"]), ending(Parser("Draws.")):
+                say("läuft in 実験")
+            output.flush()
+        self.assertEqual(output.buffer.getvalue(), b"l\\xe4uft in \\u5b9f\\u9a13" + os.linesep.encode())
+
+    def test_a_closed_pipe(self):
+        """As of `train_pl.py | head -1`: no line may cost a run its results."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with (
+            open(writer, "w") as pipe,
+            contextlib.redirect_stderr(io.StringIO()) as error,
+            contextlib.redirect_stdout(pipe),
+        ):
+            for line in ["one", "two"]:
+                say(line)
+        self.assertEqual(error.getvalue(), "nothing more can be printed here (Broken pipe); everything else goes on\n")
+
+    def test_optional(self):
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            for problem in [ZeroDivisionError("a\nb\n\nlong"), OSError(5, "No disk", "x.png"), KeyError("a"), None]:
+                with optional("the picture"):
+                    if problem:
+                        raise problem
+        self.assertEqual(
+            error.getvalue().splitlines(),
+            [
+                "the picture failed, the rest goes on (ZeroDivisionError: a b)",
+                "the picture failed, the rest goes on ([Errno 5] No disk: 'x.png')",
+                "the picture failed, the rest goes on (KeyError: 'a')",
+            ],
+        )
+        for end in [KeyboardInterrupt(), SystemExit(), OSError(28, "No space"), NoRoomError()]:
+            with self.assertRaises(type(end)), optional("the picture"):
+                raise end
+
+    def test_note_without_stderr(self):
+        with mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError))):
+            note("nobody reads it")
 
 
 class TestFlags(SeededTest):

@@ -1,9 +1,12 @@
 """Tests of rendered_digits.py: `python -m unittest tests/unit/test_rendered_digits.py`."""
 
+import importlib.util
 import inspect
+from unittest import mock
 
 import torch
 
+import rendered_digits as module
 from rendered_digits import rendered_digits, rendered_mnist
 from tests.helpers import SeededTest
 
@@ -47,6 +50,34 @@ class TestRenderedDigits(SeededTest):
         self.assertLess((labels == self.labels[:5_000]).float().mean().item(), 0.2)
         same = (images == self.images[:5_000]).flatten(1).all(1)
         self.assertFalse(same.any())
+
+    def test_fonts_of_a_distribution(self):
+        """Debian's matplotlib keeps its data outside of the package; the digits are the same."""
+        package, data = self.folder / "matplotlib", self.folder / "share"
+        fonts = data / "fonts" / "ttf"
+        for folder in [package, fonts]:
+            folder.mkdir(parents=True)
+        for name in module.FONTS:
+            (fonts / f"{name}.ttf").symlink_to(module.font_path(name))
+        (package / "__init__.py").touch()
+        spec = importlib.util.spec_from_file_location("matplotlib", package / "__init__.py")
+        self.addCleanup(module.glyphs.cache_clear)
+        with mock.patch.object(importlib.util, "find_spec", return_value=spec) as find_spec:
+            with mock.patch.object(module, "SYSTEM_DATA", data):
+                module.glyphs.cache_clear()
+                images, _ = rendered_digits(1_000)
+                self.assertTrue(torch.equal(images, self.images[:1_000]))
+                module.glyphs.cache_clear()
+                (fonts / "cmr10.ttf").unlink()
+                with self.assertRaises(FileNotFoundError) as caught:
+                    rendered_digits(1)
+            for part in ["cmr10.ttf", package / "mpl-data" / "fonts" / "ttf", fonts, "pip install"]:
+                self.assertIn(str(part), str(caught.exception))
+            # Not installed, or there is a folder of that name.
+            for spec in [None, importlib.machinery.ModuleSpec("matplotlib", None, is_package=True)]:
+                find_spec.return_value = spec
+                with self.assertRaisesRegex(FileNotFoundError, "pip install matplotlib"):
+                    rendered_digits(1)
 
     def test_number_of_threads_does_not_matter(self):
         before = torch.get_num_threads()

@@ -3,14 +3,16 @@
 import contextlib
 import csv
 import os
+import time
 import unittest
 from unittest import mock
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from harness import figures, report
-from tests.helpers import NamedRunTest, SeededTest, assert_left_the_same, metrics, scalars_and_images
+from tests.helpers import Killed, NamedRunTest, SeededTest, assert_left_the_same, metrics, scalars_and_images, summaries
 from train_pl import QUANTITIES, VAE, GenerateCallback
 
 COLUMNS = [f"{stage}_{name}" for stage in ["train", "val"] for name in QUANTITIES]
@@ -71,8 +73,59 @@ class TestMetrics(SeededTest):
         """Without a checkpoint there is nothing to keep."""
         self.write_events()
         report.return_to_epoch(self.folder, [], ["bpd"])
-        self.assertEqual(os.listdir(self.folder), ["metrics.csv"])
+        self.assertEqual(summaries(self.folder), [])
         self.assertEqual(len(self.rows()), 1)
+
+    def test_files_of_others_stay(self):
+        names = ["notes.tmp", "sub/metrics.csv.tmp", "events.log"]
+        (self.folder / "sub").mkdir()
+        for name in [*names, "metrics.csv.tmp"]:
+            (self.folder / name).touch()
+        report.return_to_epoch(self.folder, [], ["bpd"])
+        left = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+        self.assertEqual(left, {*names, "metrics.csv"})
+
+    def test_a_tensorboard_that_watches(self):
+        """It has no point twice and lacks none, however often the run is continued."""
+        history = [{"epoch": epoch, "val_bpd": epoch / 2, "seconds": 1.0} for epoch in range(4)]
+        self.write_events()
+        watching = EventAccumulator(str(self.folder)).Reload()
+        for life in range(3):
+            with mock.patch("time.time", return_value=time.time() + 10 + 2 * life):
+                report.return_to_epoch(self.folder, history[: life + 2], ["bpd"])
+            with self.assertLogs("tensorboard", "WARNING"):  # that it forgets what it had
+                watching.Reload()
+            with (
+                mock.patch("time.time", return_value=time.time() + 11 + 2 * life),
+                contextlib.closing(SummaryWriter(str(self.folder))) as writer,
+            ):
+                for epoch in range(life + 1, 4):  # the last one again, see on_fit_start
+                    writer.add_scalar("val_bpd", epoch / 2, epoch)
+            watching.Reload()
+            for accumulator in [watching, EventAccumulator(str(self.folder)).Reload()]:
+                self.assertEqual([event.step for event in accumulator.Scalars("val_bpd")], [0, 1, 2, 3])
+
+    def test_killed_as_it_copied_the_events(self):
+        """Then both files are there: the old one, and the copy after it."""
+        self.write_events()
+        history = [{"epoch": epoch, "val_bpd": epoch / 2, "seconds": 1.0} for epoch in range(3)]
+        with (
+            mock.patch("time.time", return_value=time.time() + 10),
+            mock.patch.object(report, "write_events", self.write_and_die),
+            self.assertRaises(Killed),
+        ):
+            report.return_to_epoch(self.folder, history, ["bpd"])
+        self.assertEqual(max(scalars_and_images(self.folder).values()), 2)
+        with mock.patch("time.time", return_value=time.time() + 20):
+            report.return_to_epoch(self.folder, history, ["bpd"])
+        self.assertEqual(max(scalars_and_images(self.folder).values()), 1)
+        self.assertEqual(sum(scalars_and_images(self.folder).values()), 5)
+
+    def write_and_die(self, path, events, write_events=report.write_events):
+        """In the place of write_events: of the copy it comes back, and then no more."""
+        if len(events) == 1:
+            raise Killed
+        write_events(path, events)
 
     def test_a_folder_with_special_characters(self):
         """Its name is no pattern of other names."""
@@ -80,7 +133,7 @@ class TestMetrics(SeededTest):
         self._folder.mkdir()
         self.write_events()
         report.return_to_epoch(self.folder, [], ["bpd"])
-        self.assertEqual(os.listdir(self.folder), ["metrics.csv"])
+        self.assertEqual(summaries(self.folder), [])
 
 
 class TestFigures(SeededTest):
@@ -98,7 +151,8 @@ class TestFigures(SeededTest):
             {"epoch": 1, "train_bpd": 0.5, "val_bpd": 0.75, "seconds": 1.0},
         ]
         with mock.patch.multiple(figures, bpd_curves=mock.DEFAULT, side_by_side=mock.DEFAULT) as drawn:
-            report.draw_figures(str(self.folder), epoch_report, 0.625)
+            epoch_report.draw_curves(0.625, str(self.folder / "bpd_curves.png"))
+            epoch_report.draw_samples(str(self.folder / "samples_over_training.png"))
         return drawn["bpd_curves"].call_args.args, drawn["side_by_side"].call_args.args
 
     def test_curves(self):

@@ -1,12 +1,12 @@
 """Tests of harness/run.py, of a run's start and end: `python -m unittest tests/unit/test_run.py`."""
 
-import contextlib
 import copy
-import io
 import math
 import os
+import re
 import signal
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -17,20 +17,11 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import train_pl
-from harness import run
-from harness.checkpoints import CheckpointError
-from harness.run import RunError
-from tests.helpers import NamedRunTest, TrainingTest, load, metrics, results, summaries
+from harness import checkpoints, report, run
+from harness.folder import RunError
+from harness.program import CHANGEABLE_FLAGS, NoRoomError
+from tests.helpers import NamedRunTest, TrainingTest, metrics, printed_lines, results, summaries
 from train_pl import QUANTITIES, VAE, train_vae
-
-
-@contextlib.contextmanager
-def printed_lines():
-    """A context whose output is caught; what it yields is the list of the lines at its end."""
-    lines = []
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        yield lines
-    lines += output.getvalue().splitlines()
 
 
 class TestWholeRun(TrainingTest):
@@ -68,7 +59,8 @@ class TestWholeRun(TrainingTest):
         self.assertRegex(lines[0], rf"^MLP on mnist, 300 training images, on \w+(:0)?, in {folder}$")
         self.assertEqual([line[:11] for line in lines[1:8]], [f"epoch   {epoch}/6" for epoch in range(7)])
         self.assertRegex(lines[2], r"^epoch   1/6  train bpd \d\.\d{4}  val bpd \d\.\d{4}  \d+\.\d s$")
-        self.assertEqual(lines[8:], [f"test bpd {left['test_bpd']:.4f}", f"run folder {folder}"])
+        hint = f"curves and pictures: tensorboard --logdir {self.folder} --samples_per_plugin images=1000"
+        self.assertEqual(lines[8:], [f"test bpd {left['test_bpd']:.4f}", hint, f"run folder {folder}"])
         self.check_curves_and_pictures(folder, rows, left)
         self.check_dashboard(folder, left)
 
@@ -114,8 +106,10 @@ class TestWholeRun(TrainingTest):
             for tag in ["experiment", "session_start_info"]
         )
         self.assertEqual([metric.name.tag for metric in experiment.experiment.metric_infos], ["test_bpd"])
+        first = {info.name for info in experiment.experiment.hparam_infos if info.differs}
+        self.assertEqual(first, {"model", "z_dim", "hidden_dims", "lr", "seed"})
         flags = session.session_start_info.hparams
-        self.assertEqual(set(flags), set(left["hyperparameters"]))
+        self.assertEqual(set(flags), set(left["hyperparameters"]) - CHANGEABLE_FLAGS)
         self.assertEqual((flags["z_dim"].number_value, flags["hidden_dims"].string_value), (2, "[16]"))
 
 
@@ -141,112 +135,128 @@ class TestInterrupt(TrainingTest):
         self.assertTrue(lines[0].endswith("version_0, continued after epoch 2"), lines)
 
 
-class TestFolder(NamedRunTest):
-    """Which folder a run has, and when it is refused."""
+class TestSigterm(NamedRunTest):
+    def terminate(self, hook):
+        """Exit code, and what is printed, of a run that is terminated in a hook of epoch 2."""
 
-    def open_folder(self, name="run", **flags):
-        """The context of a run's folder."""
-        flags = {**train_pl.make_parser().defaults, **vars(self.namespace(**flags))}
-        return run.open_folder(str(self.folder), name, flags, train_pl.make_parser().defaults, QUANTITIES)
+        def terminated(model, *args):
+            if model.current_epoch == 1:
+                signal.raise_signal(signal.SIGTERM)
 
-    def test_runs_are_numbered(self):
-        folders = []
-        for version in [None, None, 0]:  # the last one has lost a race for the number
-            lost = mock.patch.object(run.TensorBoardLogger, "_get_next_version", lambda self: 0)
-            with lost if version == 0 else contextlib.nullcontext(), self.open_folder(name=None) as place:
-                folders.append(os.path.relpath(place.folder, self.folder))
-        self.assertEqual(folders, [f"lightning_logs/version_{number}" for number in range(3)])
+        with mock.patch.object(VAE, hook, terminated), printed_lines() as lines, self.assertRaises(SystemExit) as end:
+            train_vae(self.namespace(accelerator="cpu"))
+        return end.exception.code, lines
 
-    def test_run_names(self):
-        logs = self.folder / "logs"
-        for name in ["", ".", "..", os.path.abspath("run"), "../run", "a/../.."]:
-            with self.assertRaisesRegex(ValueError, "--run_name"):
-                self.train(run_name=name, log_dir=str(logs))
-        self.assertEqual(os.listdir(self.folder), [])
-        self.train(run_name="sweep/a", log_dir=str(logs), epochs=1)
-        self.assertTrue((logs / "sweep" / "a" / "results.json").exists())
+    def test_in_a_run(self):
+        """Called from a script, too: the same words as for Ctrl-C, and the exit code that a shell expects."""
+        for hook in ["on_train_epoch_start", "on_validation_epoch_start", "on_train_epoch_end"]:
+            code, lines = self.terminate(hook)
+            self.assertEqual(code, 143)
+            self.assertRegex(lines[-1], rf"^Interrupted in epoch 2. {self.run_folder()} stays usable.* continues it$")
+            self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+        _, output = self.train()
+        self.assertIn("continued after epoch 1", output)
 
-    def test_one_process_at_a_time(self):
-        with (
-            mock.patch.object(run, "LOCK_TIMEOUT", 0.1),
-            self.open_folder(epochs=1),
-            self.assertRaisesRegex(RunError, "in use by another process"),
-        ):
-            self.train(epochs=1)
-        self.train(epochs=1)
-        with self.assertRaisesRegex(RunError, "finished by another process just now"), self.open_folder(epochs=1):
-            pass
-
-    def test_the_folder_is_the_runs_as_long_as_it_trains(self):
-        refused = []
-
-        def on_train_epoch_start(model):
-            with self.assertRaisesRegex(RunError, "in use by another process"), self.open_folder(epochs=1):
-                pass
-            refused.append(model.current_epoch)
-
-        with (
-            mock.patch.object(run, "LOCK_TIMEOUT", 0.1),
-            mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start),
-        ):
-            self.train(epochs=1)
-        self.assertEqual(refused, [0])
-
-    def test_a_finished_run_is_left_alone(self):
-        self.train(epochs=1)
-        before, result = self.contents(), [{"test_bpd": results(self.run_folder())["test_bpd"]}]
-        with mock.patch.object(train_pl, "load_data", mock.Mock(side_effect=AssertionError)), printed_lines() as lines:
-            again = train_vae(self.namespace(epochs=1, accelerator="cpu", num_workers=1))
-        line = f"{self.run_folder()} is finished: test bpd {result[0]['test_bpd']:.4f}"
-        self.assertEqual((again, lines), (result, [line]))
-        self.assertEqual(self.contents(), before)
-
-    def test_other_hyperparameters(self):
-        for epoch in [0, 1]:
-            self.stop_at(VAE, "on_train_epoch_start", epoch, epochs=2)
-            before = self.contents()
-            with self.assertRaises(RunError) as caught:
-                self.train(hidden_dims=[8, 4], seed=1, num_workers=1, epochs=2)
-            self.assertIn("(--hidden_dims was [16], is [8, 4]; --seed was 42, is 1)", str(caught.exception))
-            self.assertEqual(self.contents(), before)
-        hparams = self.run_folder() / "hparams.yaml"
-        hparams.write_text(hparams.read_text().replace("binarization: threshold\n", ""))  # as of an older version
-        with self.assertRaisesRegex(RunError, "binarization was threshold, is stochastic"):
-            self.train(binarization="stochastic", epochs=2)
-        self.assertIn("continued", self.train(hidden_dims=(16,), epochs=2)[1])
-
-    def test_a_folder_that_is_no_run(self):
-        self.run_folder().mkdir(parents=True)
-        (self.run_folder() / "thesis.tex").touch()
-        with self.assertRaisesRegex(RunError, "holds no run: choose another --run_name"):
-            self.train()
-        self.assertEqual(os.listdir(self.run_folder()), ["thesis.tex"])
-
-    def test_killed_while_its_folder_was_made(self):
-        """The folder and its lock may be there already, and flags that are not written whole."""
-        self.run_folder().mkdir(parents=True)
-        for name in [".lock", "hparams.yaml.tmp"]:
-            (self.run_folder() / name).touch()
-        self.train(epochs=1)
-        self.assertNotIn("hparams.yaml.tmp", os.listdir(self.run_folder()))
-
-    def test_a_checkpoint_without_the_runs_history(self):
-        self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
-        for name in ["best", "last"]:
-            checkpoint = load(self.run_folder(), name)
-            del checkpoint["run"]
-            torch.save(checkpoint, self.run_folder() / "checkpoints" / f"{name}.ckpt")
-        with self.assertRaisesRegex(RunError, "last.ckpt is of an older version, .* choose another --run_name"):
+    def test_a_handler_of_the_users(self):
+        calls = []
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: calls.append(1)))
+        with mock.patch.object(VAE, "on_train_epoch_end", lambda model: signal.raise_signal(signal.SIGTERM)):
             self.train(epochs=2)
+        self.assertEqual(calls, [1, 1])
+        self.assertTrue(results(self.run_folder()))
 
-    def test_all_checkpoints_damaged(self):
-        self.stop_at(VAE, "on_train_epoch_start", 2)
-        for path in (self.run_folder() / "checkpoints").iterdir():
-            path.write_bytes(b"nonsense")
-        before = self.contents()
-        with self.assertRaisesRegex(CheckpointError, "last.ckpt is no .*previous.*delete.*--run_name"):
-            self.train()
-        self.assertEqual(self.contents(), before)
+    def test_a_training_that_stopped_is_not_finished(self):
+        with mock.patch.object(run.pl.Trainer, "interrupted", True), self.assertRaisesRegex(RunError, "interrupted"):
+            self.train(epochs=1)
+        self.assertFalse((self.run_folder() / "results.json").exists())
+
+
+class TestNothingLost(NamedRunTest):
+    """What fails after the training, or beside it, costs the run no results."""
+
+    draws_figures = True
+
+    def test_figures_that_fail(self):
+        """Each is a line; the same command draws them once they can be drawn."""
+        broken = mock.Mock(side_effect=ZeroDivisionError("a font\nand more"))
+        with (
+            mock.patch.multiple(report.EpochReport, draw_curves=broken, draw_samples=broken),
+            mock.patch.object(train_pl, "visualize_manifold", broken),
+        ):
+            folder, output = self.train(epochs=1, z_dim=2)
+        for name in ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]:
+            line = f"drawing {folder / name} failed, the rest goes on (ZeroDivisionError: a font and more)\n"
+            self.assertEqual((output.count(line), (folder / name).exists()), (1, False))
+        self.assertIn("drawing the pictures failed", output)
+        self.assertGreater(results(folder)["test_bpd"], 0)
+        _, output = self.train(epochs=1, z_dim=2)
+        self.assertRegex(output, "^.* is finished: .*\n$")
+        for name in ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]:
+            self.assertEqual((folder / name).read_bytes()[:4], b"\x89PNG")
+
+    def test_results_come_first(self):
+        seen = []
+        with mock.patch.object(run.Run, "draw", lambda self, name, function: seen.append(results(Path(self.folder)))):
+            self.train(epochs=1)
+        self.assertEqual(len(seen), 2)
+
+    def test_logging_that_fails(self):
+        """As on a file system that is gone for a while: the curves in TensorBoard are lost, and nothing else."""
+        with mock.patch.object(report.TensorBoardLogger, "log_metrics", side_effect=OSError(5, "Input/output error")):
+            folder, output = self.train(epochs=2)
+        self.assertEqual(output.count("logging to TensorBoard's files"), 1)
+        self.assertEqual(len(metrics(folder)), 3)
+        self.assertGreater(results(folder)["test_bpd"], 0)
+
+    def test_workers_that_fail(self):
+        for message in [
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... shared memory",
+            "Too many open files. Communication with the workers is no longer possible.",
+        ]:
+
+            def training_step(model, batch, batch_idx, message=message):
+                raise RuntimeError(message)
+
+            with mock.patch.object(VAE, "training_step", training_step):
+                with self.assertRaisesRegex(RunError, re.escape(message) + ".*--num_workers 0"):
+                    self.train(epochs=1, num_workers=1)
+                with self.assertRaisesRegex(RuntimeError, re.escape(message) + "$"):
+                    self.train(epochs=1)
+
+    def test_too_little_shared_memory(self):
+        full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+        with (
+            mock.patch.object(torch.Tensor, "share_memory_", side_effect=full),
+            self.assertRaisesRegex(RunError, "too small for --num_workers 2 .*: give --num_workers 0"),
+        ):
+            self.train(epochs=1, num_workers=2)
+        self.assertFalse(self.run_folder().exists())
+
+    def test_a_full_disk(self):
+        """It ends the run, in one line, and with room again it goes on."""
+        full = OSError(28, "No space left on device")
+        for owner, name in [
+            (train_pl, "save_image"),
+            (report.TensorBoardLogger, "log_metrics"),
+            (checkpoints.torch, "save"),
+            (report.csv, "DictWriter"),
+        ]:
+            with (
+                mock.patch.object(owner, name, side_effect=full),
+                self.assertRaisesRegex(NoRoomError, f"^cannot write .*{self.folder}.* make room"),
+            ):
+                self.train(epochs=1)
+            self.assertEqual(list(self.run_folder().rglob("*.tmp")), [])
+        self.train(epochs=1)
+        self.assertGreater(results(self.run_folder())["test_bpd"], 0)
+
+    def test_other_threads(self):
+        self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+        _, output = self.train(epochs=2)
+        self.assertIn("trained on cpu, 1 threads, the next ones are on cpu, 2 threads: from here on", output)
+        self.assertEqual(results(self.run_folder())["device"], "cpu, 2 threads")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class TestStopped(ContinuedRunTest):
         self.check()
 
     def test_while_it_tests_and_draws(self):
-        for owner, name in [(VAE, "test_step"), (report, "draw_figures"), (run, "write_text")]:
+        for owner, name in [(VAE, "test_step"), (run, "write_text"), (run.Run, "draw_figures")]:
             self.stop_at(owner, name, 6)
         self.check()
 

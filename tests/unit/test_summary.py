@@ -8,6 +8,7 @@ import sys
 from unittest import mock
 
 import summary
+from harness import figures
 from tests.helpers import REPOSITORY, SeededTest
 
 
@@ -22,11 +23,19 @@ class TestSummary(SeededTest):
             (self.folder / name / "results.json").write_text(text)
 
     def summary(self, *folders, plot="plot.png"):
-        """The lines that the command prints."""
+        """The lines that the command prints; those on stderr are kept in `errors`, also where it fails."""
         words = ["summary.py", *map(str, folders), "--plot", str(self.folder / plot)]
-        with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(io.StringIO()) as output:
-            summary.main()
-        return output.getvalue().splitlines()
+        self.output, error = io.StringIO(), io.StringIO()
+        try:
+            with (
+                mock.patch.object(sys, "argv", words),
+                contextlib.redirect_stdout(self.output),
+                contextlib.redirect_stderr(error),
+            ):
+                summary.main()
+        finally:
+            self.errors = error.getvalue().splitlines()
+        return self.output.getvalue().splitlines()
 
     def test_table(self):
         for seed, bpd in [(1, 0.16), (2, 0.18)]:
@@ -51,11 +60,92 @@ class TestSummary(SeededTest):
             self.summary(self.folder)
         self.assertRegex(caught.exception.code, "summary.py: error: there is no finished run in .*results.json")
 
-    def test_plot_that_cannot_be_written(self):
-        self.add_run("job_9", 0.1)
+    def test_the_same_run_twice(self):
+        """By links, other spellings and links that lead back, each run counts once."""
+        self.add_run("logs/a", 0.1, z_dim=2)
+        self.add_run("elsewhere/b", 0.3, z_dim=2)
+        for link, target in [
+            ("logs/b", "../elsewhere/b"),
+            ("logs/a again", "a"),
+            ("logs/back", "../logs"),
+            ("elsewhere/b/back", "../../logs"),
+            ("logs/nowhere", "../nothing"),
+            ("all", "logs"),
+        ]:
+            (self.folder / link).symlink_to(target)
+        for folders in [["logs"], ["all"], ["all/", "logs/a", "logs/../logs"], ["elsewhere"], ["logs/back", "logs"]]:
+            lines = self.summary(*(f"{self.folder}/{folder}" for folder in folders))
+            self.assertEqual((lines[1].split()[:4], self.errors), (["all", "runs", "2", "0.2000"], []), folders)
+
+    def test_damaged_results(self):
+        self.add_run("good", 0.1, z_dim=2)
+        self.add_run("worse", 0.3, z_dim=2)
+        good = json.loads((self.folder / "good" / "results.json").read_text())
+        damaged = self.folder / "worse" / "results.json"
+        for left in [
+            *(b"", b"\0" * 50, b'{"test_bpd": 0.1', b"\xff\xfe", b"[" * 100_000, b"[]", b"3", b"null", b"{}"),
+            *(json.dumps({**good, "test_bpd": bpd}).encode() for bpd in [None, "0.1", [0.1], True, float("nan")]),
+            json.dumps({**good, "hyperparameters": None}).encode(),
+            json.dumps({"score": 1}).encode(),
+        ]:
+            damaged.write_bytes(left)
+            with mock.patch.object(figures, "bpd_by_setting"):
+                self.assertRegex(self.summary(self.folder)[1], r"^all runs +1  0\.1000 ")
+            self.assertEqual(len(self.errors), 1, left)
+            self.assertRegex(self.errors[0], f"^{damaged} is left out: .")
         with self.assertRaises(SystemExit) as caught:
-            self.summary(self.folder, plot="no folder/plot.png")
-        self.assertRegex(caught.exception.code, r"summary.py: error: cannot write .*plot.png \(No such.*--plot")
+            self.summary(self.folder / "worse")
+        self.assertRegex(caught.exception.code, "there is no finished run in .*worse")
+        damaged.unlink()
+        damaged.mkdir()
+        self.assertRegex(self.summary(self.folder)[1], r"^all runs +1  0\.1000 ")
+        self.assertEqual(len(self.errors), 1)
+
+    def test_values_of_any_types(self):
+        for number, value in enumerate([3, 0.5, None, "a", True, [3, "a"], [3, 4], {"b": 1}, {"a": 1}, [[]]]):
+            self.add_run(f"{number}", 0.1, value=value)
+        self.assertEqual(len(self.summary(self.folder)), 1 + 10 + 1)
+
+    def test_folders_that_are_none(self):
+        """A shell's * names files, too, which is no mistake; a name that is not there is one."""
+        self.add_run("good", 0.1)
+        (self.folder / "file").touch()
+        self.summary(self.folder / "good", self.folder / "file")
+        self.assertEqual(self.errors, [])
+        self.summary(self.folder / "good", self.folder / "godo")
+        self.assertRegex("".join(self.errors), "^.*godo is left out: No such file or directory$")
+
+    def test_plot_that_cannot_be_written(self):
+        """The table is printed all the same."""
+        self.add_run("job_9", 0.1)
+        (self.folder / "folder.png").mkdir()
+        for plot, message in [("no folder/plot.png", "No such"), ("folder.png", "directory")]:
+            with self.assertRaises(SystemExit) as caught:
+                self.summary(self.folder, plot=plot)
+            self.assertRegex(caught.exception.code, rf"^summary.py: error: no plot \(.*{plot}.*{message}.*--plot$")
+            self.assertIn("all runs", self.output.getvalue())
+        with (
+            mock.patch.object(figures, "bpd_by_setting", side_effect=ValueError("odd\ntext")),
+            self.assertRaises(SystemExit) as caught,
+        ):
+            self.summary(self.folder)
+        self.assertRegex(caught.exception.code, r"^summary.py: error: no plot \(ValueError: odd text\): .*--plot$")
+        left = {path.name for path in self.folder.iterdir()}
+        self.assertEqual(left, {"job_9", "folder.png"})
+
+    def test_plot_that_is_no_picture(self):
+        """It is known before anything is read, and no file is overwritten that is none by its name."""
+        self.add_run("job_9", 0.1)
+        for name in ["runs.txt", "job_9/results.json", "plot", "png", "job_9", "", "a.png.bak"]:
+            before = {path: path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}
+            with mock.patch.object(summary, "read_runs"), self.assertRaises(SystemExit) as caught:
+                self.summary(self.folder, plot=name)
+            self.assertEqual((caught.exception.code, len(self.errors)), (2, 1))
+            self.assertRegex(self.errors[0], "--plot must be a file whose name ends with .png, .*, got ")
+            self.assertEqual({path: path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}, before)
+        for name, start in [("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a.jpg", b"\xff\xd8")]:
+            self.summary(self.folder, plot=name)
+            self.assertTrue((self.folder / name).read_bytes().startswith(start), name)
 
     def test_help_needs_no_library(self):
         """It is there at once: nothing is imported that takes seconds."""

@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 import bmnist
 import train_pl
-from harness import processes, report
+from harness import processes, report, run
 from tests.helpers import (
     REPOSITORY,
     SeededTest,
@@ -369,9 +369,25 @@ class TestTraining(TrainingTest):
             self.assertEqual((logged.count(f"train_{name}"), logged.count(f"val_{name}")), (2, 3))
 
     def test_progress_bar(self):
-        _, output = self.train(epochs=1, progress_bar=True)
+        """On a terminal; in a file the lines of the epochs are there instead."""
+        with mock.patch.object(run, "shows_bar", lambda args: args.progress_bar):
+            _, output = self.train(epochs=1, progress_bar=True)
         self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
         self.assertNotIn("epoch   1/1", output)
+        _, output = self.train(epochs=1, progress_bar=True)
+        self.assertNotIn("Epoch 0", output)
+        self.assertIn("epoch   1/1", output)
+
+    def test_progress_bar_where_rich_is_installed(self):
+        """Lightning would take its bar then."""
+        connector = "pytorch_lightning.trainer.connectors.callback_connector"
+        with (
+            mock.patch(f"{connector}._RICH_AVAILABLE", True),
+            mock.patch(f"{connector}.RichProgressBar", mock.Mock(side_effect=AssertionError)),
+            mock.patch.object(run, "shows_bar", lambda args: args.progress_bar),
+        ):
+            _, output = self.train(epochs=1, progress_bar=True)
+        self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
 
 
 if __name__ == "__main__":

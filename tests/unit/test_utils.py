@@ -115,3 +115,8 @@ class TestManifold(SeededTest):
         self.assertTrue(torch.equal(manifold_latents(1), torch.zeros(1, 2)))
         with self.assertRaisesRegex(ValueError, "grid_size"):
             manifold_latents(0)
+
+    def test_on_the_cpu_by_any_default(self):
+        """A Mac's GPU has no double precision."""
+        with torch.device("meta"):
+            self.assertEqual(manifold_latents(3).device.type, "cpu")

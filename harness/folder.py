@@ -1,0 +1,166 @@
+"""The folder of a run: made or found, told from what is somebody else's, and kept to one process."""
+
+import contextlib
+import json
+import os
+from typing import NamedTuple
+
+import yaml
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from harness import checkpoints, report
+from harness.files import UNFINISHED, only_process, write_text
+from harness.program import CHANGEABLE_FLAGS, UserError, note
+
+LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
+OUR_FLAGS = {"model", "epochs", "run_name", "log_dir"}  # by which the hparams.yaml of a run is told from others
+LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run
+
+
+class RunError(UserError):
+    """The run cannot be started or continued."""
+
+
+class Place(NamedTuple):
+    """Where a run is, and how far it has come."""
+
+    folder: str
+    checkpoint: str | None  # the checkpoint to continue from
+    epoch: int  # its number of epochs, 0 without one
+    seconds: float  # that these epochs took
+    device: str | None  # what trained them, as in results.json
+
+
+def finished_results(folder, flags, defaults, tell=None):
+    """
+    The results of a finished run. Changes nothing.
+    Inputs:
+        folder - The run's folder.
+        flags, defaults - Dicts of every flag, and of its default, see Run.
+        tell - Function of a line, which is called for what is damaged; None: nothing is said of it.
+    Outputs:
+        results - What results.json holds; None where the run is unfinished or new.
+    Raises:
+        RunError - where the folder is another one's: other hyperparameters, or no run at all.
+    """
+    there = flags_of_run(folder, tell)
+    if there is None:
+        return None
+    there = {**defaults, **there}
+    differences = [
+        f"--{flag} was {there[flag]}, is {flags[flag]}"
+        for flag in flags
+        if flag in there and flag not in CHANGEABLE_FLAGS | {"epochs"} and there[flag] != flags[flag]
+    ]
+    if differences:
+        raise RunError(
+            f"{folder} holds a run with other hyperparameters ({'; '.join(differences)}): "
+            "give the same ones to continue it, or choose another --run_name"
+        )
+    if there["epochs"] != flags["epochs"] and flags["lr_schedule"] != "constant":
+        raise RunError(
+            f"{folder} holds a run with --epochs {there['epochs']}, over which its learning rate falls: it cannot be "
+            f"one with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
+        )
+    path = os.path.join(folder, "results.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        epochs, _ = results["hyperparameters"]["epochs"], float(results["test_bpd"])
+        return results if epochs == flags["epochs"] else None  # of fewer epochs, it goes on
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError):
+        if tell:
+            tell(f"{path} is damaged; it is made anew from the run's checkpoints")
+        return None
+
+
+def flags_of_run(folder, tell):
+    """
+    The flags of the run in a folder, as its hparams.yaml or, where that is damaged, its checkpoints have them; None
+    where the folder is not there or can be used. Raises a RunError where it is another one's.
+    """
+    if not os.path.isdir(folder):
+        return None
+    path = os.path.join(folder, "hparams.yaml")
+    try:
+        with open(path, encoding="utf-8") as file:
+            flags = yaml.safe_load(file)
+    except FileNotFoundError:
+        if all(map(may_be_there, os.scandir(folder))):
+            return None
+        raise RunError(f"{folder} is there already, but holds no run: choose another --run_name") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        flags = None
+    if not isinstance(flags, dict):
+        flags = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
+        if flags is None:
+            raise RunError(
+                f"{path} is damaged, and no checkpoint says what the run is: delete {folder} to start over, or choose "
+                "another --run_name"
+            )
+        if tell:
+            tell(f"{path} is damaged; it is made anew from the run's checkpoints")
+    if not flags.keys() >= OUR_FLAGS:
+        raise RunError(f"{folder} holds a run of another program: choose another --run_name")
+    return flags
+
+
+def may_be_there(entry):
+    """Whether a folder can become a run's that has this os.DirEntry: a log, something hidden, an empty folder."""
+    if entry.is_dir():
+        return entry.name.startswith(".") or not os.listdir(entry)
+    return entry.name.startswith(".") or entry.name.endswith((*LOGS, UNFINISHED))
+
+
+@contextlib.contextmanager
+def open_folder(log_dir, name, flags, defaults, quantities):
+    """
+    Makes the folder of a run, or finds where to continue it, and keeps it to this process while the context lasts.
+    Inputs:
+        log_dir - Directory of all runs.
+        name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
+        flags, defaults, quantities - See Run; the values of the flags are plain ones.
+    Outputs:
+        place - A Place. What its folder holds is that of the epochs up to its checkpoint.
+    Raises:
+        RunError - where the folder cannot be made, is in use, or is another one's (see finished_results).
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
+            os.makedirs(folder, exist_ok=True)
+            stack.enter_context(only_process(folder, LOCK_TIMEOUT))
+        except UserError as error:  # it is in use
+            raise RunError(str(error)) from None
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the log directory {log_dir} ({error.strerror}); choose another one with --log_dir"
+            ) from error
+        if finished_results(folder, flags, defaults, tell=note):
+            raise RunError(f"{folder} was finished by another process just now")
+        path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"))
+        kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
+        history = kept["history"]
+        epoch = max(len(history) - 1, 0)
+        if epoch > flags["epochs"]:
+            raise RunError(
+                f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
+                f"--epochs {epoch} or more, or choose another --run_name"
+            )
+        write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
+        report.return_to_epoch(folder, history, quantities)
+        yield Place(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device"))
+
+
+def numbered_folder(log_dir):
+    """Makes the next free folder `<log_dir>/lightning_logs/version_N`, for this process alone."""
+    version = TensorBoardLogger(log_dir).version
+    while True:
+        folder = os.path.join(log_dir, "lightning_logs", f"version_{version}")
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            version += 1  # another process was faster

@@ -1,0 +1,49 @@
+"""
+The settings in a file, for sweep.sbatch: `python slurm/settings.py FILE` prints each line of flags, read and quoted as
+a shell does it, but for what a shell would run or replace.
+"""
+
+import re
+import shlex
+import sys
+
+
+def read_settings(path):
+    """
+    Reads a file of flags, one setting a line; comments and empty lines are left out.
+    Inputs:
+        path - Path of the file, which may come from any editor and system.
+    Outputs:
+        settings - A list of words for each setting.
+    Raises:
+        ValueError - where a line is of no use, or none has flags.
+        OSError - where the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # PowerShell writes UTF-16
+    settings = []
+    for number, line in enumerate(re.split("\r\n|\n|\r", data.decode(encoding, "surrogateescape")), 1):
+        try:  # shlex would begin a comment within a word, too
+            words = shlex.split(re.sub(r"(?<=\S)#", "\0", line), comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        settings.append([word.replace("\0", "#") for word in words])
+    settings = [words for words in settings if words]
+    if not settings:
+        raise ValueError(f"there are no settings in {path}")
+    return settings
+
+
+def main():
+    try:
+        settings = read_settings(sys.argv[1])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: SETTINGS is of no use: {error}")
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for words in settings:
+        print(shlex.join(words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Programs under settings of the user's: `python -m unittest tests/programs/test_settings.py`."""
+
+import os
+import subprocess
+import sys
+import unittest
+
+from harness import figures
+from tests.helpers import REPOSITORY, CommandTest, few_digits
+
+# A program that draws a figure, and then imports what Lightning imports.
+PROGRAM = """
+import os
+before = dict(os.environ)
+from harness import figures
+import matplotlib.pyplot
+assert dict(os.environ) == before, os.environ
+figures.bpd_by_setting("plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
+"""
+
+
+class TestSettings(CommandTest):
+    def test_figures(self):
+        """They say nothing about settings, and those that matplotlib cannot use do not stop them."""
+        figures.bpd_by_setting(self.folder / "plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
+        expected = (self.folder / "plot").read_bytes()
+        nowhere = self.folder / "plot" / "x"  # no folder can be made below a file
+        wanted = self.folder / "wanted"
+        wanted.write_text("text.usetex: True\nsavefig.transparent: True\nlines.linewidth: 9\nno.such.key: 1\nnonsense")
+        damaged = self.folder / "matplotlibrc"
+        damaged.write_bytes(b"lines.linewidth: 9\n\xff\xfe")
+        styles = self.folder / "stylelib"
+        styles.mkdir()
+        (styles / "my.mplstyle").write_bytes(b"\xff\xfe")
+        nowhere_to_write = dict.fromkeys(["HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"], nowhere)
+        processes = []
+        for number, variables in enumerate(
+            [
+                {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": nowhere},
+                {"MATPLOTLIBRC": wanted, **nowhere_to_write},
+                {"MPLCONFIGDIR": self.folder},  # with damaged settings and styles
+            ]
+        ):
+            folder = self.folder / str(number)
+            folder.mkdir()
+            if number == 0:
+                (folder / "matplotlibrc").write_bytes(damaged.read_bytes())
+            environment = {name: value for name, value in os.environ.items() if name not in figures.SETTINGS}
+            environment |= {"PYTHONPATH": str(REPOSITORY), **{name: str(value) for name, value in variables.items()}}
+            command = [sys.executable, "-c", PROGRAM]
+            process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
+            processes.append((variables, folder, process))
+        for variables, folder, process in processes:
+            with self.subTest(variables):
+                self.assertEqual(process.communicate(timeout=300)[1], "")
+                self.assertEqual((folder / "plot").read_bytes(), expected)
+
+    def test_training(self):
+        """With the backend of a notebook, as every command has it that is started from one."""
+        variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x"}
+        folder, left = self.train("--z_dim", "2", run=self.run_command, **variables, **few_digits(self.folder))
+        self.assertGreater(left["test_bpd"], 0)
+        self.assertTrue((folder / "bpd_curves.png").exists())
+        checkpoint = folder / "checkpoints" / "best.ckpt"
+        flags = ["--iw_samples", "1"]
+        code, _, error = self.run_command("evaluate.py", checkpoint, *flags, **variables, **few_digits(self.folder))
+        self.assertEqual((code, error), (0, ""))
+
+
+if __name__ == "__main__":
+    unittest.main()
