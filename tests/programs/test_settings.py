@@ -58,12 +58,12 @@ class TestSettings(CommandTest):
     def test_training(self):
         """With the backend of a notebook, as every command has it that is started from one."""
         variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x"}
-        folder, left = self.train("--z_dim", "2", run=self.run_command, **variables, **few_digits(self.folder))
+        variables |= few_digits(self.folder, (300, 50, 200))
+        folder, left = self.train("--z_dim", "2", run=self.run_command, **variables)
         self.assertGreater(left["test_bpd"], 0)
         self.assertTrue((folder / "bpd_curves.png").exists())
         checkpoint = folder / "checkpoints" / "best.ckpt"
-        flags = ["--iw_samples", "1"]
-        code, _, error = self.run_command("evaluate.py", checkpoint, *flags, **variables, **few_digits(self.folder))
+        code, _, error = self.run_command("evaluate.py", checkpoint, "--iw_samples", "1", **variables)
         self.assertEqual((code, error), (0, ""))
 
 

@@ -100,6 +100,78 @@ class TestTraining(CommandTest):
         self.assertIn(load(self.folder / folder, "last")["epoch"] + 1, [int(epoch) - 1, int(epoch)])
         self.assertIn(len(metrics(self.folder / folder)), [int(epoch), int(epoch) + 1])  # the first is epoch 0
 
+    def test_terminate(self):
+        """kill sends SIGTERM: the same words as for Ctrl-C, and the exit code that a shell expects."""
+        flags = ["--dataset", "rendered", "--hidden_dims", "64"]
+        process = self.start(REPOSITORY / "train_pl.py", *flags, OMP_NUM_THREADS="1", **few_digits(self.folder))
+        for line in process.stdout:
+            if line.startswith("epoch   2/80"):
+                process.terminate()
+                break
+        stdout, stderr = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, stderr), (143, ""))
+        self.assertRegex(stdout, r"Interrupted in epoch \d+. .* stays usable.* The same command and --run_name")
+        process = self.start(REPOSITORY / "train_pl.py", *flags, "--devices", "2", "--accelerator", "cpu")
+        for line in process.stdout:
+            if line.startswith("epoch   0/80"):
+                process.terminate()
+                break
+        stdout, stderr = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, stderr), (143, ""))
+        self.assertRegex(stdout, r"\nInterrupted in epoch \d")
+
+    def test_no_room_for_a_checkpoint(self):
+        """As over quota: one line, and with room again the same command goes on."""
+        flags = ["--dataset", "rendered", "--epochs", "2", "--hidden_dims", "64", "--run_name", "run"]
+        for code, limit in [(1, 2**20), (0, -1)]:
+            variables = few_digits(self.folder)
+            with open(self.folder / "sitecustomize.py", "a") as file:
+                file.write(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1))\n")
+            result = self.run_command("train_pl.py", *flags, OMP_NUM_THREADS="1", **variables)
+            if code:
+                checkpoint = "VAE_logs/run/checkpoints/best.ckpt"
+                self.assert_one_line(result, 1, f"error: cannot write {checkpoint} (File too large); make room and")
+                self.assertEqual(list((self.folder / "VAE_logs").rglob("*.tmp")), [])
+            else:
+                self.assertEqual((result[0], result[2]), (0, ""))
+
+    def test_a_pipe_that_is_closed(self):
+        """As by `train_pl.py | head -1`: the run goes on without its lines."""
+        flags = ["--dataset", "rendered", "--epochs", "1", "--run_name", "run"]
+        process = self.start(REPOSITORY / "train_pl.py", *flags, OMP_NUM_THREADS="1", **few_digits(self.folder))
+        process.stdout.readline()
+        process.stdout.close()
+        self.assertEqual(process.stderr.read().count("nothing more can be printed here (Broken pipe)"), 1)
+        self.assertEqual((process.wait(120), process.stderr.close()), (0, None))
+        self.assertTrue((self.folder / "VAE_logs" / "run" / "results.json").exists())
+
+    def test_own_trainer_with_two_processes(self):
+        """Each keeps the sums of its own losses, although Lightning's DDP shares the buffers of modules."""
+        (self.folder / "script.py").write_text(
+            "import pytorch_lightning as pl, sys, torch\n"
+            "from argparse import Namespace\n"
+            "from train_pl import VAE, load_data, complete_flags\n"
+            "torch.manual_seed(0)\n"
+            "model = VAE('MLP', [16], 4, 3, 0.01)\n"
+            "train_loader, *_ = load_data(complete_flags(Namespace(dataset='rendered', batch_size=50)))\n"
+            "seen, step = [], model.training_step\n"
+            "def training_step(batch, batch_idx):\n"
+            "    output = step(batch, batch_idx)\n"
+            "    seen.append(output['bpd'].item())\n"
+            "    return output\n"
+            "model.training_step = training_step\n"
+            "options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)\n"
+            "trainer = pl.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', **options)\n"
+            "trainer.fit(model, train_loader)\n"
+            "logged = trainer.callback_metrics['train_bpd'].item()\n"
+            "print('logged and seen:', logged, sum(seen) / len(seen), flush=True)\n"
+        )
+        process = self.start("script.py", OMP_NUM_THREADS="1", **few_digits(self.folder))
+        stdout, _ = process.communicate(timeout=600)
+        lines = [line.split(": ")[1].split() for line in stdout.splitlines() if line.startswith("logged and seen")]
+        logged, seen = zip(*(map(float, line) for line in lines))
+        self.assertAlmostEqual(logged[0], sum(seen) / 2, places=4)
+
     def test_tensorboard_shows_the_run(self):
         folder, results = self.train("--z_dim", "2", setup=use_few_digits)
         with socket.socket() as free:
