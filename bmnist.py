@@ -7,14 +7,12 @@ cluster often have no network), and prints the splits.
 
 import argparse
 import contextlib
-import glob
 import gzip
 import hashlib
 import http.client
 import io
 import itertools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -317,35 +315,34 @@ def check_data_dir(root):
 
 def not_taken(root, missing, rejected):
     """
-    Looks for files of MNIST that were brought along under another name, or to another place.
+    Looks for what was brought along and not taken: files of another name, or beside the folder that they belong in.
     Inputs:
         root - Directory of the data.
         missing - The names of the files that are missing.
         rejected - As read_files returns it.
     Outputs:
-        sentence - What was found and not taken, with the reasons, or nothing where nothing was found.
+        sentence - What was found, with the reasons, or nothing where nothing was found.
     """
-    folder, expected = root / "MNIST" / "raw", {f"{name}{end}" for name in FILES for end in ["", ".gz"]}
-    known = {md5: name for name, (md5, _) in FILES.items()}
-    remedies, reasons = {}, {path: f"{path.name} ({reason})" for path, reason in rejected.items()}
-    found = (glob.iglob(pattern, root_dir=root) for pattern in ["*", "*/*", "*/raw/*", "MNIST/raw/*/*"])
-    # Not too many: the directory may be somebody's home.
-    for path in map(root.joinpath, itertools.islice(itertools.chain.from_iterable(found), 10_000)):
-        in_place, likely = path.parent == folder, re.search("idx|ubyte|images|labels", path.name, re.IGNORECASE)
-        read_already = in_place and path.name in expected
-        if read_already or not (in_place or likely) or not os.path.isfile(path) or os.path.getsize(path) > 1e8:
+    folder = root / "MNIST" / "raw"
+    names = {md5: name for name, (md5, _) in FILES.items() if name in missing}
+    remedies, reasons = [], [f"{path.name} ({problem})" for path, problem in rejected.items()]
+    places = map(root.glob, ["MNIST/raw/*", "MNIST/raw/*ubyte*/*ubyte*", "*ubyte*", "*/*ubyte*"])
+    for path in itertools.islice(itertools.chain.from_iterable(places), 1_000):
+        in_place, name = path.parent == folder, path.name.removesuffix(".gz")
+        if path in rejected or path.name.startswith(".") or (in_place and name in FILES and name not in missing):
             continue
         try:
-            name, reason = known.get(md5_of(read_file(path))), "it holds none of the four files"
-        except DataError as error:
-            name, reason = None, error
-        if name in missing:
-            remedies[name] = (
+            name = names.get(md5_of(read_file(path)))
+        except DataError as problem:
+            reasons.append(f"{path.name} ({problem})")
+            continue
+        if name is None:
+            reasons.append(f"{path.name} (it holds none of the missing files)")
+        else:
+            remedies.append(
                 f"{path.name} (rename it to {name})" if in_place else f"{path} (move it to {folder / name})"
             )
-        elif name is None and in_place:
-            reasons[path] = f"{path.name} ({reason})"
-    notes = [*remedies.values(), *reasons.values()]
+    notes = remedies + reasons
     more = f" and {len(notes) - 4} more" if len(notes) > 4 else ""
     return f". Found and not taken: {', '.join(notes[:4])}{more}" if notes else ""
 

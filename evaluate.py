@@ -13,12 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
+from harness import figures  # isort: skip  before Lightning, which imports matplotlib
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
-from harness import figures
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.files import write_text
 from harness.program import FlagError, Parser, UserError, ending, optional, plain_value, say

@@ -110,12 +110,12 @@ def read_checkpoint(path, map_location="cpu"):
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values, and could run code when it is loaded "
-            f"({one_line(error)})"
+            f"({telling_line(error)})"
         ) from error
     except Exception as error:  # damage becomes anything
         if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
             raise
-        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({one_line(error)})") from error
+        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({telling_line(error)})") from error
     if map_location != "cpu":
         checkpoint = load_tensors(data, map_location)
     if isinstance(checkpoint, dict) and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
@@ -147,7 +147,7 @@ def load_tensors(data, map_location):
         torch.serialization.add_safe_globals(others)
 
 
-def one_line(error):
+def telling_line(error):
     """An error in one line: of torch's explanations the one that names what is wrong."""
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
@@ -202,7 +202,7 @@ def load_model(
         keys = model.load_state_dict(state_dict, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise CheckpointError(
-            f"{checkpoint_path} does not fit {model_class.__name__} of train_pl.py ({one_line(error)})"
+            f"{checkpoint_path} does not fit {model_class.__name__} of train_pl.py ({telling_line(error)})"
         ) from error
     for kind, names in zip(["lacks", "has too many"], keys):
         if names:
@@ -221,7 +221,7 @@ def read_hyperparameters(path):
             return load_hparams_from_tags_csv(path)
         return {**load_hparams_from_yaml(path, use_omegaconf=False)}
     except (yaml.YAMLError, TypeError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{path} holds no hyperparameters ({one_line(error)})") from error
+        raise CheckpointError(f"{path} holds no hyperparameters ({telling_line(error)})") from error
 
 
 def read_run_checkpoint(path):
