@@ -1,1 +1,8 @@
 """What keeps a run alive, and no mathematics. It imports nothing of ours from outside this folder."""
+
+import os
+
+# Which of several processes this one is, from a launcher. Left empty by a script, they would end Lightning's import.
+for _name in ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"]:
+    if not os.environ.get(_name, "0").isdigit():
+        del os.environ[_name]

@@ -90,18 +90,20 @@ def flags_of_run(folder, tell):
     except FileNotFoundError:
         if all(map(may_be_there, os.scandir(folder))):
             return None
-        raise RunError(f"{folder} is there already, but holds no run: choose another --run_name") from None
+        flags = None
     except (yaml.YAMLError, UnicodeDecodeError):
         flags = None
     if not isinstance(flags, dict):
         flags = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
+        if flags is None and not os.path.exists(path):
+            raise RunError(f"{folder} is there already, but holds no run: choose another --run_name")
         if flags is None:
             raise RunError(
                 f"{path} is damaged, and no checkpoint says what the run is: delete {folder} to start over, or choose "
                 "another --run_name"
             )
         if tell:
-            tell(f"{path} is damaged; it is made anew from the run's checkpoints")
+            tell(f"{path} is damaged or gone; it is made anew from the run's checkpoints")
     if not flags.keys() >= OUR_FLAGS:
         raise RunError(f"{folder} holds a run of another program: choose another --run_name")
     return flags

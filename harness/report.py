@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
+from harness import figures
 from harness.checkpoints import RUN, newest_checkpoint
 from harness.files import UNFINISHED, write_text, written_whole
 from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, optional, say
@@ -152,8 +153,6 @@ class EpochReport(Checkpoint):
             test_bpd - Test bpd of the checkpoint with the lowest validation bpd.
             path - The PNG file, in the run's folder.
         """
-        from harness import figures  # only now, since matplotlib would delay the start of training
-
         self.read_history(os.path.dirname(path))
         train_bpd = self.curve("train_bpd")
         if self.first_step_bpd is not None:
@@ -163,8 +162,6 @@ class EpochReport(Checkpoint):
 
     def draw_samples(self, path):
         """Draws the samples of question 1.10: before training, after 10 epochs, and the last ones in path's folder."""
-        from harness import figures
-
         folder = os.path.dirname(path)
         drawn = [re.fullmatch(r"epoch_(\d+)_samples.png", name) for name in os.listdir(folder)]
         epochs = sorted(int(match[1]) for match in drawn if match)

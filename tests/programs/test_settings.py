@@ -57,7 +57,7 @@ class TestSettings(CommandTest):
 
     def test_training(self):
         """With the backend of a notebook, as every command has it that is started from one."""
-        variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x"}
+        variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x", "LOCAL_RANK": ""}
         variables |= few_digits(self.folder, (300, 50, 200))
         folder, left = self.train("--z_dim", "2", run=self.run_command, **variables)
         self.assertGreater(left["test_bpd"], 0)

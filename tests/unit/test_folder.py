@@ -148,8 +148,9 @@ class TestFolder(NamedRunTest):
             with self.assertRaisesRegex(RunError, "--hidden_dims was"):
                 self.train(epochs=2, hidden_dims=[7])
             self.assertEqual(path.read_bytes(), bad)
+        path.unlink()
         _, output = self.train(epochs=2)
-        self.assertIn(f"{path} is damaged; it is made anew from the run's checkpoints\n", output)
+        self.assertIn(f"{path} is damaged or gone; it is made anew from the run's checkpoints\n", output)
         self.assertIn("continued after epoch 1", output)
         self.assertEqual(path.read_text(), good)
 

@@ -20,7 +20,7 @@ import train_pl
 from harness import checkpoints, report, run
 from harness.folder import RunError
 from harness.program import CHANGEABLE_FLAGS, NoRoomError
-from tests.helpers import NamedRunTest, TrainingTest, metrics, printed_lines, results, summaries
+from tests.helpers import NamedRunTest, TrainingTest, load, metrics, printed_lines, results, summaries
 from train_pl import QUANTITIES, VAE, train_vae
 
 
@@ -249,6 +249,13 @@ class TestNothingLost(NamedRunTest):
             self.assertEqual(list(self.run_folder().rglob("*.tmp")), [])
         self.train(epochs=1)
         self.assertGreater(results(self.run_folder())["test_bpd"], 0)
+
+    def test_where_the_data_is(self):
+        """Kept in a way that holds from other working directories, and where data and runs are moved together."""
+        folder, _ = self.train(epochs=1, data_dir=os.path.relpath(self.folder / "data"))
+        kept = load(folder, "best")["run"]
+        data = os.path.realpath(self.folder / "data")
+        self.assertEqual((kept["data_dir"], kept["data_dir_from_run"]), (data, os.path.join("..", "data")))
 
     def test_other_threads(self):
         self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
