@@ -76,11 +76,17 @@ class Run:
         self.name = args.run_name or slurm.run_name()
         self.report = report.EpochReport(self.flags, list(quantities), print_lines=not shows_bar(args))
         self.trainer = make_trainer(args, os.path.join(self.log_dir, self.name or ""), [*callbacks, self.report])
-        self.stack = contextlib.ExitStack()
 
     def __enter__(self):
-        self.stack.enter_context(sigterm_raises())
-        self.stack.enter_context(processes.connected(self.trainer))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sigterm_raises())
+            stack.enter_context(processes.connected(self.trainer))
+            self.find_results()
+            self.stack = stack.pop_all()
+        return self
+
+    def find_results(self):
+        """Sets is_finished and, if it is so, says it and draws the figures that a killed process left out."""
         results = None
         if self.name:
             self.folder = os.path.join(self.log_dir, self.name)
@@ -89,8 +95,7 @@ class Run:
         if self.is_finished:
             self.print(f"{self.folder} is finished: test bpd {results['test_bpd']:.4f}")
             self.test_result = [{"test_bpd": results["test_bpd"]}]
-            self.draw_figures(results["test_bpd"])  # those that it lacks, if it was killed as it drew them
-        return self
+            self.draw_figures(results["test_bpd"])
 
     def __exit__(self, kind, error, traceback):
         if error is not None and hasattr(self.trainer.strategy.launcher, "kill"):

@@ -157,6 +157,15 @@ class TestSigterm(NamedRunTest):
         _, output = self.train()
         self.assertIn("continued after epoch 1", output)
 
+    def test_in_a_run_that_is_refused(self):
+        self.stop_at(VAE, "on_train_epoch_start", 0)
+        try:
+            self.train(z_dim=4)
+        except RunError:  # whose frames are still there
+            self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+        else:
+            self.fail("it was not refused")
+
     def test_a_handler_of_the_users(self):
         calls = []
         self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: calls.append(1)))

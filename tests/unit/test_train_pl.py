@@ -382,7 +382,7 @@ class TestTraining(TrainingTest):
         """Lightning would take its bar then."""
         connector = "pytorch_lightning.trainer.connectors.callback_connector"
         with (
-            mock.patch(f"{connector}._RICH_AVAILABLE", True),
+            mock.patch(f"{connector}._RICH_AVAILABLE", True, create=True),  # Lightning 2.5 does not look for it
             mock.patch(f"{connector}.RichProgressBar", mock.Mock(side_effect=AssertionError)),
             mock.patch.object(run, "shows_bar", lambda args: args.progress_bar),
         ):
