@@ -100,11 +100,13 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if error is not None and hasattr(self.trainer.strategy.launcher, "kill"):
             self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # processes of this one
+        self.stack.__exit__(kind, error, traceback)
         if isinstance(error, RuntimeError) and self.args.num_workers and re.search(WORKERS_FAILED, str(error)):
-            raise RunError(f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}")
+            raise RunError(
+                f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}"
+            ) from error
         if has_no_room(error) and not isinstance(error, UserError):
             raise NoRoomError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
-        return self.stack.__exit__(kind, error, traceback)
 
     def print(self, text):
         """Prints in the first process alone, and at once."""

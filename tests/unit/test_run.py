@@ -256,6 +256,7 @@ class TestNothingLost(NamedRunTest):
             ):
                 self.train(epochs=1)
             self.assertEqual(list(self.run_folder().rglob("*.tmp")), [])
+            self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
         self.train(epochs=1)
         self.assertGreater(results(self.run_folder())["test_bpd"], 0)
 
