@@ -115,7 +115,10 @@ def plain_value(value):
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (str, os.PathLike)):
-        return str(os.fspath(value))
+        text = str(os.fspath(value))
+        if text != text.encode(errors="replace").decode():
+            raise ValueError("a text in UTF-8, which can be written into files")
+        return text
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Number) and not isinstance(value, complex):

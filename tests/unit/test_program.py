@@ -191,6 +191,7 @@ class TestComplete(SeededTest):
             ("sizes", [[3]], "--sizes must be one or more numbers of at least 1, got [[3]]"),
             ("shiny", "no", "--shiny must be True or False, got 'no'"),
             ("name", 3, "--name must be a text, got 3"),
+            ("name", "b\udcff", "--name must be a text in UTF-8, which can be written into files, got 'b\\udcff'"),
             ("name", b"x", "--name must be a number, a text, or a list of them, got b'x'"),
             ("more", {1}, "--more must be a number, a text, or a list of them, got {1}"),
             ("number", 0, "--number must be at least 1, got 0"),
