@@ -76,6 +76,15 @@ def finished_results(folder, flags, defaults, tell=None):
         return None
 
 
+def epochs_of_results(folder):
+    """Number of epochs that a folder's results.json is of; 0 where there is none, or a damaged one."""
+    try:
+        with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+            return int(json.load(file)["hyperparameters"]["epochs"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
 def flags_of_run(folder, tell):
     """
     The flags of the run in a folder, as its hparams.yaml or, where that is damaged, its checkpoints have them; None
@@ -150,6 +159,11 @@ def open_folder(log_dir, name, flags, defaults, quantities):
             raise RunError(
                 f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
                 f"--epochs {epoch} or more, or choose another --run_name"
+            )
+        if epoch < (finished := epochs_of_results(folder)):
+            raise RunError(
+                f"{folder} holds the results of {finished} epochs, but no checkpoint of them to go on from: choose "
+                "another --run_name"
             )
         write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
         report.return_to_epoch(folder, history, quantities)

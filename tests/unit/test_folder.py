@@ -219,6 +219,16 @@ class TestMoreEpochs(NamedRunTest):
         self.train(epochs=3, run_name="short")
         assert_left_the_same(self, self.run_folder(), self.folder / "short")
 
+    def test_results_whose_checkpoints_are_gone(self):
+        """Deleted to save space: another number of epochs does not replace what is left."""
+        self.train(epochs=2)
+        shutil.rmtree(self.run_folder() / "checkpoints")
+        before = self.contents()
+        for epochs in [1, 3]:
+            with self.assertRaisesRegex(RunError, "holds the results of 2 epochs, but no checkpoint of them"):
+                self.train(epochs=epochs)
+            self.assertEqual(self.contents(), before)
+
     def test_refused(self):
         self.train(epochs=3)
         before = self.contents()
