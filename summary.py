@@ -1,13 +1,11 @@
 """The results of many runs at a glance: `python summary.py VAE_logs/job_17_*` prints a table and draws a plot."""
 
-import json
-import math
 import os
 from statistics import mean, stdev
 
-from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, note, one_line
+from harness.files import BPDS, read_results
+from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, note, one_line, say
 
-BPDS = ["test_bpd", "best_val_bpd"]
 PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
 
@@ -22,17 +20,13 @@ def read_runs(folders):
     """
     finished, unfinished = [], []
     for folder in run_folders(folders):
-        path = os.path.join(folder, "results.json")
         try:
-            with open(path, encoding="utf-8") as file:
-                results = json.load(file)
-            if not is_results(results):
-                raise ValueError("holds no results of a run")
-            finished.append(results)
+            finished.append(read_results(folder))
         except FileNotFoundError:
             unfinished.append(folder)
-        except (OSError, ValueError, RecursionError) as error:
-            note(f"{path} is left out: {getattr(error, 'strerror', None) or error}")
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            note(f"{os.path.join(folder, 'results.json')} is left out: {problem}")
     return finished, unfinished
 
 
@@ -54,15 +48,6 @@ def tell(error):
     """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
     if not isinstance(error, NotADirectoryError):
         note(f"{error.filename} is left out: {error.strerror}")
-
-
-def is_results(results):
-    """Whether what a results.json holds is what a run leaves there."""
-    return (
-        isinstance(results, dict)
-        and isinstance(results.get("hyperparameters"), dict)
-        and all(type(results.get(name)) in (int, float) and math.isfinite(results[name]) for name in BPDS)
-    )
 
 
 def by_setting(results):
@@ -126,9 +111,9 @@ def main():
         if not finished:
             raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
         groups = by_setting(finished)
-        print(*table(groups), sep="\n")
+        say("\n".join(table(groups)))
         if unfinished:
-            print(f"not finished: {', '.join(unfinished)}", flush=True)
+            say(f"not finished: {', '.join(unfinished)}")
         try:
             from harness import figures  # only now, since matplotlib would delay the table
 
@@ -136,7 +121,7 @@ def main():
             figures.bpd_by_setting(args.plot, bpds)
         except Exception as error:
             raise UserError(f"no plot ({one_line(error)}): choose another file with --plot") from error
-        print(f"plot {os.path.abspath(args.plot)}")
+        say(f"plot {os.path.abspath(args.plot)}")
 
 
 if __name__ == "__main__":

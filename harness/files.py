@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import warnings
 
@@ -9,7 +11,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from harness.program import MAKE_ROOM, NoRoomError, UserError, has_no_room, note
 
-UNFINISHED = ".tmp"  # the end of a file's name as long as it is being written
+UNFINISHED = ".unfinished"  # the end of a file's name as long as it is being written; of no file of anybody else's
+BPDS = ["test_bpd", "best_val_bpd"]  # the results that a run has at least
 LOCK = ".lock"  # the file that keeps a folder to one process
 # What file systems without locks say: NFS without its lock service, Lustre without flock, and others.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
@@ -49,6 +52,32 @@ def write_text(path, text, sync=False):
     """Writes a text file, see written_whole."""
     with written_whole(path, sync=sync) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         file.write(text)
+
+
+def read_results(folder):
+    """
+    Reads the results.json of a run, which it leaves once it is finished.
+    Inputs:
+        folder - The run's folder.
+    Outputs:
+        results - What it holds.
+    Raises:
+        FileNotFoundError - where there is none.
+        ValueError - where it is damaged, or another program's.
+        OSError - where it cannot be read.
+    """
+    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+        try:
+            results = json.load(file)
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+    if not (
+        isinstance(results, dict)
+        and isinstance(results.get("hyperparameters"), dict)
+        and all(type(results.get(name)) in (int, float) and math.isfinite(results[name]) for name in BPDS)
+    ):
+        raise ValueError("holds no results of a run")
+    return results
 
 
 @contextlib.contextmanager

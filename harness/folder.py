@@ -1,7 +1,6 @@
 """The folder of a run: made or found, told from what is somebody else's, and kept to one process."""
 
 import contextlib
-import json
 import os
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from harness import checkpoints, report
-from harness.files import UNFINISHED, only_process, write_text
+from harness.files import UNFINISHED, only_process, read_results, write_text
 from harness.program import CHANGEABLE_FLAGS, UserError, note
 
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
@@ -62,27 +61,15 @@ def finished_results(folder, flags, defaults, tell=None):
             f"{folder} holds a run with --epochs {there['epochs']}, over which its learning rate falls: it cannot be "
             f"one with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
         )
-    path = os.path.join(folder, "results.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
-        epochs, _ = results["hyperparameters"]["epochs"], float(results["test_bpd"])
-        return results if epochs == flags["epochs"] else None  # of fewer epochs, it goes on
+        results = read_results(folder)
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError):
+    except (OSError, ValueError):
         if tell:
-            tell(f"{path} is damaged; it is made anew from the run's checkpoints")
+            tell(f"{os.path.join(folder, 'results.json')} is damaged; it is made anew from the run's checkpoints")
         return None
-
-
-def epochs_of_results(folder):
-    """Number of epochs that a folder's results.json is of; 0 where there is none, or a damaged one."""
-    try:
-        with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-            return int(json.load(file)["hyperparameters"]["epochs"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0
+    return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None  # of fewer, it goes on
 
 
 def flags_of_run(folder, tell):
@@ -93,6 +80,7 @@ def flags_of_run(folder, tell):
     if not os.path.isdir(folder):
         return None
     path = os.path.join(folder, "hparams.yaml")
+    problem = f"{folder} holds a run of another program: choose another --run_name"
     try:
         with open(path, encoding="utf-8") as file:
             flags = yaml.safe_load(file)
@@ -100,22 +88,22 @@ def flags_of_run(folder, tell):
         if all(map(may_be_there, os.scandir(folder))):
             return None
         flags = None
+        problem = f"{folder} is there already, but holds no run: choose another --run_name"
     except (yaml.YAMLError, UnicodeDecodeError):
         flags = None
-    if not isinstance(flags, dict):
-        flags = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
-        if flags is None and not os.path.exists(path):
-            raise RunError(f"{folder} is there already, but holds no run: choose another --run_name")
-        if flags is None:
-            raise RunError(
-                f"{path} is damaged, and no checkpoint says what the run is: delete {folder} to start over, or choose "
-                "another --run_name"
-            )
+    if isinstance(flags, dict) and flags.keys() >= OUR_FLAGS:
+        return flags
+    kept = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
+    if kept is not None:
         if tell:
             tell(f"{path} is damaged or gone; it is made anew from the run's checkpoints")
-    if not flags.keys() >= OUR_FLAGS:
-        raise RunError(f"{folder} holds a run of another program: choose another --run_name")
-    return flags
+        return kept
+    if not isinstance(flags, dict) and os.path.exists(path):
+        problem = (
+            f"{path} is damaged, and no checkpoint says what the run is: delete {folder} to start over, or choose "
+            "another --run_name"
+        )
+    raise RunError(problem)
 
 
 def may_be_there(entry):
@@ -160,14 +148,31 @@ def open_folder(log_dir, name, flags, defaults, quantities):
                 f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
                 f"--epochs {epoch} or more, or choose another --run_name"
             )
-        if epoch < (finished := epochs_of_results(folder)):
-            raise RunError(
-                f"{folder} holds the results of {finished} epochs, but no checkpoint of them to go on from: choose "
-                "another --run_name"
-            )
+        set_aside_results(folder, epoch)
         write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
         report.return_to_epoch(folder, history, quantities)
         yield Place(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device"))
+
+
+def set_aside_results(folder, epoch):
+    """
+    Renames the results of fewer epochs, which say that the run is finished, until it is.
+    Inputs:
+        folder - The run's folder.
+        epoch - Number of epochs of the checkpoint that it goes on from.
+    Raises:
+        RunError - where there is no checkpoint of theirs, and they would be lost.
+    """
+    try:
+        epochs = read_results(folder)["hyperparameters"].get("epochs", 0)
+    except (OSError, ValueError):
+        return
+    if epoch < epochs:
+        raise RunError(
+            f"{folder} holds the results of {epochs} epochs, but no checkpoint of them to go on from: choose another "
+            "--run_name"
+        )
+    os.replace(os.path.join(folder, "results.json"), os.path.join(folder, f"results_{epochs}.json"))
 
 
 def numbered_folder(log_dir):

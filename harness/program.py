@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import json
 import numbers
 import os
 import reprlib
@@ -257,8 +256,3 @@ def one_line(error):
     """An error in one line: its kind, if it is none of the world outside, and the first line of its text."""
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
-
-
-def plain_values(flags):
-    """A dict of flags as it comes back from a file: tuples as lists."""
-    return json.loads(json.dumps(flags))

@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness import figures
-from harness.checkpoints import RUN, newest_checkpoint
+from harness.checkpoints import LAST, RUN, read_checkpoint
 from harness.files import UNFINISHED, write_text, written_whole
 from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, optional, say
 
@@ -138,7 +138,8 @@ class EpochReport(Checkpoint):
         if isinstance(exception, (KeyboardInterrupt, Terminated)) and trainer.is_global_zero:
             exception.told = True
             epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
-            checkpoints = "checkpoints of the best and the last complete one" if epoch > 1 else "no checkpoint yet"
+            is_there = os.path.exists(os.path.join(folder, "checkpoints", LAST))
+            checkpoints = "checkpoints of the best and the last complete one" if is_there else "no checkpoint yet"
             name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
             say(
                 f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
@@ -175,8 +176,8 @@ class EpochReport(Checkpoint):
     def read_history(self, folder):
         """Takes the history from the last checkpoint in a finished run's folder, unless it has just been trained."""
         if not self.history:
-            _, checkpoint = newest_checkpoint(os.path.join(folder, "checkpoints"))
-            self.on_load_checkpoint(None, None, checkpoint)
+            path = os.path.join(folder, "checkpoints", LAST)
+            self.on_load_checkpoint(None, None, read_checkpoint(path))
 
     def curve(self, name):
         """Dict from epoch to the value of a metric, for the epochs that have it."""
@@ -224,9 +225,8 @@ def return_to_epoch(folder, history, quantities):
     logged later. Of the epoch itself its metrics are dropped, too, since not all of them may be there: EpochReport
     logs them again.
     """
-    for ours in ["*.png", "*.yaml", "*.csv", "*.json", f"{EVENTS}*", "checkpoints/*.ckpt"]:
-        for path in glob.glob(os.path.join(glob.escape(folder), f"{ours}{UNFINISHED}")):
-            os.remove(path)  # left by a process that was killed
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", f"*{UNFINISHED}"), recursive=True):
+        os.remove(path)  # left by a process that was killed
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"{EVENTS}*")))
     if paths:
         # In a new file, at whose beginning a TensorBoard that watches the run forgets what it has read of it. It still

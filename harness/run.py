@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import platform
@@ -29,7 +30,6 @@ from harness.program import (
     has_no_room,
     one_line,
     optional,
-    plain_values,
     say,
     sigterm_raises,
 )
@@ -70,7 +70,7 @@ class Run:
         torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
         report.quiet_libraries()
         self.args = args
-        self.flags, self.defaults = plain_values(vars(args)), defaults
+        self.flags, self.defaults = vars(args), defaults
         self.quantities = quantities
         self.log_dir = os.path.expanduser(args.log_dir)
         self.name = args.run_name or slurm.run_name()
@@ -198,6 +198,8 @@ class Run:
                     os.remove(os.path.join(self.folder, name))  # of fewer epochs
             results = json.dumps(self.results(test_bpd), indent=2) + "\n"
             write_text(os.path.join(self.folder, "results.json"), results, sync=True)
+            for path in glob.glob(os.path.join(glob.escape(self.folder), "results_[0-9]*.json")):
+                os.remove(path)  # of fewer epochs, too
         self.print(
             f"test bpd {test_bpd:.4f}\n"
             f"curves and pictures: tensorboard --logdir {shlex.quote(self.log_dir)} --samples_per_plugin images=1000\n"
@@ -325,7 +327,7 @@ def shows_bar(args):
 
 
 class KeepSigterm(pl.Callback):
-    """Leaves SIGTERM to the handler that it had before: Lightning's would end the training with exit code 0."""
+    """Leaves SIGTERM to the handler that it had before, slurm's too: Lightning's would end the training with code 0."""
 
     def setup(self, trainer, pl_module, stage):
         self.handler = signal.getsignal(signal.SIGTERM)

@@ -80,18 +80,11 @@ class StayInQueue(pl.Callback):
         super().__init__()
         self.job_id = job_id()
         self.has_advanced = False  # whether there is a checkpoint of an epoch since this life of the job started
-        self.handle_signals()
-
-    def handle_signals(self, *_):
         if self.job_id and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, self.requeue)
             signal.signal(signal.SIGTERM, ignore)
 
-    # Anew each time: Lightning puts a handler of its own, which stops the Trainer, in the place of that for SIGTERM.
-    on_validation_start = on_test_start = handle_signals
-
     def on_train_start(self, trainer, pl_module):
-        self.handle_signals()
         self.first_epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer, pl_module):

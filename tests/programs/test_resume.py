@@ -73,7 +73,7 @@ class ResumeTest(CommandTest):
         folder = self.run_left("killed")
         if "\n" not in text:
             return "before its first line"
-        if list(folder.rglob("*.tmp")):
+        if list(folder.rglob("*.unfinished")):
             return "writing a file"
         try:
             epochs = read_checkpoint(folder / "checkpoints" / LAST)["epoch"] + 1

@@ -131,7 +131,7 @@ class TestTraining(CommandTest):
             if code:
                 checkpoint = "VAE_logs/run/checkpoints/best.ckpt"
                 self.assert_one_line(result, 1, f"error: cannot write {checkpoint} (File too large); make room and")
-                self.assertEqual(list((self.folder / "VAE_logs").rglob("*.tmp")), [])
+                self.assertEqual(list((self.folder / "VAE_logs").rglob("*.unfinished")), [])
             else:
                 self.assertEqual((result[0], result[2]), (0, ""))
 

@@ -314,32 +314,29 @@ class TestFiles(SeededTest):
 
         for number in [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524]:
             asked.clear()
-            context = multiprocessing.get_context("fork")
             with self.mirror(write), mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available")):
-                processes = [context.Process(target=self.load_in_a_process) for _ in range(2)]
-                for process in processes:
-                    process.start()
-                for process in processes:
-                    process.join(60)
-                    process.kill()
-            self.assertEqual([process.exitcode for process in processes], [0, 0])
+                self.load_in_processes(2)
             self.assert_complete()
             for path in self.raw.iterdir():
                 path.unlink()
 
     def test_eight_processes_at_once(self):
-        context = multiprocessing.get_context("fork")
         with self.mirror() as requests:
-            processes = [context.Process(target=self.load_in_a_process) for _ in range(8)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(60)
-                process.kill()
-        self.assertEqual([process.exitcode for process in processes], [0] * 8)
+            self.load_in_processes(8)
         self.assertEqual({requests.count(name) for name in requests}, {requests.count(requests[0])})
         self.assertLess(len(requests), 9)  # one process asked (twice per file: torchvision looks for redirections)
         self.assert_complete()
+
+    def load_in_processes(self, number):
+        """Loads in so many processes at once."""
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=self.load_in_a_process) for _ in range(number)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()
+        self.assertEqual([process.exitcode for process in processes], [0] * number)
 
     def load_in_a_process(self):
         torch.set_num_threads(1)  # a forked process has lost the threads of its parent

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import unittest
@@ -97,6 +98,7 @@ class TestFolder(NamedRunTest):
         template = {"hparams.yaml": "model_name: MLP\nz_dim: 20\nlr: 0.001\n", "events.out.tfevents.1.host": "curves"}
         for contents, message in [
             ({"thesis.tex": ""}, "holds no run: choose another --run_name"),
+            ({"table.csv.tmp": ""}, "holds no run: choose another --run_name"),
             ({"sub/data.csv": ""}, "holds no run: choose another --run_name"),
             ({"epoch_0_samples.png": ""}, "holds no run: choose another --run_name"),
             (template, "holds a run of another program: choose another --run_name"),
@@ -130,7 +132,8 @@ class TestFolder(NamedRunTest):
         good, lines = results(self.run_folder()), []
         line = f"{path} is damaged; it is made anew from the run's checkpoints"
         flags = {**train_pl.make_parser().defaults, **vars(self.namespace(epochs=1))}
-        for bad in [path.read_text()[:40], "[]", "{}", '{"test_bpd": null, "hyperparameters": {"epochs": 1}}', ""]:
+        others = (json.dumps({**good, "test_bpd": bpd}) for bpd in [None, "0.3", float("nan")])
+        for bad in [path.read_text()[:40], "[]", "{}", "[" * 100_000, *others, ""]:
             path.write_text(bad)
             self.assertIsNone(folder.finished_results(self.run_folder(), flags, {}, lines.append))
             self.assertEqual(lines.pop(), line, bad)
@@ -143,7 +146,7 @@ class TestFolder(NamedRunTest):
         self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
         path = self.run_folder() / "hparams.yaml"
         good = path.read_text()
-        for bad in [b"", good.encode()[:20] + b"\xff", b"model: [", b"3"]:
+        for bad in [b"", good.encode()[:20] + b"\xff", b"model: [", b"3", good.encode()[:50]]:
             path.write_bytes(bad)
             with self.assertRaisesRegex(RunError, "--hidden_dims was"):
                 self.train(epochs=2, hidden_dims=[7])
@@ -171,16 +174,16 @@ class TestFolder(NamedRunTest):
 
         with mock.patch.object(os, "fsync", remember):
             self.train(epochs=1)
-        names = ["hparams.yaml.tmp", "best.ckpt.tmp", "last.ckpt.tmp", "results.json.tmp"]
+        names = ["hparams.yaml.unfinished", "best.ckpt.unfinished", "last.ckpt.unfinished", "results.json.unfinished"]
         self.assertEqual(synced, names)
 
     def test_killed_while_its_folder_was_made(self):
         """The folder and its lock may be there already, and flags that are not written whole."""
         self.run_folder().mkdir(parents=True)
-        for name in [".lock", "hparams.yaml.tmp"]:
+        for name in [".lock", "hparams.yaml.unfinished"]:
             (self.run_folder() / name).touch()
         self.train(epochs=1)
-        self.assertNotIn("hparams.yaml.tmp", os.listdir(self.run_folder()))
+        self.assertNotIn("hparams.yaml.unfinished", os.listdir(self.run_folder()))
 
     def test_checkpoints_of_others(self):
         self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
@@ -207,8 +210,9 @@ class TestMoreEpochs(NamedRunTest):
         self.train(epochs=6, run_name="long")
         self.train(epochs=3)
         self.stop_at(VAE, "on_train_epoch_start", 4, epochs=6)
-        _, output = self.train(epochs=3)  # whose results are still there
-        self.assertIn("is finished", output)
+        self.assertEqual({path.name for path in self.run_folder().glob("results*")}, {"results_3.json"})
+        with self.assertRaisesRegex(RunError, "has trained 4 epochs"):
+            self.train(epochs=3)
         _, output = self.train(epochs=6)
         self.assertIn("continued after epoch 4\nepoch   5/6", output)
         assert_left_the_same(self, self.run_folder(), self.folder / "long")

@@ -27,7 +27,6 @@ from harness.program import (
     ending,
     note,
     optional,
-    plain_values,
     say,
     sigterm_raises,
 )
@@ -314,11 +313,6 @@ class TestLines(SeededTest):
 
 
 class TestFlags(SeededTest):
-    def test_plain_values(self):
-        flags = dict(sizes=(3, 4), more=[(1, 2)], rate=0.1, name=None, shiny=True, kind="round")
-        self.assertEqual(plain_values(flags), {**flags, "sizes": [3, 4], "more": [[1, 2]]})
-        self.assertIsInstance(plain_values(flags)["sizes"], list)
-
     def test_flags_that_may_change_are_flags(self):
         flags = {name for group in TRAINING_FLAGS.values() for name in group}
         self.assertLessEqual(CHANGEABLE_FLAGS, flags)

@@ -59,7 +59,7 @@ class TestMetrics(SeededTest):
         self.write_events()
         checkpoints = self.folder / "checkpoints"
         checkpoints.mkdir()
-        for name in ["last.ckpt", "last.ckpt.tmp"]:
+        for name in ["last.ckpt", "last.ckpt.unfinished"]:
             (checkpoints / name).touch()
         history = [{"epoch": epoch, "val_bpd": epoch / 2, "seconds": 1.0} for epoch in range(3)]
         report.return_to_epoch(self.folder, history, ["bpd"])
@@ -77,9 +77,9 @@ class TestMetrics(SeededTest):
         self.assertEqual(len(self.rows()), 1)
 
     def test_files_of_others_stay(self):
-        names = ["notes.tmp", "sub/metrics.csv.tmp", "events.log"]
+        names = ["notes.tmp", "table.csv.tmp", "sub/metrics.csv.tmp", "events.log"]
         (self.folder / "sub").mkdir()
-        for name in [*names, "metrics.csv.tmp"]:
+        for name in [*names, "metrics.csv.unfinished"]:
             (self.folder / name).touch()
         report.return_to_epoch(self.folder, [], ["bpd"])
         left = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}

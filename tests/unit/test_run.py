@@ -255,7 +255,7 @@ class TestNothingLost(NamedRunTest):
                 self.assertRaisesRegex(NoRoomError, f"^cannot write .*{self.folder}.* make room"),
             ):
                 self.train(epochs=1)
-            self.assertEqual(list(self.run_folder().rglob("*.tmp")), [])
+            self.assertEqual(list(self.run_folder().rglob("*.unfinished")), [])
             self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
         self.train(epochs=1)
         self.assertGreater(results(self.run_folder())["test_bpd"], 0)

@@ -55,7 +55,7 @@ class TestStopped(ContinuedRunTest):
             self.stop_at(VAE, "on_train_epoch_start", epoch, z_dim=2)
         folder = self.run_folder()
         for path in [*folder.glob("events.out.tfevents.*"), folder / "checkpoints" / "best.ckpt"]:
-            path.with_name(f"{path.name}.tmp").write_bytes(path.read_bytes())
+            path.with_name(f"{path.name}.unfinished").write_bytes(path.read_bytes())
         output = self.check(z_dim=2)
         self.assertIn(f"in {folder}, continued after epoch 5\nepoch   6/6", output)
 
