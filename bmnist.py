@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import io
 import itertools
+import operator
 import os
 import shutil
 import signal
@@ -35,6 +36,7 @@ FILES = {
 TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all images but those of the validation set
 NUM_VAL = 5_000
 BINARIZATIONS = ["threshold", "stochastic"]
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")  # in which people pass MNIST on
 TIMEOUT = 20  # seconds without an answer until a download is given up; by default a firewall can hold it for minutes
 
 
@@ -160,6 +162,7 @@ def data_loaders(
     Images, TrainLoader = BinaryImages, DataLoader
     if binarization == "stochastic":
         Images, TrainLoader = SampledImages, RedrawingLoader
+    batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # NumPy's or a tensor's
     val_end = train_size + NUM_VAL
     splits = [
         (TrainLoader, Images(train_images[:train_size], train_labels[:train_size]), True),
@@ -326,10 +329,13 @@ def not_taken(root, missing, rejected):
     folder = root / "MNIST" / "raw"
     names = {md5: name for name, (md5, _) in FILES.items() if name in missing}
     remedies, reasons = [], [f"{path.name} ({problem})" for path, problem in rejected.items()]
-    places = map(root.glob, ["MNIST/raw/*", "MNIST/raw/*ubyte*/*ubyte*", "*ubyte*", "*/*ubyte*"])
-    for path in itertools.islice(itertools.chain.from_iterable(places), 1_000):
+    places = ["MNIST/raw/*", "MNIST/raw/*ubyte*/*ubyte*", "*ubyte*", "*/*ubyte*", *(f"*{end}" for end in ARCHIVES)]
+    for path in itertools.islice(itertools.chain.from_iterable(map(root.glob, places)), 1_000):
         in_place, name = path.parent == folder, path.name.removesuffix(".gz")
         if path in rejected or path.name.startswith(".") or (in_place and name in FILES and name not in missing):
+            continue
+        if path.name.endswith(ARCHIVES):
+            reasons.append(f"{path.name} (unpack it)")
             continue
         try:
             name = names.get(md5_of(read_file(path)))
@@ -397,7 +403,7 @@ def download_mnist(folder, names):
         missing = [name for name in names if not os.path.isfile(folder / name)]
         if not missing:
             return  # another process was faster
-        print(f"Downloading MNIST to {folder}", flush=True)
+        say(f"Downloading MNIST to {folder}")
         if locked:
             for unfinished in folder.glob(".download*"):  # left by a process that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -418,6 +424,17 @@ def download_mnist(folder, names):
                     os.replace(staged / name, folder / name)
         finally:
             socket.setdefaulttimeout(default_timeout)
+
+
+def say(text):
+    """Prints lines, if they can be: into a pipe that is closed they cannot, and the data are there all the same."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"nothing can be printed here ({error.strerror})", file=sys.__stderr__)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def terminate(signum, frame):
@@ -442,10 +459,10 @@ def main():
         sys.exit(f"bmnist.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("bmnist.py: interrupted")
-    print(f"MNIST in {Path(os.path.expanduser(args.data_dir)) / 'MNIST' / 'raw'}: all four files verified")
+    say(f"MNIST in {Path(os.path.expanduser(args.data_dir)) / 'MNIST' / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):
         images = loader.dataset.images
-        print(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
+        say(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.files import write_text
-from harness.program import FlagError, Parser, UserError, ending, optional, plain_value, say
+from harness.program import FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags, load_data
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
@@ -215,8 +216,9 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
         means - Tensor of shape [N,D], the means of the posteriors, on the CPU.
     """
     device = model.device
+    bar = progress_bar and is_screen(sys.stderr)
     neg_elbos, log_ps, means = [], [], []
-    for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), "log p(x)", disable=not progress_bar):
+    for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), "log p(x)", disable=not bar):
         imgs = test_set[indices][0].to(device)
         L_rec, L_reg = model.losses(imgs)
         neg_elbos.append(L_rec + L_reg)

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import difflib
+import enum
 import errno
 import numbers
 import os
@@ -76,16 +78,20 @@ class Parser(argparse.ArgumentParser):
         Outputs:
             args - Namespace of every flag, as plain values, with the default of each one that was not there.
         Raises:
-            FlagError - where a value is of no use.
+            FlagError - where a value is of no use, or a name is no flag's but close to one.
         """
         flags = {**self.defaults, **vars(args)}
         for name, given in flags.items():
+            if name not in self.flags and (meant := difflib.get_close_matches(name, self.flags, 1, cutoff=0.75)):
+                raise FlagError(f"--{name} is no flag: give --{meant[0]}, or leave it out")
             try:
                 value = plain_value(given)
                 flags[name] = fitting(value, *self.flags[name][:2]) if name in self.flags else value
             except ValueError as error:
                 got = " ".join(reprlib.repr(given).split())
                 raise FlagError(f"--{name} must be {error}, got {got}") from None
+        if others := flags.keys() - self.flags:
+            note(f"no flags, so without effect: {', '.join(sorted(others))}")
         return argparse.Namespace(**flags)
 
     def error(self, message):
@@ -109,19 +115,22 @@ def plain_value(value):
     Raises:
         ValueError - where it is none of these.
     """
-    if hasattr(value, "tolist"):  # NumPy's and torch's
-        value = value.tolist()
+    if isinstance(value, enum.Enum):
+        value = value.value
+    with contextlib.suppress(RuntimeError, TypeError):  # a sparse tensor, or one without values
+        value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and torch's
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (str, os.PathLike)):
         text = str(os.fspath(value))
-        if text != text.encode(errors="replace").decode():
-            raise ValueError("a text in UTF-8, which can be written into files")
+        if "\0" in text or text != text.encode(errors="replace").decode():
+            raise ValueError("a text that files and their names can hold")
         return text
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Number) and not isinstance(value, complex):
-        return float(value)
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
     if isinstance(value, (list, tuple, range)):
         return [plain_value(item) for item in value]
     if isinstance(value, Mapping):
@@ -231,6 +240,11 @@ def note(text):
     """Prints a line on stderr, at once, if it can be."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def is_screen(stream):
+    """Whether what goes to stdout or stderr is on a terminal or in a notebook, where it can be drawn over itself."""
+    return stream is not None and (stream.isatty() or hasattr(sys, "ps1"))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from harness.program import (
     NoRoomError,
     UserError,
     has_no_room,
+    is_screen,
     one_line,
     optional,
     say,
@@ -322,8 +323,8 @@ def check_shared_memory(num_workers, loader):
 
 
 def shows_bar(args):
-    """Whether there is a progress bar: on a terminal or in a notebook, where it can be drawn over itself."""
-    return args.progress_bar and (sys.stdout.isatty() or hasattr(sys, "ps1"))
+    """Whether there is a progress bar."""
+    return args.progress_bar and is_screen(sys.stdout)
 
 
 class KeepSigterm(pl.Callback):

@@ -1,8 +1,13 @@
 """Tests of bmnist.py but for its files: `python -m unittest tests/unit/test_bmnist.py`."""
 
+import contextlib
 import inspect
+import io
+import os
+import sys
 from unittest import mock
 
+import numpy as np
 import torch
 
 import bmnist
@@ -41,6 +46,7 @@ class TestLoaders(SeededTest):
         self.assertTrue(torch.equal(seen[0].sort().values, torch.arange(45_000)))
         self.assertTrue(torch.equal(seen[1], torch.arange(45_000, 50_000)))
         self.assertTrue(torch.equal(seen[2], data[3]))
+        self.assertEqual(len(bmnist.data_loaders(*data, np.int64(100), torch.tensor(0))[1]), 50)  # from a notebook
         imgs, numbers = next(iter(loaders[0]))
         self.assertEqual((imgs.shape, imgs.dtype), ((128, 1, 2, 2), torch.float32))
         self.assertEqual((numbers.shape, numbers.dtype), ((128,), torch.int64))
@@ -107,6 +113,21 @@ class TestLoaders(SeededTest):
         self.assertFalse(torch.equal(passes[0], passes[1]))
         dataset.redraw(5)
         self.assertTrue(torch.equal(passes[0], dataset[torch.arange(9)][0]))
+
+
+class TestLines(SeededTest):
+    def test_a_closed_pipe(self):
+        """As of `python bmnist.py | true`: a line costs nobody a download."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with (
+            open(writer, "w") as pipe,
+            mock.patch.object(sys, "__stderr__", io.StringIO()) as stderr,
+            contextlib.redirect_stdout(pipe),
+        ):
+            for line in ["Downloading", "verified"]:
+                bmnist.say(line)
+        self.assertEqual(stderr.getvalue(), "nothing can be printed here (Broken pipe)\n")
 
 
 class TestImages(SeededTest):

@@ -237,6 +237,11 @@ class TestFiles(SeededTest):
         with self.mirror():
             self.load()
 
+    def test_archives(self):
+        for name in ["MNIST.zip", "mnist.tar.gz"]:
+            (self.folder / name).write_bytes(b"PK")
+            self.assertIn(f"{name} (unpack it)", self.error())
+
     def test_files_that_cannot_be_read(self):
         self.write()
         path, read = self.raw / "t10k-labels-idx1-ubyte", Path.read_bytes

@@ -1,12 +1,33 @@
 """Tests of where evaluate.py finds data and puts results: `python -m unittest tests/unit/test_evaluate_places.py`."""
 
+import contextlib
+import io
 import os
 import unittest
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 import evaluate
-from tests.helpers import SeededTest
+from tests.helpers import SeededTest, small_loaders
+from train_pl import VAE
+
+
+class TestProgressBar(SeededTest):
+    def test_on_a_terminal_alone(self):
+        """In a file, or where stderr goes nowhere, it would cost the evaluation."""
+        test_set = small_loaders(Namespace(batch_size=50, num_workers=0))[2].dataset
+        model = VAE("MLP", [4], 4, 3, 1e-3)
+        for is_terminal in [True, False]:
+            stderr = io.StringIO()
+            stderr.isatty = lambda is_terminal=is_terminal: is_terminal
+            with contextlib.redirect_stderr(stderr), torch.no_grad():
+                evaluate.likelihoods(model, test_set, 1, progress_bar=True)
+            self.assertEqual("100%" in stderr.getvalue(), is_terminal)
+        with contextlib.redirect_stderr(None), torch.no_grad():
+            evaluate.likelihoods(model, test_set, 1, progress_bar=True)
 
 
 class TestPlaces(SeededTest):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import enum
 import io
 import json
 import math
@@ -49,6 +50,12 @@ FLAGS = {
         "shiny": (False, None, "Whether it shines"),
     },
 }
+
+
+class Kind(str, enum.Enum):
+    SQUARE = "square"
+
+
 DEFAULTS = {name: flag[0] for group in FLAGS.values() for name, flag in group.items()}
 
 
@@ -122,7 +129,15 @@ class TestComplete(SeededTest):
 
     def test_defaults_of_what_is_not_there(self):
         self.assertEqual(self.complete(), DEFAULTS)
-        self.assertEqual(self.complete(number=7, more="kept"), {**DEFAULTS, "number": 7, "more": "kept"})
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            self.assertEqual(self.complete(number=7, more="kept"), {**DEFAULTS, "number": 7, "more": "kept"})
+        self.assertEqual(error.getvalue(), "no flags, so without effect: more\n")
+
+    def test_a_name_that_is_nearly_a_flags(self):
+        for name, meant in [("numbers", "number"), ("side_", "side"), ("seeds", "seed")]:
+            with self.assertRaises(FlagError) as caught:
+                self.complete(**{name: 1})
+            self.assertEqual(str(caught.exception), f"--{name} is no flag: give --{meant}, or leave it out")
 
     def test_the_namespace_is_left_as_it_is(self):
         args = argparse.Namespace(number=7)
@@ -157,10 +172,12 @@ class TestComplete(SeededTest):
             ("shiny", np.bool_(True), True),
             ("shiny", 0, False),
             ("kind", np.str_("square"), "square"),
+            ("kind", Kind.SQUARE, "square"),
             ("name", Path("a") / "b", "a/b"),
             ("more", {"a": (np.int8(1), Path("b"))}, {"a": [1, "b"]}),
         ]:
-            found = self.complete(**{name: value})[name]
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = self.complete(**{name: value})[name]
             self.assertEqual((repr(found), json.dumps(found)), (repr(plain), json.dumps(plain)), value)
 
     def test_values_of_no_use(self):
@@ -190,8 +207,15 @@ class TestComplete(SeededTest):
             ("sizes", [[3]], "--sizes must be one or more numbers of at least 1, got [[3]]"),
             ("shiny", "no", "--shiny must be True or False, got 'no'"),
             ("name", 3, "--name must be a text, got 3"),
-            ("name", "b\udcff", "--name must be a text in UTF-8, which can be written into files, got 'b\\udcff'"),
+            ("name", "b\udcff", "--name must be a text that files and their names can hold, got 'b\\udcff'"),
+            ("name", "a\0b", "--name must be a text that files and their names can hold, got 'a\\x00b'"),
             ("name", b"x", "--name must be a number, a text, or a list of them, got b'x'"),
+            ("rate", Decimal("sNaN"), "--rate must be a number, a text, or a list of them, got Decimal('sNaN')"),
+            (
+                "rate",
+                torch.empty((), device="meta"),
+                "--rate must be a number, a text, or a list of them, got tensor(..., d...eta', size=())",
+            ),
             ("more", {1}, "--more must be a number, a text, or a list of them, got {1}"),
             ("number", 0, "--number must be at least 1, got 0"),
             ("seed", -1, "--seed must be at least 0, got -1"),
