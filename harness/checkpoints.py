@@ -100,7 +100,10 @@ def read_checkpoint(path, map_location="cpu"):
     if hasattr(path, "read"):
         data, path = path.read(), getattr(path, "name", "the open file")
     else:
-        with open(os.path.expanduser(path), "rb") as file:
+        path = os.path.expanduser(path)
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder, no checkpoint; that of a run is RUN/checkpoints/{BEST}")
+        with open(path, "rb") as file:
             data = file.read()  # what cannot be read is no damage; from here on, all depends on these bytes alone
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load would not notice a flipped bit
@@ -239,7 +242,7 @@ def read_run_checkpoint(path):
 def newest_checkpoint(folder):
     """
     Finds the checkpoint of the latest epoch in a folder, and makes it last.ckpt if it has another name: where last.ckpt
-    is damaged, or where the process was killed after it had written another one.
+    is damaged, or where the process was killed after it had written another one. So it does for best.ckpt.
     Inputs:
         folder - The folder of a run's checkpoints.
     Outputs:
@@ -261,13 +264,39 @@ def newest_checkpoint(folder):
     if not checkpoints:
         return None, None
     newest = max(checkpoints, key=lambda name: checkpoints[name]["epoch"])
+    best = name_of_best(folder, checkpoints, newest)
     for damage in damages:
         note(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
-    last = os.path.join(folder, LAST)
-    if newest != LAST:
-        with written_whole(last) as unfinished:
-            shutil.copyfile(os.path.join(folder, newest), unfinished)
-    return last, checkpoints[newest]
+    for name, source in [(BEST, best), (LAST, newest)]:
+        if name != source:
+            with written_whole(os.path.join(folder, name)) as unfinished:
+                shutil.copyfile(os.path.join(folder, source), unfinished)
+    return os.path.join(folder, LAST), checkpoints[newest]
+
+
+def name_of_best(folder, checkpoints, newest):
+    """
+    Which checkpoint is that of the best epoch, if best.ckpt is gone or damaged; a run has no results without it.
+    Inputs:
+        folder - The folder of a run's checkpoints.
+        checkpoints - Dict from name to content of those that can be read.
+        newest - The name of the one that the run continues from.
+    Outputs:
+        name - The name of a checkpoint.
+    Raises:
+        CheckpointError - where none of them is of that epoch.
+    """
+    val_bpds = [row["val_bpd"] for row in checkpoints[newest][RUN].get("history", [])[1:]]  # after the untrained one
+    if BEST in checkpoints or not val_bpds:
+        return BEST
+    best_epoch = val_bpds.index(min(val_bpds))
+    for name, checkpoint in checkpoints.items():
+        if checkpoint["epoch"] == best_epoch:
+            return name
+    raise CheckpointError(
+        f"{os.path.join(folder, BEST)}, of epoch {best_epoch + 1}, is damaged or gone, and so is any copy of it: "
+        f"delete {os.path.dirname(folder)} to start over, or choose another --run_name"
+    )
 
 
 def flags_of_run(folder):

@@ -135,7 +135,8 @@ def open_folder(log_dir, name, flags, defaults, quantities):
             raise RunError(str(error)) from None
         except OSError as error:
             raise RunError(
-                f"cannot write to the log directory {log_dir} ({error.strerror}); choose another one with --log_dir"
+                f"cannot write to {os.path.join(log_dir, name or 'lightning_logs')} ({error.strerror}); choose another "
+                "--log_dir or --run_name"
             ) from error
         if finished_results(folder, flags, defaults, tell=note):
             raise RunError(f"{folder} was finished by another process just now")

@@ -61,8 +61,11 @@ def started_by_torchrun():
     """Number of nodes, and of processes on each, that torchrun has started, of which this one is one; or 1, 1."""
     if not os.environ.keys() >= TORCHRUN:
         return 1, 1
-    num_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ["WORLD_SIZE"]) // num_per_node, num_per_node
+    try:
+        num_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]) // num_per_node, num_per_node
+    except (ValueError, ZeroDivisionError):
+        return 1, 1
 
 
 def check_started(launcher, num_nodes, num_per_node, wanted):

@@ -10,6 +10,7 @@ import os
 import reprlib
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Mapping
 
@@ -91,7 +92,7 @@ class Parser(argparse.ArgumentParser):
                 got = " ".join(reprlib.repr(given).split())
                 raise FlagError(f"--{name} must be {error}, got {got}") from None
         if others := flags.keys() - self.flags:
-            note(f"no flags, so without effect: {', '.join(sorted(others))}")
+            note(f"no flags, and without effect: {', '.join(sorted(others))}")
         return argparse.Namespace(**flags)
 
     def error(self, message):
@@ -267,6 +268,6 @@ def has_no_room(error):
 
 
 def one_line(error):
-    """An error in one line: its kind, if it is none of the world outside, and the first line of its text."""
-    text = " ".join(str(error).split("\n\n")[0].split())
+    """An error in one line: its kind, if it is none of the world outside, and the beginning of its text."""
+    text = textwrap.shorten(str(error).split("\n\n")[0], 300, placeholder=" ...")
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"

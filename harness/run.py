@@ -16,6 +16,7 @@ import time
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
@@ -29,6 +30,7 @@ from harness.program import (
     UserError,
     has_no_room,
     is_screen,
+    note,
     one_line,
     optional,
     say,
@@ -38,6 +40,7 @@ from harness.program import (
 FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
 NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
 WORKERS_FAILED = r"DataLoader worker|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
+NO_MEMORY = r"OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|Overflow when unpacking long"
 
 
 class Run:
@@ -102,11 +105,19 @@ class Run:
         if error is not None and hasattr(self.trainer.strategy.launcher, "kill"):
             self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # processes of this one
         self.stack.__exit__(kind, error, traceback)
-        if isinstance(error, RuntimeError) and self.args.num_workers and re.search(WORKERS_FAILED, str(error)):
+        if isinstance(error, UserError):
+            return
+        is_of_workers = isinstance(error, (RuntimeError, OSError)) and re.search(WORKERS_FAILED, str(error))
+        if is_of_workers and self.args.num_workers:
             raise RunError(
                 f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}"
             ) from error
-        if has_no_room(error) and not isinstance(error, UserError):
+        if re.search(NO_MEMORY, repr(error)):
+            raise RunError(
+                f"the memory is too small for this model and --batch_size {self.args.batch_size} ({one_line(error)}): "
+                "make one of them smaller"
+            ) from error
+        if has_no_room(error):
             raise NoRoomError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
 
     def print(self, text):
@@ -283,23 +294,39 @@ def make_trainer(args, root_dir, callbacks):
         ModelCheckpoint(filename="last", enable_version_counter=False),
     ]
     try:
-        return pl.Trainer(
-            default_root_dir=root_dir,
-            max_epochs=args.epochs,
-            callbacks=callbacks,
-            accelerator=args.accelerator,
-            devices=args.devices,
-            num_nodes=args.num_nodes,
-            strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
-            plugins=[checkpoints.CheckpointFiles(), processes.environment(args.devices, args.num_nodes, args.run_name)],
-            use_distributed_sampler=False,
-            logger=False,
-            enable_progress_bar=shows_bar(args),
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        with without_variables("PL_TRAINER_"):  # by which Lightning lets the environment change a Trainer
+            return pl.Trainer(
+                default_root_dir=root_dir,
+                max_epochs=args.epochs,
+                callbacks=callbacks,
+                accelerator=args.accelerator,
+                devices=args.devices,
+                num_nodes=args.num_nodes,
+                strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
+                plugins=[
+                    checkpoints.CheckpointFiles(),
+                    processes.environment(args.devices, args.num_nodes, args.run_name),
+                ],
+                use_distributed_sampler=False,
+                logger=False,
+                enable_progress_bar=shows_bar(args),
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise RunError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def without_variables(prefix):
+    """A context without the variables of the environment whose names begin with a prefix; a line says which."""
+    variables = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(prefix)}
+    try:
+        yield
+    finally:
+        os.environ.update(variables)
+    if variables and rank_zero_only.rank == 0:
+        note(f"{', '.join(variables)} in the environment: without effect, a run is what its flags say")
 
 
 def check_shared_memory(num_workers, loader):
@@ -358,5 +385,7 @@ def check_run_flags(args):
         os.path.isabs(name) or os.path.splitdrive(name)[0] or os.path.normpath(name).split(os.sep)[0] in (".", "..")
     ):
         raise FlagError(f"--run_name must be a folder inside the log directory, got {name!r}")
+    if name is not None and not name.isprintable():
+        raise FlagError(f"--run_name must be a name that can be printed, got {name!r}")
     if args.seed >= 2**32:
         raise FlagError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")

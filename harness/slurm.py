@@ -14,6 +14,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 # Variable with the name of a file that slurm/job.sh makes at the start of each life of a job: no epoch is finished yet.
 NO_EPOCH_YET = "NO_EPOCH_YET"
+# What srun sets in each task, and is used here or by Lightning.
+SRUN = {
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE"),
+    *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+}
 
 
 def is_interactive():
@@ -31,7 +36,7 @@ def job_id():
     """The job's id as scontrol takes it, '<id>' or '<array id>_<task>'; None outside of batch jobs."""
     if SLURMEnvironment.job_id() is None or is_interactive():  # an interactive job is no one run's
         return None
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
+    if {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} <= os.environ.keys():
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
@@ -48,7 +53,7 @@ def tasks():
     Outputs:
         num_nodes, num_per_node - Number of nodes, and of tasks on each: 0 if it is not the same on all of them.
     """
-    if "SLURM_STEP_ID" not in os.environ or is_interactive():  # srun --pty has one terminal, whatever it was asked for
+    if not os.environ.keys() >= SRUN or is_interactive():  # srun --pty has one terminal, whatever it was asked for
         return 1, 1
     per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
     return int(os.environ["SLURM_STEP_NUM_NODES"]), int(per_node[1]) if per_node else 0

@@ -22,6 +22,8 @@ def read_settings(path):
     with open(path, "rb") as file:
         data = file.read()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # PowerShell writes UTF-16
+    if b"\0" in data and encoding != "utf-16":
+        raise ValueError(f"{path} holds no text: save it as UTF-8")
     settings = []
     for number, line in enumerate(re.split("\r\n|\n|\r", data.decode(encoding, "surrogateescape")), 1):
         try:  # shlex would begin a comment within a word, too
@@ -36,6 +38,8 @@ def read_settings(path):
 
 
 def main():
+    if len(sys.argv) != 2:
+        sys.exit("usage: python slurm/settings.py FILE")
     try:
         settings = read_settings(sys.argv[1])
     except (OSError, ValueError) as error:

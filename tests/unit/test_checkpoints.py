@@ -20,6 +20,7 @@ from torch import nn
 
 import train_pl
 from harness import checkpoints, run
+from harness.program import UserError
 from tests.helpers import Killed, SeededTest, small_loaders
 from train_pl import VAE
 
@@ -180,7 +181,7 @@ class TestReading(SeededTest):
                 for name, part in parts.items():
                     archive.writestr(name, pickled if name.endswith("data.pkl") else part)
             self.assert_refused()
-        for path, error in [(self.folder, IsADirectoryError), (f"{self.path}.not", FileNotFoundError)]:
+        for path, error in [(self.folder, UserError), (f"{self.path}.not", FileNotFoundError)]:
             with self.assertRaises(error):
                 VAE.load_from_checkpoint(path)
 
@@ -317,6 +318,13 @@ class TestFiles(SeededTest):
             self.newest()
         self.assertEqual({path.read_bytes() for path in [self.last, self.previous]}, {b"nonsense"})
         self.assertFalse(self.best.exists())
+
+    def test_a_folder_in_its_place(self):
+        """Somebody's, which nobody may write over."""
+        self.write(self.previous, 1)
+        self.last.mkdir()
+        with self.assertRaisesRegex(UserError, f"^{self.last} is a folder, no checkpoint; that of a run is RUN/"):
+            self.newest()
 
     def test_of_other_programs(self):
         """A run continues from its own checkpoints alone, even where a later one was put beside them."""

@@ -279,7 +279,7 @@ class TestDisksWithoutLocks(NamedRunTest):
     def test_other_errors_are_none_of_locks(self):
         with (
             mock.patch("fcntl.flock", side_effect=OSError(5, "Input/output error")),
-            self.assertRaisesRegex(RunError, "cannot write to the log directory .*Input/output error"),
+            self.assertRaisesRegex(RunError, "cannot write to .*run .Input/output error.; choose another --log_dir"),
         ):
             self.train()
 

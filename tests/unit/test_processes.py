@@ -48,6 +48,7 @@ class TestEnvironment(SeededTest):
             *({name: value} for name, value in {**TORCHRUN, **MANUAL, "SLURM_PROCID": "1"}.items()),
             MANUAL,
             {**TORCHRUN, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+            *({**TORCHRUN, "LOCAL_WORLD_SIZE": value} for value in ["", "0", "x"]),
             dict(
                 SLURM_NTASKS="4", SLURM_PROCID="1", SLURM_LOCALID="1", JSM_NAMESPACE_RANK="1", OMPI_COMM_WORLD_RANK="1"
             ),

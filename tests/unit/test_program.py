@@ -131,7 +131,7 @@ class TestComplete(SeededTest):
         self.assertEqual(self.complete(), DEFAULTS)
         with contextlib.redirect_stderr(io.StringIO()) as error:
             self.assertEqual(self.complete(number=7, more="kept"), {**DEFAULTS, "number": 7, "more": "kept"})
-        self.assertEqual(error.getvalue(), "no flags, so without effect: more\n")
+        self.assertEqual(error.getvalue(), "no flags, and without effect: more\n")
 
     def test_a_name_that_is_nearly_a_flags(self):
         for name, meant in [("numbers", "number"), ("side_", "side"), ("seeds", "seed")]:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import re
+import shutil
 import signal
 import unittest
 from pathlib import Path
@@ -185,6 +186,15 @@ class TestNothingLost(NamedRunTest):
 
     draws_figures = True
 
+    def test_variables_that_change_a_trainer(self):
+        variables = dict(PL_TRAINER_MAX_EPOCHS="1", PL_TRAINER_LIMIT_TRAIN_BATCHES="1", PL_TRAINER_PRECISION="64")
+        with mock.patch.dict(os.environ, variables), mock.patch.object(run.Run, "draw_figures"):
+            folder, output = self.train(epochs=2)
+            self.assertLessEqual(variables.items(), os.environ.items())
+        self.assertEqual((load(folder, "last")["global_step"], len(metrics(folder))), (6, 3))
+        self.assertEqual(output.count("without effect"), 1)
+        self.assertEqual(load(folder, "last")["state_dict"]["encoder.net.0.weight"].dtype, torch.float32)
+
     def test_figures_that_fail(self):
         """Each is a line; the same command draws them once they can be drawn."""
         broken = mock.Mock(side_effect=ZeroDivisionError("a font\nand more"))
@@ -221,16 +231,25 @@ class TestNothingLost(NamedRunTest):
         for message in [
             "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... shared memory",
             "Too many open files. Communication with the workers is no longer possible.",
+            OSError(24, "Too many open files"),
         ]:
+            error = message if isinstance(message, OSError) else RuntimeError(message)
+            message = str(error)
 
-            def training_step(model, batch, batch_idx, message=message):
-                raise RuntimeError(message)
+            def training_step(model, batch, batch_idx, error=error):
+                raise error
 
             with mock.patch.object(VAE, "training_step", training_step):
                 with self.assertRaisesRegex(RunError, re.escape(message) + ".*--num_workers 0"):
                     self.train(epochs=1, num_workers=1)
-                with self.assertRaisesRegex(RuntimeError, re.escape(message) + "$"):
+                with self.assertRaisesRegex(type(error), re.escape(message) + "$"):
                     self.train(epochs=1)
+
+    def test_too_little_memory(self):
+        for flags in [dict(hidden_dims=[2**50]), dict(z_dim=10**12), dict(z_dim=2**62)]:
+            with self.assertRaisesRegex(RunError, "memory is too small for this model and --batch_size 128 .*smaller"):
+                self.train(epochs=1, **flags)
+            shutil.rmtree(self.run_folder())
 
     def test_too_little_shared_memory(self):
         full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")

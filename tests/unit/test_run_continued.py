@@ -200,6 +200,26 @@ class TestCheckpoints(ContinuedRunTest):
         self.assertRegex(output, rf"{path} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 3\n")
         self.assertIn("continued after epoch 3\n", output)
 
+    def test_the_best_one_is_gone(self):
+        """Without another one of its epoch, the run would train to its end and have no results."""
+        bpds = iter([0.6, 0.5, 0.4, 0.3, 0.35, 0.45])
+
+        def log_bpd(model):
+            model.log("val_bpd", next(bpds))
+
+        with mock.patch.object(VAE, "on_validation_epoch_end", log_bpd):
+            self.stop_at(VAE, "on_train_epoch_start", 3)
+            best = self.run_folder() / "checkpoints" / "best.ckpt"
+            best.unlink()
+            self.stop_at(VAE, "on_train_epoch_start", 4)
+            self.assertEqual(load(self.run_folder(), "best")["epoch"] + 1, 3)
+            self.stop_at(VAE, "on_train_epoch_start", 5)
+            best.unlink()
+            before = self.contents()
+            with self.assertRaisesRegex(checkpoints.CheckpointError, f"{best}, of epoch 3, is .*: delete .*--run_name"):
+                self.train()
+            self.assertEqual(self.contents(), before)
+
     def test_a_run_of_the_old_version(self):
         """Its checkpoints kept the run's history as the state of a callback."""
         self.stop_at(VAE, "on_train_epoch_start", 4)

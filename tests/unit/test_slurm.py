@@ -48,6 +48,8 @@ class TestSlurm(TrainingTest):
         self.assertEqual(slurm.run_name(), "job_7")
         with mock.patch.dict(os.environ, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2"):
             self.assertEqual(slurm.run_name(), "job_5_2")
+            del os.environ["SLURM_ARRAY_TASK_ID"]
+            self.assertEqual(slurm.run_name(), "job_7")
         with mock.patch.dict(os.environ, SLURM_JOB_NAME="interactive"):
             self.assertIsNone(slurm.run_name())
         with mock.patch.object(slurm, "is_interactive", return_value=True):
@@ -164,6 +166,10 @@ class TestSlurm(TrainingTest):
                 self.assertEqual(slurm.tasks(), expected, tasks)
                 with mock.patch.object(slurm, "is_interactive", return_value=True):
                     self.assertEqual(slurm.tasks(), (1, 1))
+        for name in slurm.SRUN:  # what an old shell has left
+            with mock.patch.dict(os.environ, step("4", 1)):
+                del os.environ[name]
+                self.assertEqual(slurm.tasks(), (1, 1), name)
 
     def test_environment_of_a_step(self):
         """Two steps of a job do not share a port, nor a node that only one of them has; what is set already stays."""
@@ -261,6 +267,7 @@ class TestSettings(SeededTest):
             (b"--lr 1 \\\n--z_dim 2", "line 1: No escaped character"),
             (b"# nothing\r\n", "there are no settings"),
             (b"", "there are no settings"),
+            ("--lr 1".encode("utf-16-le"), "save it as UTF-8"),
         ]:
             code, words, error = self.settings(data)
             self.assertEqual((code, words, error.count("\n")), (1, [], 1), error)
