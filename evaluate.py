@@ -44,12 +44,22 @@ FLAGS = {
             "Device; auto takes a GPU if there is one",
         ),
         "progress_bar": (False, None, "Show a progress bar"),
-    }
+    },
+    "a checkpoint that holds nothing but weights, such as that of train_torch.py": {
+        name: TRAINING_FLAGS["model"][name] for name in ["model", "z_dim", "hidden_dims", "num_filters"]
+    },
 }
 
 
 def evaluate(
-    checkpoint, dataset=None, data_dir=None, iw_samples=1000, out=None, accelerator="auto", progress_bar=False
+    checkpoint,
+    dataset=None,
+    data_dir=None,
+    iw_samples=1000,
+    out=None,
+    accelerator="auto",
+    progress_bar=False,
+    **hyperparameters,
 ):
     """
     Evaluates a checkpoint on its test set, and draws what the model has learned. The numbers depend on the checkpoint
@@ -62,6 +72,7 @@ def evaluate(
         out - Folder for evaluation.json and the pictures; if None, `evaluation` in the run's folder.
         accelerator - "auto" (a GPU where there is one), "cpu" or "gpu".
         progress_bar - If True, a progress bar is shown.
+        hyperparameters - Of a checkpoint that holds nothing but weights: model, z_dim, hidden_dims, num_filters.
     Outputs:
         results - Dict of what evaluation.json holds: see `likelihoods`, and where they come from.
         folder - Path of the folder.
@@ -70,12 +81,12 @@ def evaluate(
     """
     start = time.perf_counter()
     given = dict(dataset=dataset, data_dir=data_dir, iw_samples=iw_samples, out=out)
-    given.update(accelerator=accelerator, progress_bar=progress_bar)
+    given.update(accelerator=accelerator, progress_bar=progress_bar, **hyperparameters)
     args = make_parser().complete(argparse.Namespace(**given))
     checkpoint = Path(checkpoint).expanduser()
     device = pick_device(args.accelerator)
     with isolate_rng():  # its initial weights are drawn
-        model = load_model(VAE, checkpoint).to(device).eval()
+        model = load(checkpoint, args).to(device).eval()
     run = run_folder(checkpoint)
     flags, epoch = trained_with(checkpoint, run, args)
     try:
@@ -107,6 +118,28 @@ def evaluate(
         imgs, labels = test_set[torch.arange(len(test_set))]
         pictures(folder, model, imgs, labels, means)
     return results, folder
+
+
+def load(path, args):
+    """
+    Loads the VAE of a checkpoint.
+    Inputs:
+        path - Path of the checkpoint.
+        args - Namespace of the flags of evaluate.py, which a checkpoint that holds nothing but weights needs.
+    Outputs:
+        model - The VAE.
+    Raises:
+        CheckpointError - where the checkpoint is of no use, or the flags do not fit it.
+    """
+    if set(read_checkpoint(path)) != {"state_dict"}:
+        return load_model(VAE, path)
+    try:
+        sizes = dict(hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim)
+        return load_model(VAE, path, model_name=args.model, lr=0.0, **sizes)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: give --model, --z_dim, --hidden_dims and --num_filters as it was trained with"
+        ) from error
 
 
 def pick_device(accelerator):

@@ -1,5 +1,6 @@
 """
-Seconds per epoch (training and validation) of this package, of a bare PyTorch loop, and of two usual ways to write it.
+Seconds per epoch (training and validation) of this package, of the loop of train_torch.py with nothing around it, and
+of two usual ways to write it.
 
     python benchmarks/speed.py --data_dir ../data/      # or --dataset rendered; --model CNN
 
@@ -31,6 +32,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
+import train_torch
 from harness import report, run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from train_pl import VAE
@@ -38,7 +40,7 @@ from train_pl import VAE
 WAYS = {
     "package": "python train_pl.py, with its logs, pictures and checkpoints",
     "package --plain": "the same, step by step instead of as a CUDA graph",
-    "bare loop": "a PyTorch loop over the same batches, same model and optimizer, nothing logged",
+    "bare loop": "the loop of train_torch.py over the same batches, nothing logged",
     "template": "per-image transforms, 2 workers, Lightning with self.log in every step, Adam not fused",
     "example": "the hundred-line example's loop: 784-400-20, per-image transforms, .item() in every step",
 }
@@ -93,20 +95,20 @@ def run_package(args):
         )
 
 
-def run_bare(args):
-    train_loader, val_loader, _ = train_pl.load_data(args)
-    device = pick_device()
-    model = make_vae(args, VAE).to(device)
-    optimizer = model.configure_optimizers()
+def run_loop(args):
+    """The plain loop of train_torch.py, with its model and data, or with the example's."""
+    if args.way == "example":
+        model, fused = ExampleVAE(), None
+        train_loader, val_loader = per_image_loaders(args, num_workers=0)
+    else:
+        torch.set_flush_denormal(True)  # as its main does
+        model, fused = make_vae(args, train_torch.VAE), True
+        train_loader, val_loader, _ = train_pl.load_data(args)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
     for _ in turns():
-        for imgs, _ in train_loader:
-            _, _, bpd = model(imgs.to(device))
-            optimizer.zero_grad()
-            bpd.backward()
-            optimizer.step()
-        with torch.no_grad():
-            for imgs, _ in val_loader:
-                model(imgs.to(device))
+        train_torch.train_vae(model, train_loader, optimizer)
+        train_torch.test_vae(model, val_loader)
 
 
 class TemplateVAE(VAE):
@@ -157,31 +159,22 @@ class ExampleVAE(nn.Module):
         super().__init__()
         self.encoder = MLPEncoder(hidden_dims=[400])
         self.decoder = MLPDecoder(hidden_dims=[400])
+        self.total = 0.0
 
-    def loss(self, imgs):
+    @property
+    def device(self):
+        return self.decoder.device
+
+    def forward(self, imgs):
+        """As train_torch.VAE, but that the sum of the losses over the batch is minimised, and read at once."""
         mean, logvar = self.encoder(imgs)
         z = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
         probs = torch.sigmoid(self.decoder(z))
         L_rec = F.binary_cross_entropy(probs, imgs, reduction="sum")
-        return L_rec - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
-
-
-def run_example(args):
-    train_loader, val_loader = per_image_loaders(args, num_workers=0)
-    device = pick_device()
-    model = ExampleVAE().to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in turns():
-        total = 0.0
-        for imgs, _ in train_loader:
-            optimizer.zero_grad()
-            loss = model.loss(imgs.to(device))
-            loss.backward()
-            total += loss.item()
-            optimizer.step()
-        with torch.no_grad():
-            for imgs, _ in val_loader:
-                total += model.loss(imgs.to(device)).item()
+        L_reg = -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
+        loss = L_rec + L_reg
+        self.total += loss.item()
+        return L_rec, L_reg, loss
 
 
 class PerImage(Dataset):
@@ -212,10 +205,6 @@ def make_vae(args, vae_class):
     return vae_class(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr)
 
 
-def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run_start(args):
     """Ends the process at the first training step."""
     VAE.training_step = lambda *args: os._exit(0)
@@ -226,9 +215,9 @@ def run_start(args):
 RUN = {
     "package": run_package,
     "package --plain": run_package,
-    "bare loop": run_bare,
+    "bare loop": run_loop,
     "template": run_template,
-    "example": run_example,
+    "example": run_loop,
     "start": run_start,
 }
 

@@ -21,7 +21,7 @@ import evaluate
 import train_pl
 from harness.checkpoints import CheckpointError
 from harness.program import FlagError, UserError
-from tests.helpers import NamedRunTest, results, small_loaders
+from tests.helpers import NamedRunTest, printed_lines, results, small_loaders
 from train_pl import VAE
 from utils import log_likelihood, quadrature_log_likelihood
 
@@ -371,14 +371,15 @@ class TestChoices(EvaluateTest):
             with self.assertRaisesRegex(FlagError, "template.ckpt does not say what data .* give --dataset"):
                 self.evaluate(path)
             results, _ = self.evaluate(path, dataset="rendered")
-            expected = ("threshold", 1 if "epoch" in parts else None)
-            self.assertEqual((results["binarization"], results["epoch"]), expected)
-            with contextlib.redirect_stdout(io.StringIO()) as output:
+            self.assertEqual((results["binarization"], results["epoch"] == 1), ("threshold", "epoch" in parts))
+            with printed_lines() as lines:
                 evaluate.print_results(results, self.folder)
-            self.assertIn(f"after {results['epoch'] or 'some'} epochs", output.getvalue())
-        torch.save(saved["state_dict"], path)
-        with self.assertRaisesRegex(CheckpointError, "is a bare state_dict without the hyperparameters model_name"):
+            self.assertIn(f"after {results['epoch'] or 'some'} epochs", lines[0])
+        torch.save(saved["state_dict"], path)  # as train_torch.py does
+        with self.assertRaisesRegex(CheckpointError, "size mismatch .*: give --model, --z_dim, .* it was trained with"):
             self.evaluate(path, dataset="rendered")
+        again = self.evaluate(path, dataset="rendered", z_dim=3, hidden_dims=[32])[0]
+        self.assertEqual(again["test_bpd"], results["test_bpd"])
 
     def test_bad_choices(self):
         checkpoint = self.trained()

@@ -1,0 +1,60 @@
+"""`python train_torch.py` as a user runs it: `python -m unittest tests/programs/test_train_torch.py`."""
+
+import os
+import signal
+import unittest
+
+from tests.helpers import MNIST_DIR, NO_MNIST, NO_NETWORK, REPOSITORY, CommandTest
+
+SMALL = ["--hidden_dims", "16", "--epochs", "1", "--log_dir", "logs"]
+
+
+class TestCommand(CommandTest):
+    def train_torch(self, *flags):
+        """Trains; returns the run's folder and the test bpd."""
+        code, stdout, stderr = self.run_command("train_torch.py", *SMALL, *flags)
+        self.assertEqual((code, stderr), (0, ""))
+        test_line, folder_line = stdout.splitlines()[-2:]
+        return self.folder / folder_line.removeprefix("run folder "), float(test_line.removeprefix("test bpd "))
+
+    def test_a_run_and_its_evaluation(self):
+        run, test_bpd = self.train_torch("--dataset", "rendered")
+        flags = [run / "checkpoints" / "epoch.pt", "--dataset", "rendered", "--iw_samples", "1"]
+        self.assert_one_line(
+            self.run_command("evaluate.py", *flags), 1, "size mismatch", "give --model", "--hidden_dims"
+        )
+        code, stdout, stderr = self.run_command("evaluate.py", *flags, "--hidden_dims", "16")
+        self.assertEqual((code, stderr), (0, ""))
+        (line,) = (line for line in stdout.splitlines() if line.startswith("test bpd"))
+        self.assertAlmostEqual(float(line.split()[2]), test_bpd, delta=0.002)
+        self.assertTrue((run / "evaluation" / "evaluation.json").exists())
+
+    @unittest.skipUnless(MNIST_DIR, NO_MNIST)
+    def test_mnist(self):
+        """It ends about where train_pl.py does: the order of the images is another one."""
+        _, test_bpd = self.train_torch("--data_dir", MNIST_DIR)
+        _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, *SMALL)
+        self.assertAlmostEqual(test_bpd, results["test_bpd"], delta=0.01)
+
+    def test_bad_flags_and_missing_data(self):
+        for flags, code, *parts in [
+            (["--epochs", "0"], 1, "--epochs must be above 0, got 0"),
+            (["--model", "RNN"], 2, "--model"),
+            (["--num_workers", "-1", "--dataset", "rendered"], 1, "num_workers"),
+            (["--data_dir", "nowhere"], 1, "nowhere", "missing"),
+            (["--log_dir", os.devnull, "--dataset", "rendered"], 1, os.devnull),
+        ]:
+            self.assert_one_line(self.run_command("train_torch.py", *flags, **NO_NETWORK), code, *parts)
+
+    def test_it_does_not_end_half_way_with_code_0(self):
+        for number, expected in [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]:
+            process = self.start(REPOSITORY / "train_torch.py", "--dataset", "rendered", "--log_dir", "logs")
+            self.assertTrue(process.stdout.readline().startswith("epoch   1/80"))
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, expected)
+            self.assertEqual(stderr, "" if expected < 0 else "train_torch.py: error: interrupted\n")
+
+
+if __name__ == "__main__":
+    unittest.main()
