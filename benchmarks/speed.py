@@ -77,6 +77,12 @@ class Turns(pl.Callback):
         next(self.turns)
 
 
+def training_flags(args, **changes):
+    """The flags of train_pl.py among those of the benchmark, with changes, as a Namespace."""
+    names = train_pl.make_parser().defaults
+    return argparse.Namespace(**{name: value for name, value in {**vars(args), **changes}.items() if name in names})
+
+
 def run_package(args):
     """train_vae as it is; only its report waits for its turn at the start of each epoch."""
 
@@ -88,11 +94,8 @@ def run_package(args):
     epochs = turns()
     run.report.EpochReport = Report
     with tempfile.TemporaryDirectory() as log_dir:
-        train_pl.train_vae(
-            argparse.Namespace(
-                **{**vars(args), "log_dir": log_dir, "epochs": args.rounds + 2, "plain": args.way == "package --plain"}
-            )
-        )
+        plain = args.way == "package --plain"
+        train_pl.train_vae(training_flags(args, log_dir=log_dir, epochs=args.rounds + 2, plain=plain))
 
 
 def run_loop(args):
@@ -209,7 +212,7 @@ def run_start(args):
     """Ends the process at the first training step."""
     VAE.training_step = lambda *args: os._exit(0)
     with tempfile.TemporaryDirectory() as log_dir:
-        train_pl.train_vae(argparse.Namespace(**{**vars(args), "log_dir": log_dir}))
+        train_pl.train_vae(training_flags(args, log_dir=log_dir))
 
 
 RUN = {
