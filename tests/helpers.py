@@ -18,12 +18,14 @@ import sys
 import tempfile
 import threading
 import unittest
+import zlib
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)
@@ -124,7 +126,10 @@ class TrainingTest(SeededTest):
     draws_figures = False  # whether each run draws its figures at the end
 
     def setUp(self):
-        patches = [mock.patch.object(train_pl, "load_data", small_loaders)]
+        patches = [
+            mock.patch.object(train_pl, "load_data", small_loaders),
+            mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32),  # TensorBoard's, in Python, takes its time
+        ]
         if not self.draws_figures:
             patches.append(mock.patch.object(run.Run, "draw_figures", leave_empty_figures))
         for patch in patches:
