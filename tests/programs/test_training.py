@@ -69,10 +69,11 @@ class TestTraining(CommandTest):
             "train_pl.train_vae(argparse.Namespace(dataset='rendered', epochs=1, accelerator='cpu', devices=2))\n"
             "print('connected:', torch.distributed.is_initialized())\n"
         )
-        process = self.start("script.py", OMP_NUM_THREADS="1", **few_digits(self.folder))
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **few_digits(self.folder)}
+        process = self.start("script.py", **variables)
         stdout, stderr = process.communicate(timeout=600)
         self.assertEqual((process.returncode, stderr), (0, ""))
-        self.assertEqual(re.findall("connected: .*", stdout), ["connected: False"] * 2)
+        self.assertEqual(re.findall("connected: .*", stdout), ["connected: False"] * 2, stdout)
 
     def test_interrupt(self):
         """Ctrl-C in a terminal, which sends SIGINT."""
