@@ -14,6 +14,7 @@ from torchvision.utils import make_grid, save_image
 from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, data_loaders, load_mnist
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
+from harness.chunks import knows_chunks
 from harness.program import FlagError, Parser, ending, optional
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
@@ -97,8 +98,7 @@ class VAE(pl.LightningModule):
             x_samples - Sampled images of zeros and ones, shape [B,C,H,W].
             x_mean - The pixels' means that they were drawn from, between 0 and 1, shape [B,C,H,W].
         """
-        z = torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)
-        x_mean = torch.sigmoid(self.decoder(z))
+        x_mean = torch.sigmoid(self.decoder(torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)))
         return torch.bernoulli(x_mean), x_mean
 
     @torch.no_grad()
@@ -119,6 +119,7 @@ class VAE(pl.LightningModule):
         loss = elbo_to_bpd(L_rec + L_reg, imgs.shape)  # what is minimised; what is logged is apart from it
         return {"loss": loss, "bpd": self.add_to(self.train_sums, imgs, L_rec, L_reg)["bpd"]}
 
+    @knows_chunks
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
             self.log_means("train", self.train_sums)
@@ -164,8 +165,7 @@ class GenerateCallback(pl.Callback):
         """
         Draws images from the model as it trains.
         Inputs:
-            batch_size - Number of images to generate.
-            every_n_epochs - Generate them every N epochs.
+            batch_size, every_n_epochs - Number of images to generate, and after every how many epochs.
             save_to_disk - If True, they are also written as PNG files into the run's log directory.
         """
         super().__init__()

@@ -1,150 +1,109 @@
 """
-The fast path on a single GPU: the training steps of many minibatches, captured once and replayed as one CUDA graph.
+Training steps as a CUDA graph: captured once, then replayed on other images.
 
-A training step of a small network is some sixty kernels of a few microseconds each. Launched from Python, one step per
-Lightning batch, they keep the GPU waiting. Here the images live on the GPU, a Lightning batch is a chunk of many
-minibatches, and a chunk is one launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). The Trainer,
-its callbacks, logs and checkpoints stay the same, and so do the minibatches and the number of steps.
+A graph replays kernels and runs no Python. While it is captured, what Python would read anew in each step refuses to be
+read: see Refusal.
 """
 
 import contextlib
-import math
+import gc
+import itertools
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.plugins.io import AsyncCheckpointIO
-from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader
 
-from harness.program import UserError
-
-CHUNK = 8192  # images at most, unless a single minibatch has more
-STEP_HOOKS = ["on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"]
+from harness.program import one_line
 
 
-class CaptureError(UserError):
-    """The training step does something that a CUDA graph cannot hold."""
+class CaptureError(RuntimeError):
+    """The training does something that a CUDA graph cannot hold; the message says what."""
 
 
-def can_capture(trainer, model, train_loader):
-    """
-    Whether the fast path can train a module: on a single CUDA device that has room for the training images, and where
-    neither the module nor a callback has one of Lightning's hooks within a training step, which a graph does not call.
-    """
-    device = trainer.strategy.root_device
-    return (
-        device.type == "cuda"
-        and trainer.world_size == 1
-        and train_loader.dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        and not any(is_overridden(hook, part) for hook in STEP_HOOKS for part in [model, *trainer.callbacks])
-    )
+def explain(error):
+    """Why there is no graph, in a few words."""
+    while error.__context__ is not None:  # what ends a capture after an error raises one of its own
+        error = error.__context__
+    if isinstance(error, CaptureError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU has too little memory for graphs ({one_line(error)})"
+    if isinstance(error, RuntimeError) and "captur" in str(error):
+        return f"training_step waits for the GPU, as .item() and print do ({one_line(error)})"
+    return one_line(error)
 
 
-def train_in_chunks(trainer, model, train_loader, val_loader):
-    """
-    Changes a Trainer and its module, before trainer.fit, so that they train chunk by chunk. On a CPU the chunks are
-    there too, but not the graph: plain training to the bit.
-    Inputs:
-        trainer - The Trainer.
-        model - A LightningModule with one optimizer and no scheduler. Its training_step is captured: it takes a batch
-            (images, labels), does nothing but tensor operations and returns the loss, or a dict of tensors that has
-            it as "loss". What it keeps, it adds to a tensor in place; what it logs, other hooks log.
-        train_loader, val_loader - DataLoaders of data sets that offer len, indexing with a tensor of indices, and
-            to(device). The sampler and the batch size of train_loader make the minibatches, as in plain training.
-    Outputs:
-        train_loader, val_loader - What to give to trainer.fit instead.
-    """
-    device = trainer.strategy.root_device
-    train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
-    model.automatic_optimization = False
-    model.training_step = ChunkedSteps(trainer, model, train_set, train_loader.batch_size).training_step
-    trainer.log_every_n_steps = 1  # in chunks; a module that logs once per epoch does not notice
-    if device.type == "cuda":
-        trainer.strategy.checkpoint_io = BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
-    return (
-        IndexChunks(train_loader, pin_memory=device.type == "cuda"),
-        DataLoader(val_set, batch_size=None, sampler=torch.arange(len(val_set)).split(CHUNK)),
-    )
+class Steps:
+    """The training steps of a chunk of minibatches: one by one, or as a graph."""
 
-
-class IndexChunks:
-    """The minibatches of a DataLoader, many at a time: tensors int64 [N] of the indices of their images."""
-
-    def __init__(self, loader, pin_memory):
-        self.loader = loader
-        self.sampler = loader.sampler  # Lightning tells it the epoch
-        self.pin_memory = pin_memory  # so that copying the indices waits for nothing
-        self.chunk = max(CHUNK // loader.batch_size, 1) * loader.batch_size
-
-    def __len__(self):
-        return math.ceil(len(self.sampler) / self.chunk)
-
-    def __iter__(self):
-        if hasattr(self.loader, "redraw"):
-            self.loader.redraw()
-        for indices in torch.tensor(list(self.sampler)).split(self.chunk):
-            yield indices.pin_memory() if self.pin_memory else indices
-
-
-class ChunkedSteps:
-    """Trains a module on a chunk of minibatches as if it were a single Lightning batch, by manual optimisation."""
-
-    def __init__(self, trainer, model, train_set, batch_size):
-        self.trainer = trainer
+    def __init__(self, model, optimizer, train_set, batch_size, minibatch_step=None):
+        """
+        Inputs:
+            model, optimizer, train_set, batch_size - What trains, and on what.
+            minibatch_step - The module's training_step, unless it is still the module's.
+        """
         self.model = model
-        self.minibatch_step = model.training_step
+        self.optimizer = optimizer
         self.train_set = train_set
         self.batch_size = batch_size
+        self.minibatch_step = minibatch_step or model.training_step
         self.graphs = {}  # from the images in a chunk to (where the graph reads indices, replay, first output)
-        self.lrs = []  # where the graphs read the learning rate of each parameter group
+        # Where the graphs read the learning rate of each parameter group.
+        self.lrs = [torch.tensor(float(group["lr"]), device=model.device) for group in optimizer.param_groups]
 
-    def training_step(self, indices, batch_idx):
-        """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
-        if not self.use_graph:
-            first_output = self.steps(indices)
-        elif len(indices) not in self.graphs:
-            first_output = self.steps_and_capture(indices)
-        else:
-            graph_indices, replay, first_output = self.graphs[len(indices)]
-            graph_indices.copy_(indices)
-            for group, lr in zip(self.optimizer.param_groups, self.lrs):
-                lr.fill_(group["lr"])
-            replay()
-        self.count_steps(math.ceil(len(indices) / self.batch_size))
-        return first_output
-
-    def steps(self, indices):
-        """One training step per minibatch; this is what is captured."""
+    def run(self, indices, numbers):
+        """
+        One step per minibatch.
+        Inputs:
+            indices - int64 tensor [N] of the images, on any device.
+            numbers - Iterable of the minibatches' numbers in the epoch, for training_step.
+        Outputs:
+            first_output - What training_step returned for the first one.
+        """
         imgs, labels = self.train_set[indices]
         outputs = []
-        for batch_idx, batch in enumerate(zip(imgs.split(self.batch_size), labels.split(self.batch_size))):
+        for batch_idx, *batch in zip(numbers, imgs.split(self.batch_size), labels.split(self.batch_size)):
             self.optimizer.zero_grad()
-            output = self.minibatch_step(batch, batch_idx)
+            output = self.minibatch_step(tuple(batch), batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
             loss.backward()
             self.optimizer.step()
             outputs.append(apply_to_collection(output, torch.Tensor, torch.Tensor.detach))
         return outputs[0]
 
-    def steps_and_capture(self, indices):
-        """Trains on the first chunk of its size, and captures the graph for the chunks to come."""
-        if self.trainer.lr_scheduler_configs:
-            raise CaptureError("a CUDA graph does not step learning-rate schedulers: train with --plain")
-        graph_indices = indices.clone()
+    def capture(self, indices):
+        """As run, and captures the graph for the chunks to come."""
+        gc.collect()  # see fast_path
+        graph_indices = indices.to(self.model.device, copy=True)
+        numbers = itertools.repeat(Refusal("batch_idx"))
+        self.set_lrs()
         with self.settings_of_a_graph():
-            first_output, *replay = run_and_capture(self.steps, graph_indices)
+            first_output, *replay = run_and_capture(lambda indices: self.run(indices, numbers), graph_indices)
         self.graphs[len(indices)] = graph_indices, *replay
         return first_output
+
+    def replay(self, indices):
+        """As run, by a graph."""
+        graph_indices, replay, first_output = self.graphs[len(indices)]
+        graph_indices.copy_(indices)
+        self.set_lrs()
+        replay()
+        return first_output
+
+    def set_lrs(self):
+        """Takes the learning rates over into the graphs."""
+        for group, lr in zip(self.optimizer.param_groups, self.lrs):
+            lr.fill_(group["lr"])
 
     @contextlib.contextmanager
     def settings_of_a_graph(self):
         """What a captured step needs; everything else, checkpoints too, has the settings of plain training."""
         groups = self.optimizer.param_groups
+        if not all("capturable" in group for group in groups):
+            raise CaptureError(f"{type(self.optimizer).__name__} has no option `capturable`, as Adam has")
         before = [(group["lr"], group["capturable"]) for group in groups]
-        self.lrs = self.lrs or [torch.tensor(lr, device=self.model.device) for lr, _ in before]
-        precision = torch.get_float32_matmul_precision()
-        self.model.log = refuse_to_log
+        precision, trainer = torch.get_float32_matmul_precision(), self.model.trainer
         try:
+            self.model.trainer = Refusal("self.trainer, as self.log and self.current_epoch do")
             for group, lr in zip(groups, self.lrs):
                 group["lr"], group["capturable"] = lr, True  # a graph reads the rate from a tensor
             torch.set_float32_matmul_precision("high")  # TF32
@@ -153,37 +112,24 @@ class ChunkedSteps:
             torch.set_float32_matmul_precision(precision)
             for group, (lr, capturable) in zip(groups, before):
                 group["lr"], group["capturable"] = lr, capturable
-            del self.model.log
-
-    @property
-    def optimizer(self):
-        """The module's only optimizer."""
-        return self.trainer.optimizers[0]
-
-    @property
-    def use_graph(self):
-        """Whether chunks are replayed, or run step by step."""
-        return self.model.device.type == "cuda"
-
-    def count_steps(self, num_steps):
-        """
-        Adds to Lightning's global step, for which it has no hook where no step runs in Python. It counts manual and
-        automatic optimisation apart; both counts are kept here, so that a checkpoint can be continued either way.
-        """
-        loop = self.trainer.fit_loop.epoch_loop
-        automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
-        automatic.ready += num_steps
-        automatic.completed += num_steps
-        manual = loop.manual_optimization.optim_step_progress.total
-        manual.ready, manual.completed = automatic.ready, automatic.completed
+            self.model.trainer = trainer
 
 
-def refuse_to_log(*args, **kwargs):
-    """In the place of self.log while a graph is captured."""
-    raise CaptureError(
-        "training_step runs inside a CUDA graph, where self.log would record nothing: "
-        "log in another hook (as VAE.on_train_batch_end does) or train with --plain"
-    )
+class Refusal:
+    """In the place of what a graph does not follow, while it is captured: each use of it is a CaptureError."""
+
+    def __init__(self, name):
+        vars(self)["refused"] = name
+
+    def refuse(self, *args):
+        raise CaptureError(f"training_step uses {vars(self)['refused']}, which a graph would not follow")
+
+    __getattr__ = refuse  # and all that a number may be used for, see below
+
+
+_COMPARISONS = {f"__{name}__" for name in ["eq", "ne", "lt", "le", "gt", "ge"]}
+for _name in {*dir(int), "__len__", "__iter__", "__call__"} - {*dir(object)} | _COMPARISONS | {"__hash__", "__str__"}:
+    setattr(Refusal, _name, Refusal.refuse)
 
 
 def run_and_capture(function, tensor):
@@ -200,31 +146,12 @@ def run_and_capture(function, tensor):
     with torch.cuda.stream(stream):
         result = function(tensor)
     torch.cuda.current_stream().wait_stream(stream)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    random_numbers = generator.clone_state()
     try:
         with torch.cuda.graph(graph, stream=stream):
             replay_result = function(tensor)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise CaptureError(
-            f"training_step cannot be captured as a CUDA graph ({reason}): it must not "
-            "wait for the GPU, as .item() and print do; train with --plain"
-        ) from error
+    except Exception:
+        generator.graphsafe_set_state(random_numbers)  # after an error the others still wait for the capture's end
+        raise
     return result, graph.replay, replay_result
-
-
-class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """
-    Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on, up to the time when
-    the same file is to be written again.
-    """
-
-    def __init__(self, checkpoint_io):
-        super().__init__(checkpoint_io)
-        self.written = {}  # from path to a job that follows its writing
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        if path in self.written:
-            self.written[path].result()
-        checkpoint = apply_to_collection(checkpoint, torch.Tensor, torch.Tensor.to, "cpu", copy=True)
-        super().save_checkpoint(checkpoint, path, storage_options)
-        self.written[path] = self._executor.submit(int)

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
-from harness import checkpoints, cuda_graph, processes, report, slurm
+from harness import checkpoints, chunks, processes, report, slurm
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
@@ -138,6 +138,10 @@ class Run:
         sampler = functools.partial(processes.sampler, trainer=self.trainer, seed=self.args.seed)
         with processes.rank_zero_first(self.trainer):  # which may download them
             loaders = load_data(self.args, download=self.trainer.is_global_zero, sampler=sampler)
+        if not hasattr(loaders[0].sampler, "set_epoch"):  # a run that continues could not go on where it was
+            raise RunError(
+                "load_data must make the training loader's sampler by the function `sampler` that it is given"
+            )
         if self.args.num_workers:
             check_shared_memory(self.args.num_workers, loaders[0])
         # Only now that nothing else can be wrong.
@@ -189,10 +193,11 @@ class Run:
         trainer.log_every_n_steps = len(train_loader)
         train_loader.sampler.set_epoch(self.place.epoch)  # Lightning does so once it has begun to read
         loaders = train_loader, val_loader
-        if not self.args.plain and cuda_graph.can_capture(trainer, model, train_loader):
-            loaders = cuda_graph.train_in_chunks(trainer, model, *loaders)
         fit_start = time.perf_counter()
-        trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
+        with contextlib.ExitStack() as stack:
+            if not self.args.plain and chunks.has_graphs(self.device):
+                loaders = stack.enter_context(chunks.fast_path(trainer, model, *loaders))
+            trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
         if trainer.interrupted:
             raise RunError("training was interrupted")
         self.fit_seconds = time.perf_counter() - fit_start

@@ -24,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
@@ -32,7 +33,7 @@ sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)
 
 import bmnist  # noqa: E402
 import train_pl  # noqa: E402
-from harness import run  # noqa: E402
+from harness import chunks, cuda_graph, run  # noqa: E402
 from harness.program import CHANGEABLE_FLAGS  # noqa: E402
 from rendered_digits import rendered_digits  # noqa: E402
 
@@ -164,6 +165,39 @@ class TrainingTest(SeededTest):
             train_pl.main()
         code = caught.exception.code
         return (1, code) if isinstance(code, str) else (code, error.getvalue())
+
+
+class ChunksTest(TrainingTest):
+    """A test that trains by graphs, in chunks of 80, 80, 80 and 60 images; a graph's stand-in runs a function again."""
+
+    def setUp(self):
+        super().setUp()
+        self.captures, self.replays = [], []  # the number of images of each chunk that was captured, or replayed
+        for patch in [
+            mock.patch.object(chunks, "CHUNK", 100),
+            mock.patch.object(chunks, "has_graphs", lambda device: True),
+            mock.patch.object(chunks, "free_memory", lambda device: 2**40),
+            mock.patch.object(cuda_graph, "run_and_capture", self.run_and_capture),
+        ]:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def run_and_capture(self, function, indices):
+        """A replay runs the function again and leaves its result in the same tensors."""
+        self.captures.append(len(indices))
+        result = function(indices)
+        replay_result = apply_to_collection(result, torch.Tensor, torch.zeros_like)
+
+        def replay():
+            self.replays.append(len(indices))
+            output = function(indices)
+            if isinstance(output, dict):
+                for name, value in output.items():
+                    replay_result[name].copy_(value)
+            else:
+                replay_result.copy_(output)
+
+        return result, replay, replay_result
 
 
 class NamedRunTest(TrainingTest):

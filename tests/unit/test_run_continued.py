@@ -4,6 +4,7 @@ Tests of runs that stop somewhere and are given again: `python -m unittest tests
 Each leaves the same, to the bit, as a run that never stopped.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -17,7 +18,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
-from harness import checkpoints, cuda_graph, report, run
+from harness import checkpoints, chunks, report, run
 from harness.program import CHANGEABLE_FLAGS
 from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load, scalars_and_images
 from train_pl import VAE
@@ -28,6 +29,14 @@ def setUpModule():
     folder = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(folder.cleanup)
     UNDISTURBED = Path(folder.name)  # of the runs that never stop, one for all tests with the same flags
+
+
+@contextlib.contextmanager
+def in_chunks():
+    """A context in which runs train in chunks, without graphs."""
+    always = dict(has_graphs=lambda device: True, check=mock.Mock(), rehearse=mock.Mock())
+    with mock.patch.multiple(chunks, **always), mock.patch.object(chunks.ChunkedSteps, "use_graphs", False):
+        yield
 
 
 class ContinuedRunTest(NamedRunTest):
@@ -134,17 +143,14 @@ class TestFlags(ContinuedRunTest):
 
     def test_other_models_and_paths(self):
         """A CNN, that begins in chunks with their checkpoints in the background, and goes on without, with workers."""
-        train_in_chunks = cuda_graph.train_in_chunks
+        train_in_chunks = chunks.train_in_chunks
 
         def with_checkpoints_in_the_background(trainer, *args):
-            trainer.strategy.checkpoint_io = cuda_graph.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
+            trainer.strategy.checkpoint_io = chunks.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
             return train_in_chunks(trainer, *args)
 
         flags = dict(model="CNN", num_filters=2)
-        with (
-            mock.patch.object(cuda_graph, "can_capture", return_value=True),
-            mock.patch.object(cuda_graph, "train_in_chunks", with_checkpoints_in_the_background),
-        ):
+        with in_chunks(), mock.patch.object(chunks, "train_in_chunks", with_checkpoints_in_the_background):
             for epoch in [2, 4]:
                 self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.check(**flags, num_workers=1)
@@ -152,7 +158,7 @@ class TestFlags(ContinuedRunTest):
     def test_drawn_images_and_learning_rate(self):
         """Of each epoch, whenever the run stops, in chunks and with workers, too."""
         flags = dict(binarization="stochastic", lr_schedule="cosine", lr=0.01)
-        with mock.patch.object(cuda_graph, "can_capture", return_value=True):
+        with in_chunks():
             for epoch in [2, 4]:
                 self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.check(**flags, num_workers=1)

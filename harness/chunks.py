@@ -1,0 +1,351 @@
+"""
+The fast path on a single GPU: the training steps of many minibatches, captured once and replayed as one CUDA graph.
+
+A training step of a small network is some sixty kernels of a few microseconds each. Launched from Python, one step per
+Lightning batch, they keep the GPU waiting. Here the images live on the GPU, a Lightning batch is a chunk of many
+minibatches, and a chunk is one launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). The Trainer,
+its callbacks, logs and checkpoints stay the same, and so do the minibatches and the number of steps.
+
+A graph replays kernels and runs no Python. So the fast path is taken only where nothing in Python would be missed: not
+where there are hooks within an epoch, and not if two steps of a copy of the module, before the training, use or change
+what a graph does not follow. Whatever else fails later, the training goes on step by step, and one line says why.
+"""
+
+import contextlib
+import copy
+import gc
+import itertools
+import math
+import pickle
+import random
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.plugins.io import AsyncCheckpointIO
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from harness.cuda_graph import CaptureError, Steps, explain
+from harness.program import note
+
+CHUNK = 8192  # images at most, unless a single minibatch has more
+MAX_STEPS = 64  # in a graph, whatever the size of a minibatch
+BYTES_PER_STEP = 3 * 2**20  # of the GPU's memory that a graph keeps for a step's kernels, at most; by estimate
+# Hooks of modules and callbacks within an epoch, which the fast path would not call, or not as often.
+# fmt: off
+STEP_HOOKS = [
+    "on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+    "on_before_zero_grad", "optimizer_zero_grad", "on_before_backward", "backward", "on_after_backward",
+    "on_before_optimizer_step", "optimizer_step", "configure_gradient_clipping", "clip_gradients", "lr_scheduler_step",
+    "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end",
+]
+# fmt: on
+# Where those are written to which a chunk is as good as a minibatch; others have the decorator `knows_chunks`.
+PLACES = ("harness.", *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]))
+TORCH_HOOKS = ["_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"]
+# What the Trainer must be like.
+SETTINGS = {
+    "world_size": 1,
+    "precision": "32-true",
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "max_steps": -1,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "overfit_batches": 0.0,
+    "val_check_interval": 1.0,
+}
+
+
+def has_graphs(device):
+    """Whether training steps can be captured on a torch.device."""
+    return device.type == "cuda"
+
+
+@contextlib.contextmanager
+def fast_path(trainer, model, train_loader, val_loader):
+    """
+    A context in which a Trainer and its module train chunk by chunk, if they can.
+    Inputs:
+        trainer - The Trainer.
+        model - The LightningModule. Its training_step is captured: it takes a batch (images, labels) and returns the
+            loss, or a dict of tensors that has it as "loss". What it keeps, it adds to a tensor in place; what it logs,
+            other hooks log.
+        train_loader, val_loader - DataLoaders of data sets that offer len, indexing with a tensor of indices, and
+            to(device). The sampler and the batch size of train_loader make the minibatches, as in plain training.
+    Outputs:
+        train_loader, val_loader - What to give to trainer.fit.
+    """
+    why_not = None
+    with isolate_rng():  # which restores nothing after an error
+        try:
+            check(trainer, model, train_loader, val_loader)
+            rehearse(trainer, model, train_loader)
+        except Exception as error:
+            why_not = explain(error)
+    if why_not:
+        if trainer.is_global_zero:
+            note(f"step by step: {why_not}")
+        yield train_loader, val_loader
+        return
+    loaders = train_in_chunks(trainer, model, train_loader, val_loader)
+    try:
+        yield loaders
+    finally:  # a graph that is left until Python finds that nothing needs it could end in the midst of another capture
+        del model.training_step
+        model.automatic_optimization = True
+
+
+def check(trainer, model, train_loader, val_loader):
+    """Raises a CaptureError where the fast path would not do all that plain training does."""
+    for name, value in SETTINGS.items():
+        if (found := getattr(trainer, name)) != value:
+            raise CaptureError(f"the Trainer's {name} is {found}; captured steps need {value}")
+    if not model.automatic_optimization or "training_step" in vars(model):
+        raise CaptureError("the module optimises by itself, or its training_step was replaced after it was made")
+    for part in [model, *trainer.callbacks]:
+        for hook in hooks_of_steps(part):
+            raise CaptureError(f"{type(part).__name__} has {hook}, which plain training calls for every minibatch")
+    if any(getattr(part, name, None) for part in model.modules() for name in TORCH_HOOKS):
+        raise CaptureError("parts of the module have hooks, which a graph does not call")
+    train_set, batch_size = train_loader.dataset, train_loader.batch_size
+    if batch_size is None or train_loader.drop_last:
+        raise CaptureError("the training loader makes minibatches of another kind, or leaves images out")
+    batch = next(iter(DataLoader(train_set, batch_size, collate_fn=train_loader.collate_fn)))
+    if not all(map(torch.equal, batch, train_set[torch.arange(len(batch[0]))])):
+        raise CaptureError("the training loader changes the images of its data set")
+    needed = train_set.images.nbytes + val_loader.dataset.images.nbytes + 2 * MAX_STEPS * BYTES_PER_STEP
+    free = free_memory(trainer.strategy.root_device)
+    if needed > free / 2:
+        raise CaptureError(
+            f"the GPU has {free / 2**20:,.0f} MiB of memory free, and images and graphs may take "
+            f"{needed / 2**20:,.0f} MiB, which is more than half of it"
+        )
+
+
+def hooks_of_steps(part):
+    """Names of the hooks within an epoch that a module or a callback has, and that do not know of chunks."""
+    parent = LightningModule if isinstance(part, LightningModule) else Callback
+    hooks = [hook for hook in STEP_HOOKS if hasattr(parent, hook) and is_overridden(hook, part)]
+    if getattr(part, "_every_n_train_steps", 0) or getattr(part, "_train_time_interval", None):  # of ModelCheckpoint
+        return hooks
+    return [hook for hook in hooks if not is_marked(getattr(part, hook))]
+
+
+def knows_chunks(hook):
+    """Marks a hook of minibatches as right, too, where it is called once for many of them, a chunk."""
+    hook.knows_chunks = True
+    return hook
+
+
+def is_marked(hook):
+    """Whether a hook knows of chunks."""
+    return getattr(hook, "knows_chunks", False) or getattr(hook, "__module__", "").startswith(PLACES)
+
+
+def free_memory(device):
+    """Free memory of a CUDA device, in bytes."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def rehearse(trainer, model, train_loader):
+    """
+    Captures two training steps of a copy of a module, to see whether a graph can hold them.
+    Raises:
+        CaptureError - where they use or change what a graph does not follow.
+        Exception - whatever else they raise.
+    """
+    device, batch_size = trainer.strategy.root_device, train_loader.batch_size
+    twin = copy.deepcopy(model).to(device)
+    twin.trainer = trainer
+    optimizer = twin.configure_optimizers()
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise CaptureError("configure_optimizers returns more than an optimizer, such as learning-rate schedulers")
+    train_set = copy.copy(train_loader.dataset).to(device)  # its tensors are not the loader's
+    steps = Steps(twin, optimizer, train_set, batch_size)
+    before, before_draws = fixed(twin, optimizer) | lengths(twin), random_states(device)
+    steps.capture(torch.arange(min(2 * batch_size, len(train_set))))
+    after = fixed(twin, optimizer) | lengths(twin)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        raise CaptureError(f"training_step sets {changed[0]} anew; what it changes must be a tensor changed in place")
+    if before_draws != random_states(device):
+        raise CaptureError("training_step draws random numbers that are not the GPU's")
+
+
+def fixed(model, optimizer):
+    """
+    What a graph takes as it is when it is captured, as a dict: the numbers, booleans and strings of a module and its
+    parts, where their tensors are, and the settings of the optimizer but for the learning rate.
+    """
+    found = {}
+    for path, part in model.named_modules():
+        values = {**vars(part), **part._parameters, **part._buffers, **getattr(part, "hparams", {})}
+        for name, value in values.items():
+            name = ".".join(filter(None, ["self", path, name]))
+            if isinstance(value, torch.Tensor):
+                found[name] = value.data_ptr(), value.requires_grad
+            elif isinstance(value, (bool, int, float, str)):
+                found[name] = value
+    for number, group in enumerate(optimizer.param_groups):
+        settings = {name: value for name, value in group.items() if name not in ["params", "lr", "capturable"]}
+        found[f"optimizer.param_groups[{number}]"] = settings
+    return found
+
+
+def lengths(model):
+    """The lengths of the lists, dicts and sets of a module, as a dict."""
+    values = vars(model).items()
+    return {f"self.{name}": len(value) for name, value in values if isinstance(value, (list, dict, set))}
+
+
+def random_states(device):
+    """The states of the random numbers that a graph on a device does not draw."""
+    on_cpu = torch.get_rng_state().tolist() if device.type != "cpu" else None
+    return pickle.dumps([random.getstate(), np.random.get_state(), on_cpu])
+
+
+def train_in_chunks(trainer, model, train_loader, val_loader):
+    """Changes a Trainer and its module so that they train chunk by chunk. Inputs and outputs as of fast_path."""
+    device = trainer.strategy.root_device
+    train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
+    model.automatic_optimization = False
+    model.training_step = ChunkedSteps(trainer, model, train_set, train_loader.batch_size).training_step
+    trainer.log_every_n_steps = 1  # in chunks; a module that logs once per epoch does not notice
+    if device.type == "cuda":
+        trainer.strategy.checkpoint_io = BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
+    return (
+        IndexChunks(train_loader, pin_memory=device.type == "cuda"),
+        DataLoader(val_set, batch_size=None, sampler=torch.arange(len(val_set)).split(CHUNK)),
+    )
+
+
+class IndexChunks:
+    """The minibatches of a DataLoader, many at a time: tensors int64 [N] of the indices of their images."""
+
+    def __init__(self, loader, pin_memory):
+        self.loader = loader
+        self.sampler = loader.sampler  # Lightning tells it the epoch
+        self.pin_memory = pin_memory  # so that copying the indices waits for nothing
+        self.chunk = min(max(CHUNK // loader.batch_size, 1), MAX_STEPS) * loader.batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.sampler) / self.chunk)
+
+    def __iter__(self):
+        if hasattr(self.loader, "redraw"):
+            self.loader.redraw()
+        for indices in torch.tensor(list(self.sampler)).split(self.chunk):
+            yield indices.pin_memory() if self.pin_memory else indices
+
+
+class ChunkedSteps:
+    """Trains a module on a chunk of minibatches as if it were a single Lightning batch, by manual optimisation."""
+
+    use_graphs = True
+
+    def __init__(self, trainer, model, train_set, batch_size):
+        self.trainer = trainer
+        self.model = model
+        self.train_set = train_set
+        self.batch_size = batch_size
+        self.minibatch_step = model.training_step
+        self.steps = None  # once there is an optimizer
+        self.captured = None  # what was fixed when the graphs were captured
+        self.num_steps = 0  # in this epoch
+
+    def training_step(self, indices, batch_idx):
+        """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
+        if self.steps is None:
+            self.steps = Steps(
+                self.model, self.trainer.optimizers[0], self.train_set, self.batch_size, self.minibatch_step
+            )
+        if batch_idx == 0:
+            self.num_steps = 0
+        output = self.by_graph(indices, batch_idx) if self.use_graphs else None
+        if output is None:
+            output = self.steps.run(indices, itertools.count(self.num_steps))
+        num_steps = math.ceil(len(indices) / self.batch_size)
+        self.num_steps += num_steps
+        self.count_steps(num_steps)
+        return output
+
+    def by_graph(self, indices, batch_idx):
+        """As training_step; or None, where that failed, and everything is as if it had not been tried."""
+        steps, restore = self.steps, None
+        try:
+            if batch_idx == 0 and self.captured != fixed(self.model, steps.optimizer):
+                steps.graphs.clear()
+            if len(indices) in steps.graphs:
+                restore = random_numbers(self.model.device)
+                return steps.replay(indices)
+            self.captured = fixed(self.model, steps.optimizer)
+            restore = snapshot(self.model, steps.optimizer)
+            return steps.capture(indices)
+        except Exception as error:
+            why = explain(error)
+        # Now that the error is gone, and with it what it held of the GPU's memory.
+        self.use_graphs = False
+        steps.graphs.clear()
+        gc.collect()
+        if restore:
+            restore()
+        note(f"step by step: {why}")
+
+    def count_steps(self, num_steps):
+        """
+        Adds to Lightning's global step, for which it has no hook where no step runs in Python. It counts manual and
+        automatic optimisation apart; both counts are kept here, so that a checkpoint can be continued either way.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
+        automatic.ready += num_steps
+        automatic.completed += num_steps
+        manual = loop.manual_optimization.optim_step_progress.total
+        manual.ready, manual.completed = automatic.ready, automatic.completed
+
+
+def random_numbers(device):
+    """A function that makes a device's random numbers go on as they would now."""
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+        return lambda: torch.cuda.set_rng_state(state, device)
+    state = torch.get_rng_state()
+    return lambda: torch.set_rng_state(state)
+
+
+def snapshot(model, optimizer):
+    """A function that makes a module, its optimizer and its random numbers what they are now."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    optimizer_state, restore_random_numbers = copy.deepcopy(optimizer.state_dict()), random_numbers(model.device)
+
+    @torch.no_grad()
+    def restore():
+        for tensor, kept in zip(tensors, copies):
+            tensor.copy_(kept)
+        optimizer.load_state_dict(optimizer_state)
+        restore_random_numbers()
+
+    return restore
+
+
+class BackgroundCheckpointIO(AsyncCheckpointIO):
+    """
+    Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on, up to the time when
+    the same file is to be written again.
+    """
+
+    def __init__(self, checkpoint_io):
+        super().__init__(checkpoint_io)
+        self.written = {}  # from path to a job that follows its writing
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if path in self.written:
+            self.written[path].result()
+        checkpoint = apply_to_collection(checkpoint, torch.Tensor, torch.Tensor.to, "cpu", copy=True)
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.written[path] = self._executor.submit(int)

@@ -1,0 +1,275 @@
+"""
+Tests of what training in chunks takes and what it leaves to plain training, on a CPU:
+`python -m unittest tests/unit/test_chunks_border.py`.
+"""
+
+import argparse
+import random
+import unittest
+from unittest import mock
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from harness import chunks, run
+from tests.helpers import ChunksTest, load, small_loaders
+from train_pl import QUANTITIES, VAE, CosineLearningRate, GenerateCallback, complete_flags
+
+
+class BorderTest(ChunksTest):
+    def why_not(self, vae=VAE, *callbacks, change=lambda loaders: None, **settings):
+        """Why a module is trained step by step; None where it is not."""
+        train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
+        change(train_loader)
+        options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
+        trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
+        with (
+            mock.patch.object(chunks, "note") as note,
+            chunks.fast_path(trainer, vae("MLP", [16], 4, 2, 1e-3), train_loader, val_loader) as loaders,
+        ):
+            self.assertEqual(loaders[0] is train_loader, bool(note.mock_calls))
+        (line,) = [call.args[0] for call in note.mock_calls] or [None]
+        return line
+
+
+class TestTaken(BorderTest):
+    def test_the_assignment(self):
+        self.assertIsNone(self.why_not(VAE, GenerateCallback(), CosineLearningRate()))
+
+    def test_every_callback_of_a_run(self):
+        args = complete_flags(argparse.Namespace(accelerator="cpu", log_dir=str(self.folder), progress_bar=True))
+        with mock.patch.object(run, "shows_bar", lambda args: True):
+            training = run.Run(args, {}, QUANTITIES, [GenerateCallback()])
+        for callback in training.trainer.callbacks:
+            self.assertEqual(chunks.hooks_of_steps(callback), [], callback)
+        self.assertIn(pl.callbacks.TQDMProgressBar, map(type, training.trainer.callbacks))
+
+    def test_hooks_outside_an_epoch(self):
+        class Own(VAE):
+            def on_train_start(self):
+                pass
+
+            def on_train_epoch_start(self):
+                self.log("epoch", 1.0)
+
+            def on_validation_epoch_end(self):
+                pass
+
+        self.assertIsNone(self.why_not(Own, pl.callbacks.EarlyStopping("val_bpd"), pl.callbacks.Timer()))
+
+    def test_what_it_keeps(self):
+        """Random numbers, weights and data are as they were."""
+        train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
+        model = VAE("MLP", [16], 4, 2, 1e-3)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+        images = train_loader.dataset.images
+        with chunks.fast_path(trainer, model, train_loader, val_loader):
+            self.assertIn("training_step", vars(model))
+        self.assertNotIn("training_step", vars(model))
+        self.assertTrue(torch.equal(torch.get_rng_state(), states[0]))
+        self.assertEqual((random.getstate(), np.random.get_state()[2]), states[1:])
+        self.assertIs(train_loader.dataset.images, images)
+        torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+        self.assertEqual(model.train_sums.count_nonzero(), 0)
+        self.assertIsNone(model._trainer)
+
+
+class TestNotTaken(BorderTest):
+    def assert_not_taken(self, words, *args, **options):
+        line = self.why_not(*args, **options)
+        self.assertRegex(line or "", f"^step by step: .*{words}")
+        self.assertNotIn("\n", line)
+
+    def test_hooks(self):
+        for hook in chunks.STEP_HOOKS:
+            for base in [VAE, pl.Callback]:
+                if hasattr(base, hook):
+                    own = type("Own", (base,), {hook: lambda *args, **kwargs: None})
+                    with self.subTest(hook=hook, base=base):
+                        args = [own] if base is VAE else [VAE, own()]
+                        self.assert_not_taken(f"Own has {hook}", *args)
+        self.assertLessEqual(
+            {"backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_train_batch_end"},
+            set(chunks.STEP_HOOKS),
+        )
+
+    def test_a_hook_of_the_assignment_changed(self):
+        class Own(VAE):
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                super().on_train_batch_end(outputs, batch, batch_idx)
+
+        self.assert_not_taken("Own has on_train_batch_end", Own)
+        with mock.patch.object(VAE, "on_train_batch_end", lambda *args: None):
+            self.assert_not_taken("VAE has on_train_batch_end")
+
+    def test_callbacks_of_lightning(self):
+        for callback in [
+            pl.callbacks.LearningRateMonitor("step"),
+            pl.callbacks.LambdaCallback(on_train_batch_end=lambda *args: None),
+            pl.callbacks.ModelCheckpoint(self.folder, every_n_train_steps=3),
+        ]:
+            own = dict(enable_checkpointing=True) if isinstance(callback, pl.callbacks.ModelCheckpoint) else {}
+            logger = pl.loggers.CSVLogger(self.folder)
+            self.assert_not_taken(type(callback).__name__, VAE, callback, logger=logger, **own)
+
+    def test_settings_of_the_trainer(self):
+        for setting in [
+            dict(accumulate_grad_batches=2),
+            dict(gradient_clip_val=1.0),
+            dict(precision="bf16-mixed"),
+            dict(max_steps=5),
+            dict(limit_train_batches=3),
+            dict(limit_val_batches=0),
+            dict(val_check_interval=0.5),
+        ]:
+            (name,) = setting
+            self.assert_not_taken(f"the Trainer's .*{name.removesuffix('_batches')}", VAE, **setting)
+
+    def test_loaders(self):
+        def drop_last(loader):
+            vars(loader)["drop_last"] = True
+
+        def augment(loader):
+            loader.collate_fn = lambda batch: (1 - batch[0], batch[1])
+
+        self.assert_not_taken("leaves images out", change=drop_last)
+        self.assert_not_taken("changes the images", change=augment)
+
+    def test_memory(self):
+        with mock.patch.object(chunks, "free_memory", lambda device: 500 * 2**20):
+            self.assert_not_taken(r"the GPU has 500 MiB of memory free, and images and graphs may take 384 MiB")
+
+    def test_steps(self):
+        """What a training_step may do that a graph would not follow."""
+        beta = mock.Mock(value=1.0)
+
+        def log(model, loss, batch_idx):
+            model.log("loss", loss)
+
+        def log_dict(model, loss, batch_idx):
+            model.log_dict({"loss": loss})
+
+        def epoch(model, loss, batch_idx):
+            return loss * min(1.0, model.current_epoch / 10)
+
+        def step(model, loss, batch_idx):
+            return loss if model.global_step > 10 else 2 * loss
+
+        def maximum(model, loss, batch_idx):
+            return loss * model.trainer.max_epochs
+
+        def tensorboard(model, loss, batch_idx):
+            model.logger.experiment.add_scalar("loss", loss, 0)
+
+        def every_second(model, loss, batch_idx):
+            return loss if batch_idx % 2 else 2 * loss
+
+        def printed(model, loss, batch_idx):
+            print(f"{batch_idx}")
+
+        def counts(model, loss, batch_idx):
+            model.count = getattr(model, "count", 0) + 1
+
+        def keeps(model, loss, batch_idx):
+            model.last = loss.detach()
+
+        def adds(model, loss, batch_idx):
+            model.train_sums = model.train_sums + 1
+
+        def appends(model, loss, batch_idx):
+            model.outputs.append(loss.detach())
+
+        def drops(model, loss, batch_idx):
+            return loss * (random.random() < 0.5)
+
+        def draws(model, loss, batch_idx):
+            return loss * float(np.random.rand())
+
+        def nothing(model, loss, batch_idx):
+            return {"loss": None}
+
+        def wrong(model, loss, batch_idx):
+            return loss * beta["value"]
+
+        for act, words in [
+            *((act, "uses self.trainer, as self.log") for act in [log, log_dict, epoch, step, maximum, tensorboard]),
+            *((act, "uses batch_idx") for act in [every_second, printed]),
+            *((act, "sets self.count anew") for act in [counts]),
+            *((act, "sets self.last anew") for act in [keeps]),
+            *((act, "sets self.train_sums anew") for act in [adds]),
+            *((act, "sets self.outputs anew") for act in [appends]),
+            *((act, "random numbers that are not the GPU's") for act in [drops, draws]),
+            *((act, "Error: ") for act in [nothing, wrong]),
+        ]:
+
+            class Own(VAE):
+                def __init__(self, *args):
+                    super().__init__(*args)
+                    self.outputs = []
+
+                def training_step(self, batch, batch_idx, act=act):
+                    loss = self(batch[0])[2]
+                    result = act(self, loss, batch_idx)
+                    return loss if result is None else result
+
+            with self.subTest(act.__name__):
+                self.assert_not_taken(words, Own)
+
+    def test_modules(self):
+        class Hooked(VAE):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.encoder.register_forward_hook(lambda *args: None)
+
+        class Manual(VAE):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.automatic_optimization = False
+
+        class Replaced(VAE):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.training_step = lambda batch, batch_idx: self(batch[0])[2]
+
+        class Scheduled(VAE):
+            def configure_optimizers(self):
+                optimizer = super().configure_optimizers()
+                return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+
+        class Stochastic(VAE):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        for vae, words in [
+            (Hooked, "have hooks"),
+            (Manual, "optimises by itself"),
+            (Replaced, "training_step was replaced"),
+            (Scheduled, "schedulers"),
+            (Stochastic, "SGD has no option `capturable`"),
+        ]:
+            self.assert_not_taken(words, vae)
+
+    def test_plain_training_follows(self):
+        """To the bit, in a run that logs and counts within training_step."""
+
+        def training_step(model, batch, batch_idx):
+            model.log("in_step", float(batch_idx), on_step=False, on_epoch=True)
+            L_rec, L_reg = model.losses(batch[0], reduction="mean")
+            model.add_to(model.train_sums, batch[0], L_rec, L_reg)
+            return L_rec + min(1.0, model.global_step / 10) * L_reg
+
+        weights = []
+        with mock.patch.object(VAE, "training_step", training_step):
+            for in_chunks in [False, True]:
+                with mock.patch.object(chunks, "has_graphs", lambda device, in_chunks=in_chunks: in_chunks):
+                    folder, printed = self.train(z_dim=4, batch_size=40, epochs=2)
+                self.assertEqual("step by step: training_step uses" in printed, in_chunks, printed)
+                weights.append(load(folder, "last")["state_dict"])
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+if __name__ == "__main__":
+    unittest.main()
