@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
+from harness.devices import pick_device
 from harness.files import write_text
 from harness.program import FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
@@ -27,6 +28,8 @@ from train_pl import VAE, complete_flags, load_data
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
 
 BATCH_SIZE = 100  # test images at a time
+# Images that are decoded at a time: a GPU wants more work than the caches of a CPU hold. Halved where memory is short.
+CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}
 RESULTS = "evaluation.json"
 PICTURES = ["reconstructions", "interpolations", "traversals", "samples", "sample_means", "manifold", "latent_space"]
 
@@ -80,11 +83,12 @@ def evaluate(
         OSError - of one clear line, where a flag, the checkpoint, the data or the folder is of no use.
     """
     start = time.perf_counter()
+    torch.backends.cudnn.deterministic = True  # as in training
     given = dict(dataset=dataset, data_dir=data_dir, iw_samples=iw_samples, out=out)
     given.update(accelerator=accelerator, progress_bar=progress_bar, **hyperparameters)
     args = make_parser().complete(argparse.Namespace(**given))
     checkpoint = Path(checkpoint).expanduser()
-    device = pick_device(args.accelerator)
+    device = torch.device(pick_device(args.accelerator))
     with isolate_rng():  # its initial weights are drawn
         model = load(checkpoint, args).to(device).eval()
     run = run_folder(checkpoint)
@@ -140,13 +144,6 @@ def load(path, args):
         raise CheckpointError(
             f"{error}: give --model, --z_dim, --hidden_dims and --num_filters as it was trained with"
         ) from error
-
-
-def pick_device(accelerator):
-    """The torch.device to work on. Raises a FlagError where there is none such."""
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise FlagError("--accelerator gpu: there is no CUDA GPU here; use auto or cpu")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def run_folder(checkpoint):
@@ -250,17 +247,21 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     """
     device = model.device
     bar = progress_bar and is_screen(sys.stderr)
+    chunk_size = CHUNK_SIZE["cpu" if device.type == "cpu" else "gpu"]
     neg_elbos, log_ps, means = [], [], []
     for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), "log p(x)", disable=not bar):
         imgs = test_set[indices][0].to(device)
         L_rec, L_reg = model.losses(imgs)
         neg_elbos.append(L_rec + L_reg)
-        # A GPU wants more work at a time than the caches of a CPU hold.
-        log_ps.append(
-            log_likelihood(
-                imgs, model.encoder, model.decoder, iw_samples, chunk_size=512 if device.type == "cpu" else 65_536
-            )
-        )
+        log_p = None
+        while log_p is None:
+            try:
+                log_p = log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size)
+            except torch.OutOfMemoryError:
+                if chunk_size <= len(imgs):
+                    raise
+                chunk_size //= 2
+        log_ps.append(log_p)
         means.append(model.encoder(imgs)[0].cpu())
     # On the CPU, since a Mac's GPU has no double precision.
     neg_elbos, log_ps, means = torch.cat(neg_elbos).cpu().double(), torch.cat(log_ps).cpu().double(), torch.cat(means)

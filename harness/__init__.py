@@ -6,3 +6,6 @@ import os
 for _name in ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"]:
     if not os.environ.get(_name, "0").isdigit():
         del os.environ[_name]
+
+# What torch cannot do on Apple's GPU it does on the CPU, if this is there when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

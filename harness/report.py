@@ -348,5 +348,7 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a continued run's
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, too
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # NumPy's: Run switches them off
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # of DDP, which means it so
+    warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")  # torch's own
     # Names that Lightning uses and newer versions of torch call old.
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
 from harness import checkpoints, chunks, processes, report, slurm
+from harness.devices import pick_device
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
@@ -304,7 +305,7 @@ def make_trainer(args, root_dir, callbacks):
                 default_root_dir=root_dir,
                 max_epochs=args.epochs,
                 callbacks=callbacks,
-                accelerator=args.accelerator,
+                accelerator=pick_device(args.accelerator, args.devices * args.num_nodes),
                 devices=args.devices,
                 num_nodes=args.num_nodes,
                 strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",

@@ -391,7 +391,7 @@ class TestChoices(EvaluateTest):
             with self.assertRaisesRegex(FlagError, message):
                 self.evaluate(checkpoint, **choices)
         if not torch.cuda.is_available():
-            with self.assertRaisesRegex(FlagError, "there is no CUDA GPU here"):
+            with self.assertRaisesRegex(UserError, "there is no GPU here"):
                 self.evaluate(checkpoint, accelerator="gpu")
         self.assertFalse((checkpoint.parent.parent / "evaluation").exists())
 
