@@ -44,6 +44,17 @@ WAYS = {
     "template": "per-image transforms, 2 workers, Lightning with self.log in every step, Adam not fused",
     "example": "the hundred-line example's loop: 784-400-20, per-image transforms, .item() in every step",
 }
+# A program: train_pl.py, and then a line that says what it held of a GPU's memory, in MiB.
+WHOLE_RUN = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+import torch, train_pl
+train_pl.main()
+on_gpu = torch.cuda.is_available()
+tensors = torch.cuda.max_memory_reserved() if on_gpu else 0
+free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
+print(json.dumps({{"tensors_mib": tensors / 2**20, "gpu_mib": (total - free) / 2**20}}))
+"""
 IMPORTS = "import os, torch, torchvision, pytorch_lightning; os._exit(0)"
 
 
@@ -258,31 +269,23 @@ def measure_epochs(command, ways, rounds):
     return {way: turns[1:] for way, turns in answers.items()}
 
 
-def measure_whole_run(args, epochs):
-    """Seconds of `python train_pl.py` from start to exit, and of its trainer.fit."""
-    with tempfile.TemporaryDirectory() as log_dir:
-        start = time.perf_counter()
-        subprocess.run(
-            [
-                sys.executable,
-                train_pl.__file__,
-                "--model",
-                args.model,
-                "--dataset",
-                args.dataset,
-                "--data_dir",
-                args.data_dir,
-                "--log_dir",
-                log_dir,
-                "--epochs",
-                str(epochs),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        seconds = time.perf_counter() - start
-        results = json.loads(next(Path(log_dir).glob("**/results.json")).read_text())
-    return {"epochs": epochs, "process": seconds, "fit": results["fit_seconds"], "test_bpd": results["test_bpd"]}
+def measure_whole_run(flags, log_dir, timeout=None):
+    """
+    Measures a run of `python train_pl.py` in a process of its own.
+    Inputs:
+        flags - List of its flags, as on the command line.
+        log_dir - Folder for the run.
+        timeout - Most seconds of the process.
+    Outputs:
+        measured - Dict: seconds of the process and of its trainer.fit, test_bpd, and what it held of a GPU's memory.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, "-c", WHOLE_RUN, *flags, "--log_dir", log_dir]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout).stdout
+    seconds = time.perf_counter() - start
+    results = json.loads(next(Path(log_dir).glob("**/results.json")).read_text())
+    measured = {"process": seconds, "fit": results["fit_seconds"], "test_bpd": results["test_bpd"]}
+    return {**measured, **json.loads(output.splitlines()[-1])}
 
 
 def machine():
@@ -364,7 +367,9 @@ def main():
     on_gpu = torch.cuda.is_available()
     whole_run = {}
     if epochs := args.whole_run or 80 * on_gpu:
-        whole_run = measure_whole_run(args, epochs)
+        flags = ["--model", args.model, "--dataset", args.dataset, "--data_dir", args.data_dir, "--epochs", str(epochs)]
+        with tempfile.TemporaryDirectory() as log_dir:
+            whole_run = {"epochs": epochs, **measure_whole_run(flags, log_dir)}
         print(
             "whole run of {epochs} epochs: process {process:.1f} s, trainer.fit {fit:.1f} s, "
             "test bpd {test_bpd:.4f}\n".format(**whole_run),

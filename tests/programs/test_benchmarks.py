@@ -29,6 +29,18 @@ class TestBenchmarks(CommandTest):
         self.assertGreater(measured["whole_run"]["process"], measured["whole_run"]["fit"])
         self.assertGreater(min(measured["start"]["first step"]), 1)
 
+    def test_gpu(self):
+        """Here, of a machine without one: what needs it is left out, with a word."""
+        variables = {"CUDA_VISIBLE_DEVICES": "", **few_digits(self.folder, (6400, 200, 200))}
+        code, stdout, stderr = self.run_command("benchmarks/gpu.py", "--models", "MLP", **variables)
+        self.assertEqual((code, stderr), (0, ""))
+        measured = json.loads((self.folder / "gpu.json").read_text())
+        for name in ["run MLP --plain", "speed MLP", "tests/programs/test_gpu.py"]:
+            self.assertIn({"name": name, "why": "there is no CUDA device"}, measured["left_out"])
+            self.assertIn(f"left out: {name} (there is no CUDA device)\n", stdout)
+        self.assertGreater(measured["run MLP"]["process"], measured["run MLP"]["fit"])
+        self.assertLess(measured["evaluation MLP"]["log_likelihood"], -50)
+
     def test_growth(self):
         _, measured = self.assert_written("growth", "--batch_sizes", "500", "--widths", "16", "--num_images", "200000")
         self.assertTrue(all(measured[name][0]["seconds"] > 0 for name in ["batch size", "hidden width"]))

@@ -13,9 +13,10 @@ from unittest import mock
 
 import torch
 
+import train_pl
 from evaluate import evaluate
 from harness import cuda_graph
-from tests.helpers import MNIST_DIR, SeededTest, load, results
+from tests.helpers import MNIST_DIR, SeededTest, load, results, small_loaders
 from train_pl import VAE, train_vae
 
 
@@ -38,19 +39,27 @@ def run_again(function, indices):
 
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA device")
 class TestGPU(SeededTest):
-    def train(self, plain=False, **flags):
-        """The last checkpoint and the results of a run, which took the path that it should."""
+    def train_somehow(self, plain=False, **flags):
+        """The last checkpoint and the results of a run."""
         data = dict(dataset="mnist", data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset="rendered")
         name = tempfile.mkdtemp(dir=self.folder)[-8:]
         flags = {"epochs": 2, "log_dir": str(self.folder), "run_name": name, "plain": plain, **data, **flags}
         with (
             contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
             mock.patch.object(cuda_graph, "run_and_capture", wraps=cuda_graph.run_and_capture) as capture,
         ):
             train_vae(argparse.Namespace(**flags))
-        self.assertEqual(capture.call_count, 0 if plain else 2)  # chunks of 8,192 images, and the last one of 4,040
+        self.stderr, self.num_captures = stderr.getvalue(), capture.call_count
         run = self.folder / flags["run_name"]
         return load(run, "last"), results(run)
+
+    def train(self, plain=False, **flags):
+        """The same; all steps were captured, or none."""
+        left = self.train_somehow(plain, **flags)
+        # The rehearsal's two steps, chunks of 8,192 images, and the last one of 4,040.
+        self.assertEqual((self.num_captures, self.stderr), (0 if plain else 3, ""))
+        return left
 
     def test_a_seed_repeats_itself(self):
         for flags in [dict(model=model, plain=plain) for model in ["MLP", "CNN"] for plain in [False, True]]:
@@ -107,15 +116,117 @@ class TestGPU(SeededTest):
 
     def test_evaluation_on_either_device(self):
         """Of a checkpoint of the GPU and of one of the CPU; the same numbers, up to the noise."""
-        for accelerator in ["gpu", "cpu"]:
-            _, trained = self.train(accelerator=accelerator, plain=True, epochs=1, run_name=accelerator)
-            checkpoint = self.folder / accelerator / "checkpoints" / "best.ckpt"
+        for accelerator, model in [("gpu", "MLP"), ("cpu", "MLP"), ("gpu", "CNN")]:
+            name = f"{accelerator} {model}"
+            _, trained = self.train(accelerator=accelerator, model=model, plain=True, epochs=1, run_name=name)
+            checkpoint = self.folder / name / "checkpoints" / "best.ckpt"
             (gpu, _), (cpu, _) = (evaluate(checkpoint, iw_samples=10, accelerator=device) for device in ["gpu", "cpu"])
             self.assertEqual((gpu["device"], cpu["device"]), ("cuda", "cpu"))
             for name in ["test_bpd", "elbo", "log_likelihood"]:
                 self.assertAlmostEqual(gpu[name], cpu[name], delta=cpu[f"{name}_standard_error"] / 2)
             self.assertEqual(gpu["active_units"], cpu["active_units"])
             self.assertAlmostEqual(gpu["test_bpd"], trained["test_bpd"], delta=gpu["test_bpd_standard_error"] / 2)
+
+    def test_small_minibatches(self):
+        """Graphs of 64 steps, of few images."""
+        for batch_size in [1, 8]:
+            with mock.patch.object(train_pl, "load_data", small_loaders):
+                (fast, _), (plain, _) = (self.train_somehow(plain, batch_size=batch_size) for plain in [False, True])
+            self.assertEqual(self.stderr, "")
+            for weight, other in zip(weights(fast), weights(plain), strict=True):
+                torch.testing.assert_close(weight, other, rtol=0.01, atol=0.01)
+
+    def test_a_number_that_changes(self):
+        """A weight of the KL that is another one in each epoch: the graphs are captured anew."""
+
+        def warm_up(model):
+            model.kl_weight = (model.current_epoch + 1) / 4
+
+        def training_step(model, batch, batch_idx):
+            L_rec, L_reg = model.losses(batch[0], reduction="mean")
+            model.add_to(model.train_sums, batch[0], L_rec, L_reg)
+            return L_rec + model.kl_weight * L_reg
+
+        with mock.patch.multiple(
+            VAE, on_train_epoch_start=warm_up, training_step=training_step, kl_weight=1.0, create=True
+        ):
+            _, of_fast = self.train_somehow(epochs=4)
+            self.assertEqual((self.num_captures, self.stderr), (1 + 4 * 2, ""))
+            _, of_plain = self.train(plain=True, epochs=4)
+        self.assertAlmostEqual(of_fast["test_bpd"], of_plain["test_bpd"], delta=0.003)
+
+    def assert_falls_back(self, words, **flags):
+        """The fast path is left with a line of these words, for what plain training does, to the bit."""
+        fast, of_fast = self.train_somehow(**flags)
+        self.assertRegex(self.stderr, f"^step by step: .*{words}.*\n$")
+        plain, of_plain = self.train_somehow(plain=True, **flags)
+        self.assertTrue(all(map(torch.equal, weights(fast), weights(plain))), words)
+        self.assertEqual(of_fast["test_bpd"], of_plain["test_bpd"])
+
+    def test_what_a_graph_cannot_hold(self):
+        training_step = VAE.training_step
+
+        def waits(model, batch, batch_idx):
+            output = training_step(model, batch, batch_idx)
+            return output if output["loss"].item() < 10 else None
+
+        def logs(model, batch, batch_idx):
+            output = training_step(model, batch, batch_idx)
+            model.log("train_loss", output["loss"], on_step=False, on_epoch=True)
+            return output
+
+        def sgd(model):
+            return torch.optim.SGD(model.parameters(), lr=0.01)
+
+        for name, function, words in [
+            ("training_step", waits, "training_step waits for the GPU, as .item"),
+            ("training_step", logs, "training_step uses self.trainer, as self.log"),
+            ("configure_optimizers", sgd, "SGD has no option `capturable`"),
+        ]:
+            with mock.patch.object(VAE, name, function):
+                self.assert_falls_back(words)
+
+    def test_what_fails_in_the_training(self):
+        """In the midst of the warm-up, in a capture, and before a replay: it is as if it had not been tried."""
+        run_and_capture = cuda_graph.run_and_capture
+        for number, moment in [(1, "warm-up"), (1, "capture"), (2, "capture"), (1, "replay")]:
+            num_calls = 0
+
+            def failing(function, indices, number=number, moment=moment):
+                nonlocal num_calls
+                num_calls += 1
+
+                def fail(*args):
+                    raise torch.OutOfMemoryError("injected")
+
+                def function_that_fails(indices):
+                    if torch.cuda.is_current_stream_capturing() == (moment == "capture"):
+                        function(indices[:300])
+                        fail()
+                    return function(indices)
+
+                if num_calls != number + 1 or moment == "replay":
+                    result, replay, replay_result = run_and_capture(function, indices)
+                    return result, fail if num_calls == number + 1 else replay, replay_result
+                return run_and_capture(function_that_fails, indices)
+
+            with mock.patch.object(cuda_graph, "run_and_capture", failing):
+                if (number, moment) == (1, "warm-up") or (number, moment) == (1, "capture"):
+                    self.assert_falls_back("the GPU has too little memory for graphs")
+                else:  # some chunks were trained in TF32
+                    _, of_fast = self.train_somehow()
+                    self.assertRegex(self.stderr, "^step by step: the GPU has too little memory.*\n$")
+                    _, of_plain = self.train(plain=True)
+                    self.assertAlmostEqual(of_fast["test_bpd"], of_plain["test_bpd"], delta=0.003)
+
+    def test_runs_one_after_another(self):
+        """Of a notebook; the graphs of the first one are gone when those of the second are captured."""
+        for model in ["MLP", "CNN", "MLP"]:
+            _, of_run = self.train(model=model)
+            self.assertLess(of_run["test_bpd"], 0.4)
+        before = torch.cuda.memory_allocated()
+        self.train()
+        self.assertLess(torch.cuda.memory_allocated() - before, 2**20)
 
     def test_fast_and_plain_agree_after_80_epochs(self):
         bpds = {

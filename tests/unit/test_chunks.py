@@ -128,7 +128,7 @@ class TestTraining(ChunksTest):
             model.add_to(model.train_sums, batch[0], L_rec, L_reg)
             return L_rec + getattr(model, "kl_weight", 1.0) * getattr(model, "scale", 1.0) * L_reg
 
-        for change, num_captures in [(number, 2), (frozen, 3), (setting, 2), (tensor, 3)]:
+        for change in [number, frozen, setting, tensor]:
 
             def on_train_epoch_start(model, change=change):
                 change(model, model.current_epoch, model.trainer.optimizers[0])
@@ -139,10 +139,10 @@ class TestTraining(ChunksTest):
                 mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start),
                 mock.patch.object(VAE, "training_step", training_step),
             ):
-                plain, replayed = self.train(in_chunks=False), self.train(in_chunks=True)
+                plain, replayed = (self.train(in_chunks, epochs=2) for in_chunks in [False, True])
                 self.assertNotIn("step by step", self.printed)
                 self.compare(plain, replayed, rtol=1e-3, atol=1e-4)
-                self.assertEqual(self.captures, [80] + num_captures * [80, 60])
+                self.assertEqual(self.captures, [80] + 2 * [80, 60])
 
     def test_nothing_of_it_is_left(self):
         """A graph that dies later, in the midst of another's capture, would spoil that."""
@@ -171,7 +171,7 @@ class TestFallBack(ChunksTest):
 
     def train(self, in_chunks=True, **flags):
         with mock.patch.object(chunks, "has_graphs", lambda device: in_chunks):
-            return super().train(**{"z_dim": 4, "batch_size": 40, "epochs": 2, **flags})
+            return super().train(**{"z_dim": 4, "batch_size": 40, "epochs": 1, **flags})
 
     def fail(self, number, moment, error):
         """Makes the capture of that number (0 is the rehearsal's) fail at a moment."""
@@ -213,12 +213,9 @@ class TestFallBack(ChunksTest):
             (0, "warm-up", driver, "CUDA error: operation not supported"),
             (0, "capture", capture, "training_step waits for the GPU, as .item() and print do"),
             (1, "warm-up", memory, "the GPU has too little memory for graphs"),
-            (1, "capture", capture, "training_step waits for the GPU"),
             (1, "capture", memory, "the GPU has too little memory"),
-            (2, "warm-up", driver, "operation not supported"),
             (2, "capture", memory, "too little memory"),
             (1, "replay", driver, "operation not supported"),
-            (2, "replay", memory, "too little memory"),
         ]:
             with self.subTest(number=number, moment=moment, words=words), self.fail(number, moment, error):
                 folder, printed = self.train()

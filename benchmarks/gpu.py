@@ -1,0 +1,190 @@
+"""
+What a GPU can show: whole runs, evaluations, speed, and tests/programs/test_gpu.py.
+
+    python benchmarks/gpu.py --data_dir ../data/      # without it, on rendered digits
+
+Runs of 80 epochs (MLP and CNN, by graphs and step by step), their evaluation with 1,000 samples per image, the seconds
+per epoch of the package, of a plain loop and of the template's way (see speed.py), then the tests. What does not fit
+into the minutes is left out, and so is, on a CPU, what needs a GPU; each time a line says so. Prints a table with the
+bars that there are, and writes gpu.json with all that was measured.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from speed import WAYS, machine, measure_epochs, measure_whole_run, summary
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODELS = ["MLP", "CNN"]
+BARS = {"fit": {"MLP": 6, "CNN": 20}, "process": {"MLP": 25, "CNN": 25}}  # most seconds of 80 epochs
+WAYS_OF_A_GPU = ["package", "package --plain", "bare loop", "template"]
+EVALUATION = """
+import sys
+sys.path.insert(0, {repository!r})
+import torch, evaluate
+evaluate.main()
+print("MiB:", torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0)
+"""
+
+
+class Benchmark:
+    """The measurements, each in turn as long as there is time; `measured` is what gpu.json holds."""
+
+    def __init__(self, args):
+        self.args = args
+        self.end = time.monotonic() + 60 * args.minutes
+        self.on_gpu = torch.cuda.is_available()
+        self.data = ["--dataset", "mnist", "--data_dir", args.data_dir] if args.data_dir else ["--dataset", "rendered"]
+        self.measured = {"machine": machine(), "data": self.data[1], "epochs": args.epochs, "left_out": []}
+
+    @contextlib.contextmanager
+    def part(self, name, needs_gpu=False, seconds=10):
+        """A context for a measurement, which may be left out; it yields the dict to write it to, or None."""
+        why = "there is no CUDA device" if needs_gpu and not self.on_gpu else None
+        if not why and self.seconds_left < seconds:
+            why = "there is no time left"
+        if why:
+            self.leave_out(name, why)
+            yield None
+            return
+        found = {}
+        try:
+            yield found
+        except subprocess.SubprocessError as error:
+            print("\n".join(str(text) for text in [error.stdout, error.stderr] if text), flush=True)
+            self.leave_out(name, "it took too long" if isinstance(error, subprocess.TimeoutExpired) else "it failed")
+        self.measured[name] = found
+
+    @property
+    def seconds_left(self):
+        return max(self.end - time.monotonic(), 1)
+
+    def leave_out(self, name, why):
+        print(f"left out: {name} ({why})", flush=True)
+        self.measured["left_out"].append({"name": name, "why": why})
+
+    def whole_runs(self, folder):
+        """Runs of the package by graphs, each with an evaluation, then the same step by step."""
+        for plain in [[], ["--plain"]]:
+            for model in self.args.models:
+                name = " ".join(["run", model, *plain])
+                log_dir = str(folder / name)
+                with self.part(name, needs_gpu=bool(plain)) as found:
+                    if found is not None:
+                        flags = [*self.data, "--model", model, "--epochs", str(self.args.epochs), *plain]
+                        found.update(measure_whole_run(flags, log_dir, timeout=self.seconds_left))
+                        print(
+                            "{name}: process {process:.1f} s, fit {fit:.1f} s, test bpd {test_bpd:.4f}, "
+                            "GPU {gpu_mib:.0f} MiB, of which tensors {tensors_mib:.0f}".format(name=name, **found),
+                            flush=True,
+                        )
+                if found and not plain:
+                    self.evaluation(model, folder, log_dir)
+
+    def evaluation(self, model, folder, log_dir):
+        with self.part(f"evaluation {model}") as found:
+            if found is None:
+                return
+            checkpoint = next(Path(log_dir).glob("**/best.ckpt"))
+            code = EVALUATION.format(repository=str(REPOSITORY))
+            flags = [str(checkpoint), "--iw_samples", str(self.args.iw_samples), "--out", str(folder / f"of {model}")]
+            flags += self.data[2:]
+            output = self.run("-c", code, *flags).stdout
+            results = json.loads((folder / f"of {model}" / "evaluation.json").read_text())
+            found.update({name: results[name] for name in ["seconds", "log_likelihood", "iw_samples", "device"]})
+            found["gpu_mib"] = float(re.search("MiB: (.*)", output).group(1))
+            print(
+                "evaluation {model}: {seconds:.1f} s, log p(x) {log_likelihood:.2f}, {iw_samples} samples, "
+                "GPU {gpu_mib:.0f} MiB".format(model=model, **found),
+                flush=True,
+            )
+
+    def speed(self, model):
+        """Seconds per epoch, in turn."""
+        with self.part(f"speed {model}", needs_gpu=True, seconds=60) as found:
+            if found is not None:
+                command = [sys.executable, str(REPOSITORY / "benchmarks" / "speed.py"), *self.data]
+                command += ["--model", model, "--rounds", "3"]
+                found.update(summary(measure_epochs(command, WAYS_OF_A_GPU, rounds=3)))
+                for way, row in found.items():
+                    print(f"{model} {way:16} {row['median']:.3f} s per epoch  {WAYS[way]}", flush=True)
+
+    def tests(self):
+        with self.part("tests/programs/test_gpu.py", needs_gpu=True, seconds=30) as found:
+            if found is not None:
+                run = self.run("-m", "unittest", "--verbose", "tests/programs/test_gpu.py", check=False)
+                print(run.stdout + run.stderr, flush=True)
+                found.update(exit_code=run.returncode, output=run.stderr)
+
+    def run(self, *words, check=True):
+        """A process of Python, which ends when the time does."""
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=REPOSITORY,
+            check=check,
+            capture_output=True,
+            text=True,
+            timeout=self.seconds_left,
+        )
+
+    def print_bars(self):
+        """The table of what was aimed at, on a GPU such as an H100."""
+        if not self.on_gpu:
+            return
+        rows = []
+        for what, bars in BARS.items():
+            for model, most in bars.items():
+                found = self.measured.get(f"run {model}", {}).get(what)
+                rows.append((f"{model}, {self.args.epochs} epochs: seconds of the {what}", found, f"at most {most}"))
+        for model in self.args.models:
+            speed = self.measured.get(f"speed {model}") or {}
+            ratio = speed["template"]["median"] / speed["package"]["median"] if speed else None
+            rows.append((f"{model}: times as fast as the template's way", ratio, "at least 10"))
+        width = max(len(name) for name, *_ in rows)
+        print(
+            "\n"
+            + "\n".join(
+                f"{name:{width}}  {'not measured' if found is None else f'{found:12.2f}'}  {bar}"
+                for name, found, bar in rows
+            )
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", help="Directory of MNIST; without it, rendered digits")
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--epochs", default=80 if on_gpu else 1, type=int, help="Of whole runs (default: %(default)s)")
+    parser.add_argument(
+        "--iw_samples", default=1000 if on_gpu else 10, type=int, help="Of the evaluation (default: %(default)s)"
+    )
+    parser.add_argument("--models", default=MODELS, choices=MODELS, nargs="+", help="(default: both)")
+    parser.add_argument("--minutes", default=9.0, type=float, help="The most that it takes (default: %(default)s)")
+    parser.add_argument("--out", default=".", help="Directory of gpu.json (default: %(default)s)")
+    args = parser.parse_args()
+    benchmark = Benchmark(args)
+    print(", ".join(f"{name} {value}" for name, value in benchmark.measured["machine"].items()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark.whole_runs(Path(folder))
+    first, *others = args.models
+    benchmark.speed(first)
+    benchmark.tests()
+    for model in others:
+        benchmark.speed(model)
+    benchmark.print_bars()
+    path = Path(args.out) / "gpu.json"
+    path.write_text(json.dumps(benchmark.measured, indent=1) + "\n")
+    print(f"\nall of it in {path}")
+
+
+if __name__ == "__main__":
+    main()
