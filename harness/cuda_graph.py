@@ -8,11 +8,14 @@ read: see Refusal.
 import contextlib
 import gc
 import itertools
+import re
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from harness.program import one_line
+
+FAILED = []  # graphs whose capture ended with an error
 
 
 class CaptureError(RuntimeError):
@@ -27,7 +30,7 @@ def explain(error):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU has too little memory for graphs ({one_line(error)})"
-    if isinstance(error, RuntimeError) and "captur" in str(error):
+    if isinstance(error, RuntimeError) and re.search("synchronizing CUDA|captur", str(error)):
         return f"training_step waits for the GPU, as .item() and print do ({one_line(error)})"
     return one_line(error)
 
@@ -141,17 +144,49 @@ def run_and_capture(function, tensor):
         replay - Function that does the same work again, on what the tensor holds by then.
         replay_result - The tensor in which a replay leaves its result.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), no_waiting():
         result = function(tensor)
     torch.cuda.current_stream().wait_stream(stream)
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    with cleaned_up(graph, pool), torch.cuda.graph(graph, pool, stream):
+        replay_result = function(tensor)
+    return result, graph.replay, replay_result
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """A context in which waiting for the GPU is an error: within a capture, it would leave CUDA in a bad state."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def cleaned_up(graph, pool):
+    """
+    A context for the capture of a graph, after whose error torch is as before. By itself it would stay on the stream of
+    the capture, and both its random numbers and its allocator of memory would wait for the capture's end.
+    """
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[device]
     random_numbers = generator.clone_state()
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            replay_result = function(tensor)
+        yield
     except Exception:
-        generator.graphsafe_set_state(random_numbers)  # after an error the others still wait for the capture's end
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(random_numbers)
+        with contextlib.suppress(RuntimeError):  # the capture has come to its end, after all
+            end_allocation(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+            FAILED.append(graph)  # the allocator of pinned memory may still ask it
         raise
-    return result, graph.replay, replay_result
+
+
+def end_allocation(device, pool):
+    """Ends the allocation of memory to a graph, as the end of a capture does; torch has no public function for it."""
+    names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]  # of newer and of older ones
+    next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))(device, pool)

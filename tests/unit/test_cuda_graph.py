@@ -25,33 +25,79 @@ class TestRefusal(unittest.TestCase):
         self.assertIsNotNone(refusal)
 
 
+class TestNames(unittest.TestCase):
+    @unittest.skipUnless(torch.version.cuda, "this torch is built without CUDA")
+    def test_this_torch_has_them(self):
+        """What torch has no public function for."""
+        for names in [{"_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"}, {"_cuda_releasePool"}]:
+            self.assertTrue(names & set(dir(torch._C)), names)
+
+
 class TestCapture(unittest.TestCase):
     """The calls to torch.cuda, on mocks of them."""
 
     def setUp(self):
-        names = ["Stream", "CUDAGraph", "current_stream", "stream", "graph", "current_device"]
-        generators = [mock.MagicMock()]
-        patch = mock.patch.multiple(
-            torch.cuda, default_generators=generators, **{name: mock.MagicMock() for name in names}
-        )
-        patch.start()
-        self.addCleanup(patch.stop)
-        torch.cuda.current_device.return_value = 0
+        names = ["Stream", "CUDAGraph", "current_stream", "set_stream", "stream", "graph", "graph_pool_handle"]
+        self.generator = mock.MagicMock()
+        self.sync_modes = []
+        self.allocator = mock.MagicMock()
+        for patch in [
+            mock.patch.multiple(
+                torch.cuda,
+                default_generators=[None, self.generator],
+                current_device=lambda: 1,
+                get_sync_debug_mode=lambda: 0,
+                set_sync_debug_mode=self.sync_modes.append,
+                **{name: mock.MagicMock() for name in names},
+            ),
+            mock.patch.multiple(
+                torch._C,
+                _cuda_endAllocateToPool=self.allocator.end,
+                _cuda_releasePool=self.allocator.release,
+                create=True,
+            ),
+            mock.patch.object(cuda_graph, "FAILED", []),
+        ]:
+            patch.start()
+            self.addCleanup(patch.stop)
         torch.cuda.graph.return_value.__exit__.return_value = False  # lets errors pass
-        (self.generator,) = generators
+        torch.cuda.stream.return_value.__exit__.return_value = False
 
     def test_capture(self):
-        function = mock.Mock(side_effect=[1, 2])
-        self.assertEqual(cuda_graph.run_and_capture(function, 5), (1, torch.cuda.CUDAGraph().replay, 2))
-        self.assertEqual(function.mock_calls, [mock.call(5), mock.call(5)])
-        self.generator.graphsafe_set_state.assert_not_called()
+        """In the first run nothing may wait for the GPU."""
+        modes = []
+
+        def function(number):
+            modes.append(self.sync_modes[-1])
+            return number + len(modes)
+
+        self.assertEqual(cuda_graph.run_and_capture(function, 5), (6, torch.cuda.CUDAGraph().replay, 7))
+        self.assertEqual((modes, self.sync_modes), (["error", 0], ["error", 0]))
+        for untouched in [self.generator.graphsafe_set_state, torch.cuda.set_stream, self.allocator.end]:
+            untouched.assert_not_called()
+
+    def test_a_run_that_failed(self):
+        with self.assertRaises(ZeroDivisionError):
+            cuda_graph.run_and_capture(lambda number: 1 / 0, 5)
+        self.assertEqual(self.sync_modes, ["error", 0])
+        torch.cuda.graph.assert_not_called()
 
     def test_a_capture_that_failed(self):
-        """It leaves no generator of random numbers that waits for its end."""
-        function = mock.Mock(side_effect=[1, RuntimeError("not permitted when stream is capturing\nCUDA kernel")])
-        with self.assertRaisesRegex(RuntimeError, "not permitted"):
-            cuda_graph.run_and_capture(function, 5)
-        self.generator.graphsafe_set_state.assert_called_once_with(self.generator.clone_state())
+        """Nothing waits for its end: neither stream nor random numbers nor the allocator."""
+        pool = torch.cuda.graph_pool_handle()
+        for has_ended, calls in [
+            (None, [mock.call.end(1, pool), mock.call.release(1, pool)]),
+            (RuntimeError("not currently recording to mempool_id"), [mock.call.end(1, pool)]),
+        ]:
+            self.allocator.reset_mock()
+            self.allocator.end.side_effect = has_ended
+            function = mock.Mock(side_effect=[1, RuntimeError("not permitted when stream is capturing\nCUDA kernel")])
+            with self.assertRaisesRegex(RuntimeError, "not permitted"):
+                cuda_graph.run_and_capture(function, 5)
+            self.generator.graphsafe_set_state.assert_called_with(self.generator.clone_state())
+            torch.cuda.set_stream.assert_called_with(torch.cuda.current_stream())
+            self.assertEqual(self.allocator.mock_calls, calls)
+            self.assertEqual(cuda_graph.FAILED, [torch.cuda.CUDAGraph()])
 
     def test_why(self):
         """Of the error that came first: what ends a capture then raises another."""
@@ -62,6 +108,7 @@ class TestCapture(unittest.TestCase):
                 RuntimeError("not permitted when stream is capturing\nCUDA"),
                 "^training_step waits for the GPU, as .item",
             ),
+            (RuntimeError("called a synchronizing CUDA operation"), "^training_step waits for the GPU"),
             (RuntimeError("no kernel image"), "^RuntimeError: no kernel image"),
             (KeyError("beta"), "^KeyError: 'beta'"),
         ]:
