@@ -84,6 +84,7 @@ def fast_path(trainer, model, train_loader, val_loader):
         try:
             check(trainer, model, train_loader, val_loader)
             rehearse(trainer, model, train_loader)
+            loaders = train_in_chunks(trainer, model, train_loader, val_loader)
         except Exception as error:
             why_not = explain(error)
     if why_not:
@@ -91,7 +92,6 @@ def fast_path(trainer, model, train_loader, val_loader):
             note(f"step by step: {why_not}")
         yield train_loader, val_loader
         return
-    loaders = train_in_chunks(trainer, model, train_loader, val_loader)
     try:
         yield loaders
     finally:  # a graph that is left until Python finds that nothing needs it could end in the midst of another capture
@@ -211,7 +211,11 @@ def random_states(device):
 def train_in_chunks(trainer, model, train_loader, val_loader):
     """Changes a Trainer and its module so that they train chunk by chunk. Inputs and outputs as of fast_path."""
     device = trainer.strategy.root_device
-    train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
+    try:
+        train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
+    except RuntimeError:  # there is no room for both
+        train_loader.dataset.to("cpu")
+        raise
     model.automatic_optimization = False
     model.training_step = ChunkedSteps(trainer, model, train_set, train_loader.batch_size).training_step
     trainer.log_every_n_steps = 1  # in chunks; a module that logs once per epoch does not notice

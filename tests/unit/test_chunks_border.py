@@ -12,6 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+import bmnist
 from harness import chunks, run
 from tests.helpers import ChunksTest, load, small_loaders
 from train_pl import QUANTITIES, VAE, CosineLearningRate, GenerateCallback, complete_flags
@@ -141,6 +142,20 @@ class TestNotTaken(BorderTest):
     def test_memory(self):
         with mock.patch.object(chunks, "free_memory", lambda device: 500 * 2**20):
             self.assert_not_taken(r"the GPU has 500 MiB of memory free, and images and graphs may take 384 MiB")
+
+    def test_no_room_for_the_images(self):
+        """Those that were on the GPU already come back."""
+        to, places = bmnist.BinaryImages.to, []
+
+        def second_fails(images, device):
+            places.append(str(device))
+            if len(places) == 3:  # the first one is the rehearsal's
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return to(images, device)
+
+        with mock.patch.object(bmnist.BinaryImages, "to", second_fails):
+            self.assert_not_taken("the GPU has too little memory")
+        self.assertEqual(places, ["cpu"] * 4)
 
     def test_steps(self):
         """What a training_step may do that a graph would not follow."""
