@@ -32,6 +32,7 @@ from harness.program import UserError
 from tests.helpers import REPOSITORY, SeededTest, small_loaders
 from train_pl import VAE
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 GPUS = [torch.device("cuda", 0), torch.device("mps", 0)]
 
 
@@ -133,6 +134,7 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
 
         self.check(likelihoods, VAE)
 
+    @unittest.skipIf(VERSION < (2, 10), "an older torch looks for the GPU to index a fake tensor")
     def test_images(self):
         """Thresholded and drawn ones, which a generator of the GPU draws."""
         device = GPUS[0]
@@ -146,8 +148,8 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
                 if binarization == "stochastic":
                     images.redraw(1)
                     generator.assert_called_once_with(device)
-                imgs = bmnist.binarize(images.images)  # older torches look for the GPU to take some of them
-            self.assertEqual((imgs.device, imgs.shape), (device, (300, 1, 28, 28)))
+                imgs, labels = images[torch.arange(3, device=device)]
+            self.assertEqual((imgs.device, labels.device, imgs.shape), (device, device, (3, 1, 28, 28)))
 
 
 class TestPickDevice(SeededTest):
