@@ -28,7 +28,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from harness.cuda_graph import CaptureError, Steps, explain
+from harness.cuda_graph import CaptureError, Steps, explain, num_hooks
 from harness.program import note
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
@@ -45,7 +45,6 @@ STEP_HOOKS = [
 # fmt: on
 # Where those are written to which a chunk is as good as a minibatch; others have the decorator `knows_chunks`.
 PLACES = ("harness.", *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]))
-TORCH_HOOKS = ["_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"]
 # What the Trainer must be like.
 SETTINGS = {
     "world_size": 1,
@@ -109,8 +108,6 @@ def check(trainer, model, train_loader, val_loader):
     for part in [model, *trainer.callbacks]:
         for hook in hooks_of_steps(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which plain training calls for every minibatch")
-    if any(getattr(part, name, None) for part in model.modules() for name in TORCH_HOOKS):
-        raise CaptureError("parts of the module have hooks, which a graph does not call")
     train_set, batch_size = train_loader.dataset, train_loader.batch_size
     if batch_size is None or train_loader.drop_last:
         raise CaptureError("the training loader makes minibatches of another kind, or leaves images out")
@@ -179,10 +176,12 @@ def rehearse(trainer, model, train_loader):
 def fixed(model, optimizer):
     """
     What a graph takes as it is when it is captured, as a dict: the numbers, booleans and strings of a module and its
-    parts, where their tensors are, and the settings of the optimizer but for the learning rate.
+    parts, where their tensors are, how many hooks of torch they have, and the settings of the optimizer but for the
+    learning rate.
     """
     found = {}
     for path, part in model.named_modules():
+        found[f"the hooks of self.{path}"] = num_hooks(part)
         values = {**vars(part), **part._parameters, **part._buffers, **getattr(part, "hparams", {})}
         for name, value in values.items():
             name = ".".join(filter(None, ["self", path, name]))
@@ -258,18 +257,14 @@ class ChunkedSteps:
         self.batch_size = batch_size
         self.minibatch_step = model.training_step
         self.steps = None  # once there is an optimizer
-        self.captured = None  # what was fixed when the graphs were captured
+        self.captured = None  # what is fixed in its graphs
         self.num_steps = 0  # in this epoch
 
     def training_step(self, indices, batch_idx):
         """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
-        if self.steps is None:
-            self.steps = Steps(
-                self.model, self.trainer.optimizers[0], self.train_set, self.batch_size, self.minibatch_step
-            )
         if batch_idx == 0:
-            self.num_steps = 0
-        output = self.by_graph(indices, batch_idx) if self.use_graphs else None
+            self.begin_epoch()
+        output = self.by_graph(indices) if self.use_graphs else None
         if output is None:
             output = self.steps.run(indices, itertools.count(self.num_steps))
         num_steps = math.ceil(len(indices) / self.batch_size)
@@ -277,16 +272,22 @@ class ChunkedSteps:
         self.count_steps(num_steps)
         return output
 
-    def by_graph(self, indices, batch_idx):
+    def begin_epoch(self):
+        """Counts anew, and drops the graphs where they would not do what plain training does by now."""
+        self.num_steps = 0
+        optimizer = self.trainer.optimizers[0]
+        now = fixed(self.model, optimizer)
+        if self.steps is None or self.steps.optimizer is not optimizer or self.captured != now:
+            self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size, self.minibatch_step)
+            self.captured = now
+
+    def by_graph(self, indices):
         """As training_step; or None, where that failed, and everything is as if it had not been tried."""
         steps, restore = self.steps, None
         try:
-            if batch_idx == 0 and self.captured != fixed(self.model, steps.optimizer):
-                steps.graphs.clear()
             if len(indices) in steps.graphs:
                 restore = random_numbers(self.model.device)
                 return steps.replay(indices)
-            self.captured = fixed(self.model, steps.optimizer)
             restore = snapshot(self.model, steps.optimizer)
             return steps.capture(indices)
         except Exception as error:

@@ -75,7 +75,9 @@ class Steps:
 
     def capture(self, indices):
         """As run, and captures the graph for the chunks to come."""
-        gc.collect()  # see fast_path
+        if any(map(num_hooks, self.model.modules())):
+            raise CaptureError("parts of the module have hooks, which a graph does not call")
+        gc.collect()  # an old graph that dies in the midst of the capture would spoil it
         graph_indices = indices.to(self.model.device, copy=True)
         numbers = itertools.repeat(Refusal("batch_idx"))
         self.set_lrs()
@@ -116,6 +118,12 @@ class Steps:
             for group, (lr, capturable) in zip(groups, before):
                 group["lr"], group["capturable"] = lr, capturable
             self.model.trainer = trainer
+
+
+def num_hooks(part):
+    """How many functions a module's forward and backward call."""
+    names = ["_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"]
+    return sum(len(getattr(part, name, None) or []) for name in names)
 
 
 class Refusal:

@@ -123,12 +123,20 @@ class TestTraining(ChunksTest):
         def tensor(model, epoch, optimizer):
             model.scale = torch.tensor(min(1.0, (epoch + 1) / 2))
 
+        def another(model, epoch, optimizer):
+            if epoch == 1:
+                model.trainer.optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, fused=True)]
+
+        def further(model, epoch, optimizer):
+            if epoch == 1:
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1})
+
         def training_step(model, batch, batch_idx):
             L_rec, L_reg = model.losses(batch[0], reduction="mean")
             model.add_to(model.train_sums, batch[0], L_rec, L_reg)
             return L_rec + getattr(model, "kl_weight", 1.0) * getattr(model, "scale", 1.0) * L_reg
 
-        for change in [number, frozen, setting, tensor]:
+        for change in [number, frozen, setting, tensor, another, further]:
 
             def on_train_epoch_start(model, change=change):
                 change(model, model.current_epoch, model.trainer.optimizers[0])
@@ -143,6 +151,18 @@ class TestTraining(ChunksTest):
                 self.assertNotIn("step by step", self.printed)
                 self.compare(plain, replayed, rtol=1e-3, atol=1e-4)
                 self.assertEqual(self.captures, [80] + 2 * [80, 60])
+
+    def test_a_hook_of_torch_that_comes_later(self):
+        calls = []
+
+        def on_train_epoch_start(model):
+            if model.current_epoch == 1:
+                model.decoder.register_forward_hook(lambda *args: calls.append(args))
+
+        with mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start):
+            self.train(in_chunks=True, epochs=2)
+        self.assertIn("step by step: parts of the module have hooks", self.printed)
+        self.assertEqual(len(calls), 8 + 1)  # validation
 
     def test_nothing_of_it_is_left(self):
         """A graph that dies later, in the midst of another's capture, would spoil that."""
