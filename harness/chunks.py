@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -101,10 +102,14 @@ def fast_path(trainer, model, train_loader, val_loader):
 def check(trainer, model, train_loader, val_loader):
     """Raises a CaptureError where the fast path would not do all that plain training does."""
     for name, value in SETTINGS.items():
-        if (found := getattr(trainer, name)) != value:
+        found = getattr(trainer, name)
+        if found != value or type(found) is not type(value):  # 1 is one minibatch, 1.0 all of them
             raise CaptureError(f"the Trainer's {name} is {found}; captured steps need {value}")
     if not model.automatic_optimization or "training_step" in vars(model):
         raise CaptureError("the module optimises by itself, or its training_step was replaced after it was made")
+    for part in trainer.callbacks:
+        if isinstance(part, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+            raise CaptureError(f"{type(part).__name__} changes how the steps are made")
     for part in [model, *trainer.callbacks]:
         for hook in hooks_of_steps(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which plain training calls for every minibatch")
@@ -163,9 +168,9 @@ def rehearse(trainer, model, train_loader):
         raise CaptureError("configure_optimizers returns more than an optimizer, such as learning-rate schedulers")
     train_set = copy.copy(train_loader.dataset).to(device)  # its tensors are not the loader's
     steps = Steps(twin, optimizer, train_set, batch_size)
-    before, before_draws = fixed(twin, optimizer) | lengths(twin), random_states(device)
+    before, before_draws = fixed(twin, optimizer, train_set) | lengths(twin), random_states(device)
     steps.capture(torch.arange(min(2 * batch_size, len(train_set))))
-    after = fixed(twin, optimizer) | lengths(twin)
+    after = fixed(twin, optimizer, train_set) | lengths(twin)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
         raise CaptureError(f"training_step sets {changed[0]} anew; what it changes must be a tensor changed in place")
@@ -173,20 +178,22 @@ def rehearse(trainer, model, train_loader):
         raise CaptureError("training_step draws random numbers that are not the GPU's")
 
 
-def fixed(model, optimizer):
+def fixed(model, optimizer, train_set):
     """
-    What a graph takes as it is when it is captured, as a dict: the numbers, booleans and strings of a module and its
-    parts, where their tensors are, how many hooks of torch they have, and the settings of the optimizer but for the
-    learning rate.
+    What a graph takes as it is when it is captured, as a dict: the numbers, booleans and strings of a module, its parts
+    and the training set, where their tensors are, how many hooks of torch they have, and the settings of the optimizer
+    but for the learning rate.
     """
     found = {}
-    for path, part in model.named_modules():
+    for path, part in [*model.named_modules(), ("the training set", train_set)]:
+        hparams = {f"hparams.{name}": value for name, value in getattr(part, "hparams", {}).items()}
+        values = {**vars(part), **vars(part).get("_parameters", {}), **vars(part).get("_buffers", {}), **hparams}
         found[f"the hooks of self.{path}"] = num_hooks(part)
-        values = {**vars(part), **part._parameters, **part._buffers, **getattr(part, "hparams", {})}
         for name, value in values.items():
             name = ".".join(filter(None, ["self", path, name]))
             if isinstance(value, torch.Tensor):
-                found[name] = value.data_ptr(), value.requires_grad
+                on_cpu = value._version if value.device.type == "cpu" and model.device.type != "cpu" else None
+                found[name] = value.data_ptr(), value.shape, value.requires_grad, on_cpu
             elif isinstance(value, (bool, int, float, str)):
                 found[name] = value
     for number, group in enumerate(optimizer.param_groups):
@@ -262,6 +269,8 @@ class ChunkedSteps:
 
     def training_step(self, indices, batch_idx):
         """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
+        if not isinstance(indices, torch.Tensor):  # a minibatch, of a validation_step that calls training_step
+            return self.minibatch_step(indices, batch_idx)
         if batch_idx == 0:
             self.begin_epoch()
         output = self.by_graph(indices) if self.use_graphs else None
@@ -276,7 +285,7 @@ class ChunkedSteps:
         """Counts anew, and drops the graphs where they would not do what plain training does by now."""
         self.num_steps = 0
         optimizer = self.trainer.optimizers[0]
-        now = fixed(self.model, optimizer)
+        now = fixed(self.model, optimizer, self.train_set)
         if self.steps is None or self.steps.optimizer is not optimizer or self.captured != now:
             self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size, self.minibatch_step)
             self.captured = now
@@ -326,6 +335,7 @@ def snapshot(model, optimizer):
     """A function that makes a module, its optimizer and its random numbers what they are now."""
     tensors = [*model.parameters(), *model.buffers()]
     copies = [tensor.detach().clone() for tensor in tensors]
+    groups = optimizer.param_groups
     optimizer_state, restore_random_numbers = copy.deepcopy(optimizer.state_dict()), random_numbers(model.device)
 
     @torch.no_grad()
@@ -333,6 +343,9 @@ def snapshot(model, optimizer):
         for tensor, kept in zip(tensors, copies):
             tensor.copy_(kept)
         optimizer.load_state_dict(optimizer_state)
+        for group, kept in zip(groups, optimizer.param_groups):  # others may hold the dicts
+            group.update(kept)
+        optimizer.param_groups = groups
         restore_random_numbers()
 
     return restore

@@ -65,9 +65,9 @@ class Steps:
         imgs, labels = self.train_set[indices]
         outputs = []
         for batch_idx, *batch in zip(numbers, imgs.split(self.batch_size), labels.split(self.batch_size)):
-            self.optimizer.zero_grad()
             output = self.minibatch_step(tuple(batch), batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
+            self.optimizer.zero_grad()  # in Lightning's order
             loss.backward()
             self.optimizer.step()
             outputs.append(apply_to_collection(output, torch.Tensor, torch.Tensor.detach))
@@ -154,9 +154,11 @@ def run_and_capture(function, tensor):
     """
     stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), no_waiting():
-        result = function(tensor)
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream), no_waiting():
+            result = function(tensor)
+    finally:  # after an error, too, what is restored waits for the steps before it
+        torch.cuda.current_stream().wait_stream(stream)
     with cleaned_up(graph, pool), torch.cuda.graph(graph, pool, stream):
         replay_result = function(tensor)
     return result, graph.replay, replay_result
@@ -184,7 +186,7 @@ def cleaned_up(graph, pool):
     random_numbers = generator.clone_state()
     try:
         yield
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(random_numbers)
         with contextlib.suppress(RuntimeError):  # the capture has come to its end, after all

@@ -112,6 +112,7 @@ class TestTraining(ChunksTest):
         """A number, which parameters learn, the optimizer's settings: the graphs are captured anew for each of them."""
 
         def number(model, epoch, optimizer):
+            model.hparams.kl_weight = 0.5  # as save_hyperparameters has it, of the same name
             model.kl_weight = min(1.0, (epoch + 1) / 2)
 
         def frozen(model, epoch, optimizer):
@@ -151,6 +152,15 @@ class TestTraining(ChunksTest):
                 self.assertNotIn("step by step", self.printed)
                 self.compare(plain, replayed, rtol=1e-3, atol=1e-4)
                 self.assertEqual(self.captures, [80] + 2 * [80, 60])
+
+    def test_a_validation_step_by_the_training_step(self):
+        def validation_step(model, batch, batch_idx):
+            model.log("val_bpd", model.training_step(batch, batch_idx)["bpd"], batch_size=len(batch[0]))
+
+        unchanged = dict(validation_step=validation_step, on_validation_epoch_end=lambda model: None)
+        with mock.patch.multiple(VAE, **unchanged):
+            self.train(in_chunks=True, epochs=1)
+        self.assertNotIn("step by step", self.printed)
 
     def test_a_hook_of_torch_that_comes_later(self):
         calls = []

@@ -109,6 +109,8 @@ class TestNotTaken(BorderTest):
     def test_callbacks_of_lightning(self):
         for callback in [
             pl.callbacks.LearningRateMonitor("step"),
+            pl.callbacks.StochasticWeightAveraging(0.01),
+            pl.callbacks.GradientAccumulationScheduler({0: 1}),
             pl.callbacks.LambdaCallback(on_train_batch_end=lambda *args: None),
             pl.callbacks.ModelCheckpoint(self.folder, every_n_train_steps=3),
         ]:
@@ -123,6 +125,7 @@ class TestNotTaken(BorderTest):
             dict(precision="bf16-mixed"),
             dict(max_steps=5),
             dict(limit_train_batches=3),
+            dict(limit_train_batches=1),
             dict(limit_val_batches=0),
             dict(val_check_interval=0.5),
         ]:
