@@ -81,6 +81,7 @@ class TestCapture(unittest.TestCase):
             cuda_graph.run_and_capture(lambda number: 1 / 0, 5)
         self.assertEqual(self.sync_modes, ["error", 0])
         torch.cuda.graph.assert_not_called()
+        torch.cuda.current_stream().wait_stream.assert_called_once_with(torch.cuda.Stream())  # before it is undone
 
     def test_a_capture_that_failed(self):
         """Nothing waits for its end: neither stream nor random numbers nor the allocator."""
@@ -164,6 +165,19 @@ class TestSteps(ChunksTest):
         self.steps.minibatch_step = training_step
         self.steps.run(torch.arange(12), range(3, 9))
         self.assertEqual(numbers, [3, 4, 5])
+
+    def test_gradients_are_set_to_zero_after_the_step(self):
+        """As Lightning does: what training_step leaves in them is gone, too."""
+        weight = next(self.model.parameters())
+
+        def training_step(batch, batch_idx):
+            loss = self.model(batch[0])[2]
+            weight.grad = torch.full_like(weight, 1e6)
+            return loss
+
+        self.steps.minibatch_step = training_step
+        self.steps.run(torch.arange(4), range(1))
+        self.assertLess(weight.grad.abs().max(), 1e3)
 
     def test_settings_come_back(self):
         """After an error, too."""
