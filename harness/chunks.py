@@ -16,12 +16,9 @@ import copy
 import gc
 import itertools
 import math
-import pickle
-import random
+from collections import OrderedDict
 
-import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
@@ -29,7 +26,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from harness.cuda_graph import CaptureError, Steps, explain, num_hooks
+from harness.cuda_graph import CaptureError, Steps, explain
 from harness.program import note
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
@@ -79,24 +76,20 @@ def fast_path(trainer, model, train_loader, val_loader):
     Outputs:
         train_loader, val_loader - What to give to trainer.fit.
     """
-    why_not = None
-    with isolate_rng():  # which restores nothing after an error
-        try:
-            check(trainer, model, train_loader, val_loader)
-            rehearse(trainer, model, train_loader)
-            loaders = train_in_chunks(trainer, model, train_loader, val_loader)
-        except Exception as error:
-            why_not = explain(error)
-    if why_not:
-        if trainer.is_global_zero:
-            note(f"step by step: {why_not}")
-        yield train_loader, val_loader
-        return
-    try:
+    loaders, why_not = (train_loader, val_loader), None
+    with contextlib.ExitStack() as undo:
+        with isolate_rng():  # which restores nothing after an error
+            try:
+                check(trainer, model, train_loader, val_loader)
+                rehearse(trainer, model, train_loader)
+                loaders = train_in_chunks(trainer, model, train_loader, val_loader, undo)
+            except Exception as error:
+                why_not = explain(error)
+        if why_not:
+            undo.close()
+            if trainer.is_global_zero:
+                note(f"step by step: {why_not}")
         yield loaders
-    finally:  # a graph that is left until Python finds that nothing needs it could end in the midst of another capture
-        del model.training_step
-        model.automatic_optimization = True
 
 
 def check(trainer, model, train_loader, val_loader):
@@ -110,22 +103,34 @@ def check(trainer, model, train_loader, val_loader):
     for part in trainer.callbacks:
         if isinstance(part, (GradientAccumulationScheduler, StochasticWeightAveraging)):
             raise CaptureError(f"{type(part).__name__} changes how the steps are made")
+    if is_overridden("configure_callbacks", model):
+        raise CaptureError("the module has configure_callbacks, whose callbacks come when the training begins")
     for part in [model, *trainer.callbacks]:
         for hook in hooks_of_steps(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which plain training calls for every minibatch")
-    train_set, batch_size = train_loader.dataset, train_loader.batch_size
-    if batch_size is None or train_loader.drop_last:
-        raise CaptureError("the training loader makes minibatches of another kind, or leaves images out")
-    batch = next(iter(DataLoader(train_set, batch_size, collate_fn=train_loader.collate_fn)))
-    if not all(map(torch.equal, batch, train_set[torch.arange(len(batch[0]))])):
-        raise CaptureError("the training loader changes the images of its data set")
-    needed = train_set.images.nbytes + val_loader.dataset.images.nbytes + 2 * MAX_STEPS * BYTES_PER_STEP
+    check_loader(train_loader, "training")
+    check_loader(val_loader, "validation")
+    if list(val_loader.sampler) != list(range(len(val_loader.dataset))):
+        raise CaptureError("the validation loader takes its images in another order, or not all of them")
+    images = [loader.dataset.images.nbytes for loader in [train_loader, val_loader]]
+    needed = sum(images) + 2 * MAX_STEPS * BYTES_PER_STEP
     free = free_memory(trainer.strategy.root_device)
     if needed > free / 2:
         raise CaptureError(
             f"the GPU has {free / 2**20:,.0f} MiB of memory free, and images and graphs may take "
             f"{needed / 2**20:,.0f} MiB, which is more than half of it"
         )
+
+
+def check_loader(loader, name):
+    """Raises a CaptureError where a DataLoader's minibatches are not those of its sampler, batch size and data set."""
+    if loader.batch_size is None or loader.drop_last:
+        raise CaptureError(f"the {name} loader makes minibatches of another kind, or leaves images out")
+    if type(loader).__iter__ is not DataLoader.__iter__ and not hasattr(loader, "redraw"):
+        raise CaptureError(f"the {name} loader has an __iter__ of its own")
+    batch = next(iter(DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)))
+    if not all(map(torch.equal, batch, loader.dataset[torch.arange(len(batch[0]))])):
+        raise CaptureError(f"the {name} loader changes the images of its data set")
 
 
 def hooks_of_steps(part):
@@ -149,8 +154,9 @@ def is_marked(hook):
 
 
 def free_memory(device):
-    """Free memory of a CUDA device, in bytes."""
-    return torch.cuda.mem_get_info(device)[0]
+    """Free memory of a CUDA device, in bytes, with what torch holds of it and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def rehearse(trainer, model, train_loader):
@@ -167,80 +173,51 @@ def rehearse(trainer, model, train_loader):
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise CaptureError("configure_optimizers returns more than an optimizer, such as learning-rate schedulers")
     train_set = copy.copy(train_loader.dataset).to(device)  # its tensors are not the loader's
-    steps = Steps(twin, optimizer, train_set, batch_size)
-    before, before_draws = fixed(twin, optimizer, train_set) | lengths(twin), random_states(device)
-    steps.capture(torch.arange(min(2 * batch_size, len(train_set))))
-    after = fixed(twin, optimizer, train_set) | lengths(twin)
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if changed:
-        raise CaptureError(f"training_step sets {changed[0]} anew; what it changes must be a tensor changed in place")
-    if before_draws != random_states(device):
-        raise CaptureError("training_step draws random numbers that are not the GPU's")
+    Steps(twin, optimizer, train_set, batch_size).capture(torch.arange(min(2 * batch_size, len(train_set))))
 
 
-def fixed(model, optimizer, train_set):
+def train_in_chunks(trainer, model, train_loader, val_loader, undo):
     """
-    What a graph takes as it is when it is captured, as a dict: the numbers, booleans and strings of a module, its parts
-    and the training set, where their tensors are, how many hooks of torch they have, and the settings of the optimizer
-    but for the learning rate.
+    Changes a Trainer and its module so that they train chunk by chunk. Inputs and outputs as of fast_path; undo is an
+    ExitStack, which gets what makes them as they were.
     """
-    found = {}
-    for path, part in [*model.named_modules(), ("the training set", train_set)]:
-        hparams = {f"hparams.{name}": value for name, value in getattr(part, "hparams", {}).items()}
-        values = {**vars(part), **vars(part).get("_parameters", {}), **vars(part).get("_buffers", {}), **hparams}
-        found[f"the hooks of self.{path}"] = num_hooks(part)
-        for name, value in values.items():
-            name = ".".join(filter(None, ["self", path, name]))
-            if isinstance(value, torch.Tensor):
-                on_cpu = value._version if value.device.type == "cpu" and model.device.type != "cpu" else None
-                found[name] = value.data_ptr(), value.shape, value.requires_grad, on_cpu
-            elif isinstance(value, (bool, int, float, str)):
-                found[name] = value
-    for number, group in enumerate(optimizer.param_groups):
-        settings = {name: value for name, value in group.items() if name not in ["params", "lr", "capturable"]}
-        found[f"optimizer.param_groups[{number}]"] = settings
-    return found
-
-
-def lengths(model):
-    """The lengths of the lists, dicts and sets of a module, as a dict."""
-    values = vars(model).items()
-    return {f"self.{name}": len(value) for name, value in values if isinstance(value, (list, dict, set))}
-
-
-def random_states(device):
-    """The states of the random numbers that a graph on a device does not draw."""
-    on_cpu = torch.get_rng_state().tolist() if device.type != "cpu" else None
-    return pickle.dumps([random.getstate(), np.random.get_state(), on_cpu])
-
-
-def train_in_chunks(trainer, model, train_loader, val_loader):
-    """Changes a Trainer and its module so that they train chunk by chunk. Inputs and outputs as of fast_path."""
-    device = trainer.strategy.root_device
-    try:
-        train_set, val_set = train_loader.dataset.to(device), val_loader.dataset.to(device)
-    except RuntimeError:  # there is no room for both
-        train_loader.dataset.to("cpu")
-        raise
-    model.automatic_optimization = False
-    model.training_step = ChunkedSteps(trainer, model, train_set, train_loader.batch_size).training_step
-    trainer.log_every_n_steps = 1  # in chunks; a module that logs once per epoch does not notice
-    if device.type == "cuda":
-        trainer.strategy.checkpoint_io = BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
+    strategy = trainer.strategy
+    device, on_gpu = strategy.root_device, strategy.root_device.type == "cuda"
+    torch.empty(1, pin_memory=on_gpu)  # an error where that cannot be
+    for data_set in [train_loader.dataset, val_loader.dataset]:
+        undo.callback(data_set.to, data_set.images.device)
+        data_set.to(device)
+    steps = ChunkedSteps(trainer, model, train_loader.dataset, train_loader.batch_size)
+    strategy.training_step = steps.training_step  # the module keeps its own, and can be copied as ever
+    undo.callback(delattr, strategy, "training_step")
+    checkpoint_io = strategy.checkpoint_io
+    for owner, name, value in [
+        (strategy, "checkpoint_io", BackgroundCheckpointIO(checkpoint_io) if on_gpu else checkpoint_io),
+        (trainer, "log_every_n_steps", 1),  # in chunks; a module that logs once per epoch does not notice
+        (model, "automatic_optimization", False),
+    ]:
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+    in_order = torch.arange(len(val_loader.dataset)).split(CHUNK)
     return (
-        IndexChunks(train_loader, pin_memory=device.type == "cuda"),
-        DataLoader(val_set, batch_size=None, sampler=torch.arange(len(val_set)).split(CHUNK)),
+        IndexChunks(train_loader, pin_memory=on_gpu),
+        DataLoader(val_loader.dataset, batch_size=None, sampler=in_order),
     )
 
 
 class IndexChunks:
-    """The minibatches of a DataLoader, many at a time: tensors int64 [N] of the indices of their images."""
+    """
+    The minibatches of a DataLoader, many at a time: tensors int64 [N] of the indices of their images. What else it is
+    asked for, such as its sampler and its dataset, is the DataLoader's.
+    """
 
     def __init__(self, loader, pin_memory):
         self.loader = loader
-        self.sampler = loader.sampler  # Lightning tells it the epoch
         self.pin_memory = pin_memory  # so that copying the indices waits for nothing
         self.chunk = min(max(CHUNK // loader.batch_size, 1), MAX_STEPS) * loader.batch_size
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["loader"], name)
 
     def __len__(self):
         return math.ceil(len(self.sampler) / self.chunk)
@@ -262,18 +239,17 @@ class ChunkedSteps:
         self.model = model
         self.train_set = train_set
         self.batch_size = batch_size
-        self.minibatch_step = model.training_step
         self.steps = None  # once there is an optimizer
-        self.captured = None  # what is fixed in its graphs
         self.num_steps = 0  # in this epoch
 
     def training_step(self, indices, batch_idx):
         """Trains on the images at indices int64 [N]. Returns what the module's step did for the first minibatch."""
-        if not isinstance(indices, torch.Tensor):  # a minibatch, of a validation_step that calls training_step
-            return self.minibatch_step(indices, batch_idx)
         if batch_idx == 0:
-            self.begin_epoch()
-        output = self.by_graph(indices) if self.use_graphs else None
+            self.num_steps = 0
+        optimizer = self.trainer.optimizers[0]
+        if self.steps is None or self.steps.optimizer is not optimizer:
+            self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size)
+        output = self.by_graph(indices, batch_idx) if self.use_graphs else None
         if output is None:
             output = self.steps.run(indices, itertools.count(self.num_steps))
         num_steps = math.ceil(len(indices) / self.batch_size)
@@ -281,19 +257,12 @@ class ChunkedSteps:
         self.count_steps(num_steps)
         return output
 
-    def begin_epoch(self):
-        """Counts anew, and drops the graphs where they would not do what plain training does by now."""
-        self.num_steps = 0
-        optimizer = self.trainer.optimizers[0]
-        now = fixed(self.model, optimizer, self.train_set)
-        if self.steps is None or self.steps.optimizer is not optimizer or self.captured != now:
-            self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size, self.minibatch_step)
-            self.captured = now
-
-    def by_graph(self, indices):
+    def by_graph(self, indices, batch_idx):
         """As training_step; or None, where that failed, and everything is as if it had not been tried."""
         steps, restore = self.steps, None
         try:
+            if batch_idx == 0:
+                steps.drop_old_graphs()
             if len(indices) in steps.graphs:
                 restore = random_numbers(self.model.device)
                 return steps.replay(indices)
@@ -333,13 +302,18 @@ def random_numbers(device):
 
 def snapshot(model, optimizer):
     """A function that makes a module, its optimizer and its random numbers what they are now."""
-    tensors = [*model.parameters(), *model.buffers()]
+    places = [place for part in model.modules() for place in [vars(part), part._parameters, part._buffers]]
+    attributes = [dict(place) for place in places]
+    tensors = [value for place in places for value in place.values() if isinstance(value, torch.Tensor)]
     copies = [tensor.detach().clone() for tensor in tensors]
     groups = optimizer.param_groups
     optimizer_state, restore_random_numbers = copy.deepcopy(optimizer.state_dict()), random_numbers(model.device)
 
     @torch.no_grad()
     def restore():
+        for place, kept in zip(places, attributes):
+            place.clear()
+            place.update(kept)
         for tensor, kept in zip(tensors, copies):
             tensor.copy_(kept)
         optimizer.load_state_dict(optimizer_state)
@@ -364,6 +338,16 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         if path in self.written:
             self.written[path].result()
-        checkpoint = apply_to_collection(checkpoint, torch.Tensor, torch.Tensor.to, "cpu", copy=True)
-        super().save_checkpoint(checkpoint, path, storage_options)
+        super().save_checkpoint(copied(checkpoint), path, storage_options)
         self.written[path] = self._executor.submit(int)
+
+
+def copied(value):
+    """What a checkpoint holds, tensors on the CPU, in dicts and lists of its own, which training does not change."""
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    if type(value) in [dict, OrderedDict]:
+        return type(value)((name, copied(part)) for name, part in value.items())
+    if type(value) in [list, tuple]:
+        return type(value)(map(copied, value))
+    return value

@@ -7,11 +7,17 @@ read: see Refusal.
 
 import contextlib
 import gc
+import io
 import itertools
+import pickle
+import random
 import re
+import types
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import Trainer
 
 from harness.program import one_line
 
@@ -38,20 +44,14 @@ def explain(error):
 class Steps:
     """The training steps of a chunk of minibatches: one by one, or as a graph."""
 
-    def __init__(self, model, optimizer, train_set, batch_size, minibatch_step=None):
-        """
-        Inputs:
-            model, optimizer, train_set, batch_size - What trains, and on what.
-            minibatch_step - The module's training_step, unless it is still the module's.
-        """
+    def __init__(self, model, optimizer, train_set, batch_size):
         self.model = model
         self.optimizer = optimizer
         self.train_set = train_set
         self.batch_size = batch_size
-        self.minibatch_step = minibatch_step or model.training_step
         self.graphs = {}  # from the images in a chunk to (where the graph reads indices, replay, first output)
-        # Where the graphs read the learning rate of each parameter group.
-        self.lrs = [torch.tensor(float(group["lr"]), device=model.device) for group in optimizer.param_groups]
+        self.lrs = []  # where the graphs read the learning rate of each parameter group
+        self.captured = None  # what is fixed in the graphs
 
     def run(self, indices, numbers):
         """
@@ -65,7 +65,7 @@ class Steps:
         imgs, labels = self.train_set[indices]
         outputs = []
         for batch_idx, *batch in zip(numbers, imgs.split(self.batch_size), labels.split(self.batch_size)):
-            output = self.minibatch_step(tuple(batch), batch_idx)
+            output = self.model.training_step(tuple(batch), batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
             self.optimizer.zero_grad()  # in Lightning's order
             loss.backward()
@@ -74,17 +74,60 @@ class Steps:
         return outputs[0]
 
     def capture(self, indices):
-        """As run, and captures the graph for the chunks to come."""
-        if any(map(num_hooks, self.model.modules())):
-            raise CaptureError("parts of the module have hooks, which a graph does not call")
+        """
+        As run, and captures the graph for the chunks to come.
+        Raises:
+            CaptureError - where the steps use or change what a graph does not follow.
+            Exception - whatever else they raise.
+        """
+        device, groups = self.model.device, self.optimizer.param_groups
+        if any(map(has_hooks, [*self.model.modules(), *self.model.parameters(), self.optimizer])):
+            raise CaptureError("the module, its parts or its optimizer have hooks, which a graph does not call")
+        self.drop_old_graphs()
         gc.collect()  # an old graph that dies in the midst of the capture would spoil it
-        graph_indices = indices.to(self.model.device, copy=True)
-        numbers = itertools.repeat(Refusal("batch_idx"))
+        if not self.graphs:
+            self.lrs = [torch.tensor(float(group["lr"]), device=device) for group in groups]
         self.set_lrs()
+        graph_indices = indices.to(device, copy=True)
+        numbers = itertools.repeat(Refusal("batch_idx"))
+        before, before_draws = self.fixed(), random_states(device)
         with self.settings_of_a_graph():
             first_output, *replay = run_and_capture(lambda indices: self.run(indices, numbers), graph_indices)
+        self.captured = self.fixed()
+        changed = [name for name in {**before, **self.captured} if before.get(name) != self.captured.get(name)]
+        if changed:
+            raise CaptureError(
+                f"training_step sets {changed[0]} anew; what it changes must be a tensor changed in place"
+            )
+        if before_draws != random_states(device):
+            raise CaptureError("training_step draws random numbers that are not the GPU's")
         self.graphs[len(indices)] = graph_indices, *replay
         return first_output
+
+    def drop_old_graphs(self):
+        """Drops the graphs where what is fixed in them has changed."""
+        if self.graphs and self.fixed() != self.captured:
+            self.graphs.clear()
+
+    def fixed(self):
+        """
+        What a graph takes as it is when it is captured, as a dict from names to bytes: all attributes of the module, of
+        its parts and of the training set, see Contents, and the settings of the optimizer but for the learning rate.
+        """
+        parts = {id(part) for part in self.model.modules()}
+        found = {}
+        for path, part in [*self.model.named_modules(), ("the training set", self.train_set)]:
+            values = dict(vars(part))
+            for kind in ["_parameters", "_buffers"]:
+                values.update(values.pop(kind, {}))
+            for name, value in values.items():
+                name = ".".join(filter(None, ["self", path, name]))
+                found[name] = Contents(parts, self.model.device).of(value, name)
+        for number, group in enumerate(self.optimizer.param_groups):
+            settings = {name: value for name, value in group.items() if name not in ["lr", "capturable"]}
+            name = f"optimizer.param_groups[{number}]"
+            found[name] = Contents(parts, self.model.device).of(settings, name)
+        return found
 
     def replay(self, indices):
         """As run, by a graph."""
@@ -120,10 +163,54 @@ class Steps:
             self.model.trainer = trainer
 
 
-def num_hooks(part):
-    """How many functions a module's forward and backward call."""
+class Contents(pickle.Pickler):
+    """
+    What an attribute holds, as bytes to compare: of a tensor where it is (and, of one on the CPU that a graph on a GPU
+    would not read again, which change of it), of functions, classes, modules and optimizers which ones, of all others,
+    down to the last item of a list, what pickle keeps.
+    """
+
+    def __init__(self, parts, device):
+        self.parts = parts  # the id of each part of the module; these are looked at in turn
+        self.device = device
+        self.file = io.BytesIO()
+        super().__init__(self.file)
+
+    def of(self, value, name):
+        """The bytes. Raises a CaptureError where pickle cannot keep the value."""
+        try:
+            self.dump(value)
+            return self.file.getvalue()
+        except Exception as error:
+            why = one_line(error)
+        raise CaptureError(f"what {name} holds cannot be compared ({why})")
+
+    def persistent_id(self, value):
+        if isinstance(value, torch.Tensor):
+            change = value._version if value.device.type == "cpu" != self.device.type else None
+            return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad, change
+        if isinstance(value, torch.Generator):
+            return bytes(value.get_state().tolist())
+        if isinstance(value, types.MethodType):
+            return id(value.__func__), id(value.__self__)
+        kinds = (type, types.FunctionType, types.BuiltinFunctionType, torch.optim.Optimizer, Trainer)
+        if isinstance(value, kinds) or id(value) in self.parts:
+            return id(value)
+        return None
+
+
+def random_states(device):
+    """The states of the random numbers that a graph on a device does not draw."""
+    on_cpu = torch.get_rng_state().tolist() if device.type != "cpu" else None
+    return pickle.dumps([random.getstate(), np.random.get_state(), on_cpu])
+
+
+def has_hooks(part):
+    """Whether torch calls functions along with those of a module, a parameter or an optimizer."""
     names = ["_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"]
-    return sum(len(getattr(part, name, None) or []) for name in names)
+    names += ["_post_accumulate_grad_hooks", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]
+    replaced = isinstance(part, torch.optim.Optimizer) and "step" in vars(part)
+    return replaced or any(getattr(part, name, None) for name in names)
 
 
 class Refusal:
@@ -152,6 +239,12 @@ def run_and_capture(function, tensor):
         replay - Function that does the same work again, on what the tensor holds by then.
         replay_result - The tensor in which a replay leaves its result.
     """
+    with torch.cuda.device_of(tensor):  # another one than the first may be current before the training
+        return run_and_capture_here(function, tensor)
+
+
+def run_and_capture_here(function, tensor):
+    """As run_and_capture, on the current device."""
     stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     try:

@@ -4,6 +4,7 @@ Tests of harness/chunks.py on a CPU, where a graph's stand-in runs a function ag
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import time
@@ -124,6 +125,9 @@ class TestTraining(ChunksTest):
         def tensor(model, epoch, optimizer):
             model.scale = torch.tensor(min(1.0, (epoch + 1) / 2))
 
+        def listed(model, epoch, optimizer):
+            vars(model).setdefault("kept", {"kl_weight": [0.0]})["kl_weight"][0] = min(1.0, (epoch + 1) / 2)
+
         def another(model, epoch, optimizer):
             if epoch == 1:
                 model.trainer.optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, fused=True)]
@@ -135,9 +139,11 @@ class TestTraining(ChunksTest):
         def training_step(model, batch, batch_idx):
             L_rec, L_reg = model.losses(batch[0], reduction="mean")
             model.add_to(model.train_sums, batch[0], L_rec, L_reg)
-            return L_rec + getattr(model, "kl_weight", 1.0) * getattr(model, "scale", 1.0) * L_reg
+            kept = getattr(model, "kept", {"kl_weight": [1.0]})
+            weight = getattr(model, "kl_weight", 1.0) * getattr(model, "scale", 1.0) * kept["kl_weight"][0]
+            return L_rec + weight * L_reg
 
-        for change in [number, frozen, setting, tensor, another, further]:
+        for change in [number, frozen, setting, tensor, listed, another, further]:
 
             def on_train_epoch_start(model, change=change):
                 change(model, model.current_epoch, model.trainer.optimizers[0])
@@ -171,7 +177,7 @@ class TestTraining(ChunksTest):
 
         with mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start):
             self.train(in_chunks=True, epochs=2)
-        self.assertIn("step by step: parts of the module have hooks", self.printed)
+        self.assertIn("step by step: the module, its parts or its optimizer have hooks", self.printed)
         self.assertEqual(len(calls), 8 + 1)  # validation
 
     def test_nothing_of_it_is_left(self):
@@ -300,10 +306,12 @@ class TestCheckpoints(ChunksTest):
                 options.update(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks)
                 trainer = pl.Trainer(**options)
                 both = train_loader, val_loader
-                if in_chunks:
-                    both = chunks.train_in_chunks(trainer, model, *both)
-                    trainer.strategy.checkpoint_io = chunks.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
-                trainer.fit(model, *both, ckpt_path=path)
+                with contextlib.ExitStack() as undo:
+                    if in_chunks:
+                        both = chunks.train_in_chunks(trainer, model, *both, undo)
+                        trainer.strategy.checkpoint_io = chunks.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
+                    trainer.fit(model, *both, ckpt_path=path)
+                self.assertIs(type(trainer.strategy.checkpoint_io), TorchCheckpointIO)
                 self.assertEqual((trainer.current_epoch, trainer.global_step), (epochs, 8 * epochs))
                 path = checkpoint.best_model_path
                 self.assertTrue(path.endswith(f"epoch={epochs - 1}-step={8 * epochs}.ckpt"), path)
@@ -357,11 +365,12 @@ class TestParts(ChunksTest):
         train_loader, val_loader, _ = loaders(binarization="stochastic")
         trainer, model = mock.Mock(), VAE("MLP", [16], 4, 2, 1e-3)
         trainer.strategy.root_device = torch.device("meta")
-        in_chunks, val_chunks = chunks.train_in_chunks(trainer, model, train_loader, val_loader)
+        undo = contextlib.ExitStack()
+        in_chunks, val_chunks = chunks.train_in_chunks(trainer, model, train_loader, val_loader, undo)
         for loader in [train_loader, val_loader]:
             self.assertEqual({tensor.device.type for tensor in vars(loader.dataset).values()}, {"meta"})
         self.assertIs(in_chunks.loader, train_loader)
-        self.assertIs(model.training_step.__self__.train_set, train_loader.dataset)
+        self.assertIs(trainer.strategy.training_step.__self__.train_set, train_loader.dataset)
         self.assertIs(val_chunks.dataset, val_loader.dataset)
         self.assertEqual(torch.cat(list(val_chunks.sampler)).tolist(), list(range(50)))
 

@@ -4,13 +4,17 @@ Tests of what training in chunks takes and what it leaves to plain training, on 
 """
 
 import argparse
+import copy
+import pickle
 import random
+import threading
 import unittest
 from unittest import mock
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 import bmnist
 from harness import chunks, run
@@ -19,10 +23,11 @@ from train_pl import QUANTITIES, VAE, CosineLearningRate, GenerateCallback, comp
 
 
 class BorderTest(ChunksTest):
-    def why_not(self, vae=VAE, *callbacks, change=lambda loaders: None, **settings):
+    def why_not(self, vae=VAE, *callbacks, change={}, **settings):  # noqa: B006 (only read)
         """Why a module is trained step by step; None where it is not."""
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
-        change(train_loader)
+        for which, function in change.items():
+            function({"training": train_loader, "validation": val_loader}[which])
         options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
         trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
         with (
@@ -67,9 +72,15 @@ class TestTaken(BorderTest):
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
         images = train_loader.dataset.images
-        with chunks.fast_path(trainer, model, train_loader, val_loader):
-            self.assertIn("training_step", vars(model))
-        self.assertNotIn("training_step", vars(model))
+        with chunks.fast_path(trainer, model, train_loader, val_loader) as loaders:
+            self.assertIn("training_step", vars(trainer.strategy))
+            self.assertEqual((trainer.log_every_n_steps, model.automatic_optimization), (1, False))
+            copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+            with torch.random.fork_rng():
+                self.assertEqual(copied.training_step((images[:4, None] / 255.0, None), 0)["loss"].shape, ())
+            self.assertIs(loaders[0].dataset, train_loader.dataset)
+        self.assertNotIn("training_step", vars(trainer.strategy))
+        self.assertEqual((trainer.log_every_n_steps, model.automatic_optimization), (50, True))
         self.assertTrue(torch.equal(torch.get_rng_state(), states[0]))
         self.assertEqual((random.getstate(), np.random.get_state()[2]), states[1:])
         self.assertIs(train_loader.dataset.images, images)
@@ -139,8 +150,17 @@ class TestNotTaken(BorderTest):
         def augment(loader):
             loader.collate_fn = lambda batch: (1 - batch[0], batch[1])
 
-        self.assert_not_taken("leaves images out", change=drop_last)
-        self.assert_not_taken("changes the images", change=augment)
+        def own_iter(loader):
+            loader.__class__ = type("Own", (DataLoader,), {"__iter__": lambda loader: iter([])})
+
+        def some(loader):
+            vars(loader)["sampler"] = range(10)
+
+        for which in ["training", "validation"]:
+            self.assert_not_taken(f"the {which} loader .*leaves images out", change={which: drop_last})
+            self.assert_not_taken(f"the {which} loader changes the images", change={which: augment})
+            self.assert_not_taken(f"the {which} loader has an __iter__", change={which: own_iter})
+        self.assert_not_taken("the validation loader .*not all", change={"validation": some})
 
     def test_memory(self):
         with mock.patch.object(chunks, "free_memory", lambda device: 500 * 2**20):
@@ -158,7 +178,7 @@ class TestNotTaken(BorderTest):
 
         with mock.patch.object(bmnist.BinaryImages, "to", second_fails):
             self.assert_not_taken("the GPU has too little memory")
-        self.assertEqual(places, ["cpu"] * 4)
+        self.assertEqual(places, ["cpu"] * 5)
 
     def test_steps(self):
         """What a training_step may do that a graph would not follow."""
@@ -200,6 +220,21 @@ class TestNotTaken(BorderTest):
         def appends(model, loss, batch_idx):
             model.outputs.append(loss.detach())
 
+        def in_a_list(model, loss, batch_idx):
+            model.kept["numbers"][0] += 1
+
+        def in_an_array(model, loss, batch_idx):
+            model.kept["array"][0] += 1
+
+        def in_an_object(model, loss, batch_idx):
+            model.kept["object"].count = 2
+
+        def in_a_layer(model, loss, batch_idx):
+            model.encoder.net.seen = "one"
+
+        def of_a_generator(model, loss, batch_idx):
+            return loss * torch.rand((), generator=model.kept["generator"])
+
         def drops(model, loss, batch_idx):
             return loss * (random.random() < 0.5)
 
@@ -219,6 +254,8 @@ class TestNotTaken(BorderTest):
             *((act, "sets self.last anew") for act in [keeps]),
             *((act, "sets self.train_sums anew") for act in [adds]),
             *((act, "sets self.outputs anew") for act in [appends]),
+            *((act, "sets self.kept anew") for act in [in_a_list, in_an_array, in_an_object, of_a_generator]),
+            *((act, "sets self.encoder.net.seen anew") for act in [in_a_layer]),
             *((act, "random numbers that are not the GPU's") for act in [drops, draws]),
             *((act, "Error: ") for act in [nothing, wrong]),
         ]:
@@ -227,6 +264,8 @@ class TestNotTaken(BorderTest):
                 def __init__(self, *args):
                     super().__init__(*args)
                     self.outputs = []
+                    self.kept = {"numbers": [1, 2], "array": np.zeros(2), "object": argparse.Namespace(count=1)}
+                    self.kept["generator"] = torch.Generator()
 
                 def training_step(self, batch, batch_idx, act=act):
                     loss = self(batch[0])[2]
@@ -261,8 +300,38 @@ class TestNotTaken(BorderTest):
             def configure_optimizers(self):
                 return torch.optim.SGD(self.parameters(), lr=0.1)
 
+        class HookedWeight(VAE):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.encoder.net[0].weight.register_hook(lambda grad: 2 * grad)
+
+            def __deepcopy__(self, memo):  # torch leaves such hooks out of a copy
+                return type(self)("MLP", [16], 4, 2, 1e-3)
+
+        class HookedOptimizer(VAE):
+            def configure_optimizers(self):
+                optimizer = super().configure_optimizers()
+                optimizer.register_step_post_hook(lambda *args: None)
+                return optimizer
+
+        class Locked(VAE):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.lock = threading.Lock()
+
+            def __deepcopy__(self, memo):
+                return type(self)("MLP", [16], 4, 2, 1e-3)
+
+        class WithCallbacks(VAE):
+            def configure_callbacks(self):
+                return [pl.callbacks.EarlyStopping("val_bpd")]
+
         for vae, words in [
             (Hooked, "have hooks"),
+            (HookedWeight, "have hooks"),
+            (HookedOptimizer, "have hooks"),
+            (Locked, "self.lock holds cannot be compared"),
+            (WithCallbacks, "configure_callbacks"),
             (Manual, "optimises by itself"),
             (Replaced, "training_step was replaced"),
             (Scheduled, "schedulers"),

@@ -71,14 +71,15 @@ class TestCapture(unittest.TestCase):
             modes.append(self.sync_modes[-1])
             return number + len(modes)
 
-        self.assertEqual(cuda_graph.run_and_capture(function, 5), (6, torch.cuda.CUDAGraph().replay, 7))
+        results = cuda_graph.run_and_capture(function, torch.tensor(5))
+        self.assertEqual(results, (6, torch.cuda.CUDAGraph().replay, 7))
         self.assertEqual((modes, self.sync_modes), (["error", 0], ["error", 0]))
         for untouched in [self.generator.graphsafe_set_state, torch.cuda.set_stream, self.allocator.end]:
             untouched.assert_not_called()
 
     def test_a_run_that_failed(self):
         with self.assertRaises(ZeroDivisionError):
-            cuda_graph.run_and_capture(lambda number: 1 / 0, 5)
+            cuda_graph.run_and_capture(lambda number: 1 / 0, torch.tensor(5))
         self.assertEqual(self.sync_modes, ["error", 0])
         torch.cuda.graph.assert_not_called()
         torch.cuda.current_stream().wait_stream.assert_called_once_with(torch.cuda.Stream())  # before it is undone
@@ -94,7 +95,7 @@ class TestCapture(unittest.TestCase):
             self.allocator.end.side_effect = has_ended
             function = mock.Mock(side_effect=[1, RuntimeError("not permitted when stream is capturing\nCUDA kernel")])
             with self.assertRaisesRegex(RuntimeError, "not permitted"):
-                cuda_graph.run_and_capture(function, 5)
+                cuda_graph.run_and_capture(function, torch.tensor(5))
             self.generator.graphsafe_set_state.assert_called_with(self.generator.clone_state())
             torch.cuda.set_stream.assert_called_with(torch.cuda.current_stream())
             self.assertEqual(self.allocator.mock_calls, calls)
@@ -162,7 +163,7 @@ class TestSteps(ChunksTest):
             numbers.append(batch_idx)
             return self.model(batch[0])[2]
 
-        self.steps.minibatch_step = training_step
+        self.model.training_step = training_step
         self.steps.run(torch.arange(12), range(3, 9))
         self.assertEqual(numbers, [3, 4, 5])
 
@@ -175,7 +176,7 @@ class TestSteps(ChunksTest):
             weight.grad = torch.full_like(weight, 1e6)
             return loss
 
-        self.steps.minibatch_step = training_step
+        self.model.training_step = training_step
         self.steps.run(torch.arange(4), range(1))
         self.assertLess(weight.grad.abs().max(), 1e3)
 
@@ -183,7 +184,7 @@ class TestSteps(ChunksTest):
         """After an error, too."""
         (group,) = self.optimizer.param_groups
         for step in [lambda batch, batch_idx: batch_idx + 1, lambda batch, batch_idx: self.model.current_epoch]:
-            self.steps.minibatch_step = step
+            self.model.training_step = step
             with self.assertRaisesRegex(cuda_graph.CaptureError, "batch_idx|self.trainer"):
                 self.steps.capture(torch.arange(12))
             self.assertEqual((group["lr"], group["capturable"]), (0.5, False))
