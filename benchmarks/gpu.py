@@ -72,23 +72,21 @@ class Benchmark:
         print(f"left out: {name} ({why})", flush=True)
         self.measured["left_out"].append({"name": name, "why": why})
 
-    def whole_runs(self, folder):
-        """Runs of the package by graphs, each with an evaluation, then the same step by step."""
-        for plain in [[], ["--plain"]]:
-            for model in self.args.models:
-                name = " ".join(["run", model, *plain])
-                log_dir = str(folder / name)
-                with self.part(name, needs_gpu=bool(plain)) as found:
-                    if found is not None:
-                        flags = [*self.data, "--model", model, "--epochs", str(self.args.epochs), *plain]
-                        found.update(measure_whole_run(flags, log_dir, timeout=self.seconds_left))
-                        print(
-                            "{name}: process {process:.1f} s, fit {fit:.1f} s, test bpd {test_bpd:.4f}, "
-                            "GPU {gpu_mib:.0f} MiB, of which tensors {tensors_mib:.0f}".format(name=name, **found),
-                            flush=True,
-                        )
-                if found and not plain:
-                    self.evaluation(model, folder, log_dir)
+    def whole_run(self, model, folder, *plain):
+        """A run of the package by graphs, with an evaluation, or step by step."""
+        name = " ".join(["run", model, *plain])
+        log_dir = str(folder / name)
+        with self.part(name, needs_gpu=bool(plain)) as found:
+            if found is not None:
+                flags = [*self.data, "--model", model, "--epochs", str(self.args.epochs), *plain]
+                found.update(measure_whole_run(flags, log_dir, timeout=self.seconds_left))
+                print(
+                    "{name}: process {process:.1f} s, fit {fit:.1f} s, test bpd {test_bpd:.4f}, "
+                    "GPU {gpu_mib:.0f} MiB, of which tensors {tensors_mib:.0f}".format(name=name, **found),
+                    flush=True,
+                )
+        if found and not plain:
+            self.evaluation(model, folder, log_dir)
 
     def evaluation(self, model, folder, log_dir):
         with self.part(f"evaluation {model}") as found:
@@ -118,10 +116,10 @@ class Benchmark:
                 for way, row in found.items():
                     print(f"{model} {way:16} {row['median']:.3f} s per epoch  {WAYS[way]}", flush=True)
 
-    def tests(self):
-        with self.part("tests/programs/test_gpu.py", needs_gpu=True, seconds=30) as found:
+    def tests(self, name):
+        with self.part(name, needs_gpu=True, seconds=30) as found:
             if found is not None:
-                run = self.run("-m", "unittest", "--verbose", "tests/programs/test_gpu.py", check=False)
+                run = self.run("-m", "unittest", "--verbose", f"tests.programs.test_gpu.{name}", check=False)
                 print(run.stdout + run.stderr, flush=True)
                 found.update(exit_code=run.returncode, output=run.stderr)
 
@@ -173,13 +171,16 @@ def main():
     args = parser.parse_args()
     benchmark = Benchmark(args)
     print(", ".join(f"{name} {value}" for name, value in benchmark.measured["machine"].items()), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark.whole_runs(Path(folder))
-    first, *others = args.models
-    benchmark.speed(first)
-    benchmark.tests()
-    for model in others:
-        benchmark.speed(model)
+    with tempfile.TemporaryDirectory() as folder:  # the most telling ones first
+        for model in args.models:
+            benchmark.whole_run(model, Path(folder))
+        benchmark.speed(args.models[0])
+        benchmark.tests("TestGPU")
+        benchmark.tests("TestManyEpochs")
+        for model in args.models:
+            benchmark.whole_run(model, Path(folder), "--plain")
+        for model in args.models[1:]:
+            benchmark.speed(model)
     benchmark.print_bars()
     path = Path(args.out) / "gpu.json"
     path.write_text(json.dumps(benchmark.measured, indent=1) + "\n")

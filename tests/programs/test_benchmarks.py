@@ -35,7 +35,7 @@ class TestBenchmarks(CommandTest):
         code, stdout, stderr = self.run_command("benchmarks/gpu.py", "--models", "MLP", **variables)
         self.assertEqual((code, stderr), (0, ""))
         measured = json.loads((self.folder / "gpu.json").read_text())
-        for name in ["run MLP --plain", "speed MLP", "tests/programs/test_gpu.py"]:
+        for name in ["run MLP --plain", "speed MLP", "TestGPU"]:
             self.assertIn({"name": name, "why": "there is no CUDA device"}, measured["left_out"])
             self.assertIn(f"left out: {name} (there is no CUDA device)\n", stdout)
         self.assertGreater(measured["run MLP"]["process"], measured["run MLP"]["fit"])

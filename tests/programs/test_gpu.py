@@ -38,7 +38,7 @@ def run_again(function, indices):
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA device")
-class TestGPU(SeededTest):
+class GPUTest(SeededTest):
     def train_somehow(self, plain=False, **flags):
         """The last checkpoint and the results of a run."""
         data = dict(dataset="mnist", data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset="rendered")
@@ -61,6 +61,8 @@ class TestGPU(SeededTest):
         self.assertEqual((self.num_captures, self.stderr), (0 if plain else 3, ""))
         return left
 
+
+class TestGPU(GPUTest):
     def test_a_seed_repeats_itself(self):
         for flags in [dict(model=model, plain=plain) for model in ["MLP", "CNN"] for plain in [False, True]]:
             (first, of_first), (second, of_second) = self.train(**flags), self.train(**flags)
@@ -230,6 +232,8 @@ class TestGPU(SeededTest):
         self.train()
         self.assertLess(torch.cuda.memory_allocated() - before, 2**20)
 
+
+class TestManyEpochs(GPUTest):
     def test_fast_and_plain_agree_after_80_epochs(self):
         bpds = {
             plain: [self.train(plain=plain, epochs=80, seed=seed)[1]["test_bpd"] for seed in [1, 2, 3]]
