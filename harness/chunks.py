@@ -217,7 +217,9 @@ class IndexChunks:
         self.chunk = min(max(CHUNK // loader.batch_size, 1), MAX_STEPS) * loader.batch_size
 
     def __getattr__(self, name):
-        return getattr(vars(self)["loader"], name)
+        if name == "loader":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def __len__(self):
         return math.ceil(len(self.sampler) / self.chunk)
@@ -315,7 +317,8 @@ def snapshot(model, optimizer):
             place.clear()
             place.update(kept)
         for tensor, kept in zip(tensors, copies):
-            tensor.copy_(kept)
+            if not torch.equal(tensor, kept):  # some tensors cannot be written to
+                tensor.copy_(kept)
         optimizer.load_state_dict(optimizer_state)
         for group, kept in zip(groups, optimizer.param_groups):  # others may hold the dicts
             group.update(kept)

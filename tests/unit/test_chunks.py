@@ -5,6 +5,7 @@ Tests of harness/chunks.py on a CPU, where a graph's stand-in runs a function ag
 
 import argparse
 import contextlib
+import copy
 import gc
 import os
 import time
@@ -350,7 +351,7 @@ class TestParts(ChunksTest):
         """The minibatches of a DataLoader in the order of its sampler, of images that are drawn anew for each pass."""
         loader, _, _ = loaders(binarization="stochastic", sampler=lambda images, shuffle: range(len(images))[::-1])
         in_chunks = chunks.IndexChunks(loader, pin_memory=False)
-        self.assertIs(in_chunks.sampler, loader.sampler)
+        self.assertIs(copy.copy(in_chunks).sampler, loader.sampler)
         images, before = loader.dataset.images, loader.dataset.images.clone()
         indices = list(in_chunks)
         self.assertIs(loader.dataset.images, images)
@@ -359,6 +360,21 @@ class TestParts(ChunksTest):
         self.assertEqual((len(in_chunks), indices[0].dtype), (4, torch.int64))
         minibatches = [batch.tolist() for chunk in indices for batch in chunk.split(40)]
         self.assertEqual(minibatches, list(loader.batch_sampler))
+
+    def test_snapshot(self):
+        """Of weights, of attributes, and of tensors among these, whether or not they can be written to."""
+        model = VAE("MLP", [16], 4, 2, 1e-3)
+        model.ones, model.noise, model.name = torch.ones(1).expand(3), torch.rand(2), "before"
+        kept, noise, sums = copy.deepcopy(model.state_dict()), model.noise.clone(), model.train_sums
+        restore = chunks.snapshot(model, torch.optim.Adam(model.parameters()))
+        model.noise.add_(1)
+        model.train_sums, model.name, model.count = model.train_sums + 1, "after", 1
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        restore()
+        self.assertIs(model.train_sums, sums)
+        self.assertEqual((model.name, "count" in vars(model)), ("before", False))
+        torch.testing.assert_close([model.noise, *model.state_dict().values()], [noise, *kept.values()])
 
     def test_data_sets_are_moved_in_place(self):
         """So that whatever draws the images anew draws those that the steps read."""
