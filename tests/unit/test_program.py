@@ -286,6 +286,8 @@ class TestEnding(SeededTest):
             def __del__(self):
                 signal.raise_signal(self.number)
 
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it left behind
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         for number, line in [(signal.SIGTERM, "draw.py: terminated\n"), (signal.SIGINT, "draw.py: interrupted")]:
             with (
                 mock.patch("sys.argv", ["draw.py"]),
