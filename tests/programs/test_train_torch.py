@@ -44,6 +44,8 @@ class TestCommand(CommandTest):
             self.assert_one_line(self.run_command("train_torch.py", *flags, **NO_NETWORK), code, *parts)
 
     def test_it_does_not_end_half_way_with_code_0(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it left behind
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         for number, expected in [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]:
             process = self.start(REPOSITORY / "train_torch.py", "--dataset", "rendered", "--log_dir", "logs")
             self.assertTrue(process.stdout.readline().startswith("epoch   1/80"))
