@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
-from harness.devices import pick_device
+from harness.devices import pick_device, prepare_cpu, use_fast_layout
 from harness.files import write_text
 from harness.program import FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
@@ -83,6 +83,7 @@ def evaluate(
         OSError - of one clear line, where a flag, the checkpoint, the data or the folder is of no use.
     """
     start = time.perf_counter()
+    prepare_cpu()
     torch.backends.cudnn.deterministic = True  # as in training
     given = dict(dataset=dataset, data_dir=data_dir, iw_samples=iw_samples, out=out)
     given.update(accelerator=accelerator, progress_bar=progress_bar, **hyperparameters)
@@ -90,7 +91,7 @@ def evaluate(
     checkpoint = Path(checkpoint).expanduser()
     device = torch.device(pick_device(args.accelerator))
     with isolate_rng():  # its initial weights are drawn
-        model = load(checkpoint, args).to(device).eval()
+        model = use_fast_layout(load(checkpoint, args).to(device).eval())
     run = run_folder(checkpoint)
     flags, epoch = trained_with(checkpoint, run, args)
     try:

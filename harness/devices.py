@@ -1,14 +1,18 @@
-"""The device that computes: a GPU where there is one that this torch can use, else the CPU."""
+"""The device that computes: a GPU where there is one that this torch can use, else the CPU; and its settings."""
 
+import contextlib
+import ctypes
 import os
 import warnings
 from pathlib import Path
 
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.utilities import rank_zero_only
 
 from harness.program import UserError, note
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt, see malloc.h
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
@@ -78,3 +82,37 @@ def names_of_gpus():
         lines = [line.partition(":") for line in path.read_text().splitlines()]
         names += [value.strip() for name, _, value in lines if name == "Model"]
     return names
+
+
+def prepare_cpu():
+    """Settings of this process with which a CPU trains faster."""
+    # Tiny moments of Adam, of pixels that are hardly ever set, would slow it down.
+    torch.set_flush_denormal(True)
+    # Memory that a step frees is kept for the next one. glibc would give it back, and Linux would clear it each time.
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # of other systems and of other C libraries
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes; the most that older versions take
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def use_fast_layout(model):
+    """Lays the weights of a module's convolutions out as its device computes fastest. Returns the module."""
+    if next(model.parameters()).device.type == "cpu":
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+class FastLayout(Callback):
+    """Training, validation and test with use_fast_layout, on a CPU."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.strategy.root_device.type == "cpu":
+            use_fast_layout(pl_module)
+
+    def on_train_start(self, trainer, pl_module):
+        # Those of a checkpoint may have another layout, and fused Adam takes them in the order of the memory.
+        for optimizer in trainer.optimizers:
+            for param, state in optimizer.state.items():
+                for name, value in state.items():
+                    if torch.is_tensor(value) and value.shape == param.shape:
+                        state[name] = torch.empty_like(param).copy_(value)

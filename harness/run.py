@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
 from harness import checkpoints, chunks, processes, report, slurm
-from harness.devices import pick_device
+from harness.devices import FastLayout, pick_device, prepare_cpu
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
@@ -70,8 +70,7 @@ class Run:
 
     def __init__(self, args, defaults, quantities, callbacks):
         self.started_at = time.perf_counter()
-        # Tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down.
-        torch.set_flush_denormal(True)
+        prepare_cpu()
         torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
         report.quiet_libraries()
         self.args = args
@@ -292,6 +291,7 @@ def make_trainer(args, root_dir, callbacks):
     callbacks = [
         processes.SeedEpochs(args.seed),
         processes.SharedNoise(),
+        FastLayout(),
         KeepSigterm(),
         slurm.StayInQueue(),
         *callbacks,

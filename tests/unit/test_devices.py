@@ -298,5 +298,32 @@ class TestQuiet(SeededTest):
             self.assertEqual(run.stdout.strip(), value or "1", run.stderr)
 
 
+class FastLayoutTest(SeededTest):
+    def test_a_state_of_another_layout_goes_on(self):
+        """As one does that an older version, or a GPU, has left in a checkpoint: fused Adam would mix it up."""
+        results = []
+        for layouts in [[torch.contiguous_format] * 2, [torch.contiguous_format, torch.channels_last]]:
+            torch.manual_seed(0)
+            conv = torch.nn.Conv2d(3, 5, 3)
+            state = None
+            for layout in layouts:
+                conv.to(memory_format=layout)
+                optimizer = torch.optim.Adam(conv.parameters(), lr=0.1, fused=True)
+                if state:
+                    optimizer.load_state_dict(state)
+                devices.FastLayout().on_train_start(argparse.Namespace(optimizers=[optimizer]), None)
+                conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+                optimizer.step()
+                state = optimizer.state_dict()
+            results.append(conv.weight.detach())
+        torch.testing.assert_close(*results)
+
+    def test_convolutions_on_a_cpu(self):
+        model = VAE("CNN", [8], 4, 2, 1e-3)
+        trainer = argparse.Namespace(strategy=argparse.Namespace(root_device=torch.device("cpu")))
+        devices.FastLayout().setup(trainer, model, "fit")
+        self.assertTrue(model.encoder.net[2].weight.is_contiguous(memory_format=torch.channels_last))
+
+
 if __name__ == "__main__":
     unittest.main()
