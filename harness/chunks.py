@@ -1,14 +1,17 @@
 """
-The fast path on a single GPU: the training steps of many minibatches, captured once and replayed as one CUDA graph.
+The fast path of a single process: a Lightning batch is a chunk of many minibatches, whose training steps on a GPU are
+captured once and replayed as one CUDA graph.
 
 A training step of a small network is some sixty kernels of a few microseconds each. Launched from Python, one step per
-Lightning batch, they keep the GPU waiting. Here the images live on the GPU, a Lightning batch is a chunk of many
-minibatches, and a chunk is one launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). The Trainer,
-its callbacks, logs and checkpoints stay the same, and so do the minibatches and the number of steps.
+Lightning batch, they keep a GPU waiting; and on a CPU, what the Trainer does around a step takes a twentieth of its
+time. Here the images live on the device, and the Trainer has work once per chunk, which on a GPU is one launch
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Its callbacks, logs and checkpoints stay the same,
+and so do the minibatches and the number of steps.
 
 A graph replays kernels and runs no Python. So the fast path is taken only where nothing in Python would be missed: not
 where there are hooks within an epoch, and not if two steps of a copy of the module, before the training, use or change
-what a graph does not follow. Whatever else fails later, the training goes on step by step, and one line says why.
+what a graph does not follow. Whatever else fails later, the training goes on step by step, and one line says why. On a
+CPU the steps are Python's as ever; there it is only what they would ask the Trainer in which a chunk differs.
 """
 
 import contextlib
@@ -26,11 +29,12 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from harness.cuda_graph import CaptureError, Steps, explain
+from harness.cuda_graph import NO_TRAINER, CaptureError, Steps, explain
 from harness.program import note
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
 MAX_STEPS = 64  # in a graph, whatever the size of a minibatch
+STEPS_ON_CPU = 16  # in a chunk: so many that the Trainer hardly counts, so few that a progress bar moves
 BYTES_PER_STEP = 3 * 2**20  # of the GPU's memory that a graph keeps for a step's kernels, at most; by estimate
 # Hooks of modules and callbacks within an epoch, which the fast path would not call, or not as often.
 # fmt: off
@@ -62,6 +66,11 @@ def has_graphs(device):
     return device.type == "cuda"
 
 
+def has_chunks(device):
+    """Whether the fast path is for a torch.device."""
+    return device.type == "cpu" or has_graphs(device)
+
+
 @contextlib.contextmanager
 def fast_path(trainer, model, train_loader, val_loader):
     """
@@ -87,7 +96,7 @@ def fast_path(trainer, model, train_loader, val_loader):
                 why_not = explain(error)
         if why_not:
             undo.close()
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and has_graphs(trainer.strategy.root_device):  # a CPU loses next to nothing
                 note(f"step by step: {why_not}")
         yield loaders
 
@@ -112,9 +121,17 @@ def check(trainer, model, train_loader, val_loader):
     check_loader(val_loader, "validation")
     if list(val_loader.sampler) != list(range(len(val_loader.dataset))):
         raise CaptureError("the validation loader takes its images in another order, or not all of them")
+    if has_graphs(trainer.strategy.root_device):
+        check_memory(trainer.strategy.root_device, train_loader, val_loader)
+    elif train_loader.num_workers:
+        raise CaptureError("the training loader has worker processes, which a chunk has no use for")
+
+
+def check_memory(device, train_loader, val_loader):
+    """Raises a CaptureError where a GPU has too little memory for images and graphs."""
     images = [loader.dataset.images.nbytes for loader in [train_loader, val_loader]]
     needed = sum(images) + 2 * MAX_STEPS * BYTES_PER_STEP
-    free = free_memory(trainer.strategy.root_device)
+    free = free_memory(device)
     if needed > free / 2:
         raise CaptureError(
             f"the GPU has {free / 2**20:,.0f} MiB of memory free, and images and graphs may take "
@@ -161,9 +178,9 @@ def free_memory(device):
 
 def rehearse(trainer, model, train_loader):
     """
-    Captures two training steps of a copy of a module, to see whether a graph can hold them.
+    Captures two training steps of a copy of a module, to see whether a graph can hold them; on a CPU, makes one.
     Raises:
-        CaptureError - where they use or change what a graph does not follow.
+        CaptureError - where they use or change what a graph, or on a CPU a chunk, does not follow.
         Exception - whatever else they raise.
     """
     device, batch_size = trainer.strategy.root_device, train_loader.batch_size
@@ -173,7 +190,12 @@ def rehearse(trainer, model, train_loader):
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise CaptureError("configure_optimizers returns more than an optimizer, such as learning-rate schedulers")
     train_set = copy.copy(train_loader.dataset).to(device)  # its tensors are not the loader's
-    Steps(twin, optimizer, train_set, batch_size).capture(torch.arange(min(2 * batch_size, len(train_set))))
+    steps, images = Steps(twin, optimizer, train_set, batch_size), torch.arange(len(train_set))
+    if has_graphs(device):
+        steps.capture(images[: 2 * batch_size])
+    else:
+        twin.trainer = NO_TRAINER
+        steps.run(images[:batch_size], [0])
 
 
 def train_in_chunks(trainer, model, train_loader, val_loader, undo):
@@ -183,24 +205,25 @@ def train_in_chunks(trainer, model, train_loader, val_loader, undo):
     """
     strategy = trainer.strategy
     device, on_gpu = strategy.root_device, strategy.root_device.type == "cuda"
+    by_graph = has_graphs(device)
     torch.empty(1, pin_memory=on_gpu)  # an error where that cannot be
     for data_set in [train_loader.dataset, val_loader.dataset]:
         undo.callback(data_set.to, data_set.images.device)
         data_set.to(device)
-    steps = ChunkedSteps(trainer, model, train_loader.dataset, train_loader.batch_size)
+    steps = ChunkedSteps(trainer, model, train_loader.dataset, train_loader.batch_size, by_graph)
     strategy.training_step = steps.training_step  # the module keeps its own, and can be copied as ever
     undo.callback(delattr, strategy, "training_step")
     checkpoint_io = strategy.checkpoint_io
     for owner, name, value in [
-        (strategy, "checkpoint_io", BackgroundCheckpointIO(checkpoint_io) if on_gpu else checkpoint_io),
+        (strategy, "checkpoint_io", BackgroundCheckpointIO(checkpoint_io)),
         (trainer, "log_every_n_steps", 1),  # in chunks; a module that logs once per epoch does not notice
         (model, "automatic_optimization", False),
     ]:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
-    in_order = torch.arange(len(val_loader.dataset)).split(CHUNK)
+    in_order = torch.arange(len(val_loader.dataset)).split(CHUNK if by_graph else val_loader.batch_size)
     return (
-        IndexChunks(train_loader, pin_memory=on_gpu),
+        IndexChunks(train_loader, pin_memory=on_gpu, max_steps=MAX_STEPS if by_graph else STEPS_ON_CPU),
         DataLoader(val_loader.dataset, batch_size=None, sampler=in_order),
     )
 
@@ -211,10 +234,10 @@ class IndexChunks:
     asked for, such as its sampler and its dataset, is the DataLoader's.
     """
 
-    def __init__(self, loader, pin_memory):
+    def __init__(self, loader, pin_memory, max_steps):
         self.loader = loader
         self.pin_memory = pin_memory  # so that copying the indices waits for nothing
-        self.chunk = min(max(CHUNK // loader.batch_size, 1), MAX_STEPS) * loader.batch_size
+        self.chunk = min(max(CHUNK // loader.batch_size, 1), max_steps) * loader.batch_size
 
     def __getattr__(self, name):
         if name == "loader":  # of a copy that is being made
@@ -234,13 +257,12 @@ class IndexChunks:
 class ChunkedSteps:
     """Trains a module on a chunk of minibatches as if it were a single Lightning batch, by manual optimisation."""
 
-    use_graphs = True
-
-    def __init__(self, trainer, model, train_set, batch_size):
+    def __init__(self, trainer, model, train_set, batch_size, use_graphs):
         self.trainer = trainer
         self.model = model
         self.train_set = train_set
         self.batch_size = batch_size
+        self.use_graphs = use_graphs
         self.steps = None  # once there is an optimizer
         self.num_steps = 0  # in this epoch
 

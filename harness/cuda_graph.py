@@ -62,16 +62,21 @@ class Steps:
         Outputs:
             first_output - What training_step returned for the first one.
         """
-        imgs, labels = self.train_set[indices]
         outputs = []
-        for batch_idx, *batch in zip(numbers, imgs.split(self.batch_size), labels.split(self.batch_size)):
-            output = self.model.training_step(tuple(batch), batch_idx)
+        for batch_idx, batch in zip(numbers, self.minibatches(indices)):
+            output = self.model.training_step(batch, batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
             self.optimizer.zero_grad()  # in Lightning's order
             loss.backward()
             self.optimizer.step()
             outputs.append(apply_to_collection(output, torch.Tensor, torch.Tensor.detach))
         return outputs[0]
+
+    def minibatches(self, indices):
+        """The minibatches (images, labels), on a GPU indexed at once, on a CPU, whose caches hold few, one by one."""
+        if self.model.device.type == "cpu":
+            return map(self.train_set.__getitem__, indices.split(self.batch_size))
+        return zip(*(tensor.split(self.batch_size) for tensor in self.train_set[indices]))
 
     def capture(self, indices):
         """
@@ -151,7 +156,7 @@ class Steps:
         before = [(group["lr"], group["capturable"]) for group in groups]
         precision, trainer = torch.get_float32_matmul_precision(), self.model.trainer
         try:
-            self.model.trainer = Refusal("self.trainer, as self.log and self.current_epoch do")
+            self.model.trainer = NO_TRAINER
             for group, lr in zip(groups, self.lrs):
                 group["lr"], group["capturable"] = lr, True  # a graph reads the rate from a tensor
             torch.set_float32_matmul_precision("high")  # TF32
@@ -228,6 +233,7 @@ class Refusal:
 _COMPARISONS = {f"__{name}__" for name in ["eq", "ne", "lt", "le", "gt", "ge"]}
 for _name in {*dir(int), "__len__", "__iter__", "__call__"} - {*dir(object)} | _COMPARISONS | {"__hash__", "__str__"}:
     setattr(Refusal, _name, Refusal.refuse)
+NO_TRAINER = Refusal("self.trainer, as self.log and self.current_epoch do")
 
 
 def run_and_capture(function, tensor):

@@ -195,7 +195,7 @@ class Run:
         loaders = train_loader, val_loader
         fit_start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            if not self.args.plain and chunks.has_graphs(self.device):
+            if not self.args.plain and chunks.has_chunks(self.device):
                 loaders = stack.enter_context(chunks.fast_path(trainer, model, *loaders))
             trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
         if trainer.interrupted:

@@ -33,11 +33,9 @@ class TestTraining(ChunksTest):
 
     def train(self, in_chunks, by_graph=True, **flags):
         """Folder of a run, with 8 steps per epoch."""
-        with (
-            mock.patch.object(chunks, "has_graphs", lambda device: in_chunks),
-            mock.patch.object(chunks.ChunkedSteps, "use_graphs", by_graph),
-        ):
-            folder, self.printed = super().train(**{"z_dim": 16, "batch_size": 40, "epochs": 3, **flags})
+        with mock.patch.object(chunks, "has_graphs", lambda device: by_graph):
+            flags = {"z_dim": 16, "batch_size": 40, "epochs": 3, "plain": not in_chunks, **flags}
+            folder, self.printed = super().train(**flags)
         return folder
 
     def compare(self, folder, other, **tolerance):
@@ -207,8 +205,7 @@ class TestFallBack(ChunksTest):
     """Whatever fails, the training is the plain one to the bit, and a line says why."""
 
     def train(self, in_chunks=True, **flags):
-        with mock.patch.object(chunks, "has_graphs", lambda device: in_chunks):
-            return super().train(**{"z_dim": 4, "batch_size": 40, "epochs": 1, **flags})
+        return super().train(**{"z_dim": 4, "batch_size": 40, "epochs": 1, "plain": not in_chunks, **flags})
 
     def fail(self, number, moment, error):
         """Makes the capture of that number (0 is the rehearsal's) fail at a moment."""
@@ -288,7 +285,7 @@ class TestFallBack(ChunksTest):
 
 
 class TestCheckpoints(ChunksTest):
-    @mock.patch.object(chunks.ChunkedSteps, "use_graphs", False)
+    @mock.patch.object(chunks, "has_graphs", lambda device: False)
     @mock.patch("warnings.warn")  # Lightning's, that the folder is there already
     def test_checkpoints_continue_either_way(self, _):
         report.quiet_libraries()
@@ -310,7 +307,6 @@ class TestCheckpoints(ChunksTest):
                 with contextlib.ExitStack() as undo:
                     if in_chunks:
                         both = chunks.train_in_chunks(trainer, model, *both, undo)
-                        trainer.strategy.checkpoint_io = chunks.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
                     trainer.fit(model, *both, ckpt_path=path)
                 self.assertIs(type(trainer.strategy.checkpoint_io), TorchCheckpointIO)
                 self.assertEqual((trainer.current_epoch, trainer.global_step), (epochs, 8 * epochs))
@@ -350,7 +346,7 @@ class TestParts(ChunksTest):
     def test_index_chunks(self):
         """The minibatches of a DataLoader in the order of its sampler, of images that are drawn anew for each pass."""
         loader, _, _ = loaders(binarization="stochastic", sampler=lambda images, shuffle: range(len(images))[::-1])
-        in_chunks = chunks.IndexChunks(loader, pin_memory=False)
+        in_chunks = chunks.IndexChunks(loader, pin_memory=False, max_steps=64)
         self.assertIs(copy.copy(in_chunks).sampler, loader.sampler)
         images, before = loader.dataset.images, loader.dataset.images.clone()
         indices = list(in_chunks)

@@ -350,12 +350,42 @@ class TestNotTaken(BorderTest):
 
         weights = []
         with mock.patch.object(VAE, "training_step", training_step):
-            for in_chunks in [False, True]:
-                with mock.patch.object(chunks, "has_graphs", lambda device, in_chunks=in_chunks: in_chunks):
-                    folder, printed = self.train(z_dim=4, batch_size=40, epochs=2)
-                self.assertEqual("step by step: training_step uses" in printed, in_chunks, printed)
+            for plain, on_gpu in [(True, False), (False, False), (False, True)]:
+                with mock.patch.object(chunks, "has_graphs", lambda device, on_gpu=on_gpu: on_gpu):
+                    folder, printed = self.train(z_dim=4, batch_size=40, epochs=2, plain=plain)
+                self.assertEqual("step by step: training_step uses" in printed, on_gpu, printed)
                 weights.append(load(folder, "last")["state_dict"])
-        torch.testing.assert_close(*weights, rtol=0, atol=0)
+        torch.testing.assert_close(weights[1:], weights[:1] * 2, rtol=0, atol=0)
+
+    def test_what_a_cpu_follows(self):
+        """There, steps in chunks may do whatever plain ones may that does not ask the Trainer."""
+        seen = []
+
+        def training_step(model, batch, batch_idx):
+            model.steps = getattr(model, "steps", 0) + 1
+            output = VAE_training_step(model, batch, batch_idx)
+            seen.append((batch_idx, model.steps, output["loss"].item(), random.random()))
+            return output
+
+        VAE_training_step, all_seen = VAE.training_step, []
+        with (
+            mock.patch.object(VAE, "training_step", training_step),
+            mock.patch.object(chunks, "has_graphs", lambda device: False),
+        ):
+            for plain in [True, False]:
+                seen.clear()
+                self.train(z_dim=4, batch_size=40, epochs=2, plain=plain)
+                all_seen.append(seen[-16:])  # without the rehearsal's
+        self.assertEqual(*all_seen)
+        self.assertEqual(all_seen[0][0][:2], (0, 1))
+
+    def test_workers_on_a_cpu(self):
+        """They are what the user asked for."""
+        with mock.patch.object(chunks, "has_graphs", lambda device: False):
+            loaders = small_loaders(argparse.Namespace(batch_size=40, num_workers=1))
+            trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+            with self.assertRaisesRegex(chunks.CaptureError, "worker processes"):
+                chunks.check(trainer, VAE("MLP", [16], 4, 2, 1e-3), *loaders[:2])
 
 
 if __name__ == "__main__":

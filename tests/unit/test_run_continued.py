@@ -33,9 +33,8 @@ def setUpModule():
 
 @contextlib.contextmanager
 def in_chunks():
-    """A context in which runs train in chunks, without graphs."""
-    always = dict(has_graphs=lambda device: True, check=mock.Mock(), rehearse=mock.Mock())
-    with mock.patch.multiple(chunks, **always), mock.patch.object(chunks.ChunkedSteps, "use_graphs", False):
+    """A context in which runs train in chunks, whatever is mocked."""
+    with mock.patch.multiple(chunks, check=mock.Mock(), rehearse=mock.Mock()):
         yield
 
 
@@ -45,7 +44,7 @@ class ContinuedRunTest(NamedRunTest):
         flags = {name: value for name, value in flags.items() if name not in CHANGEABLE_FLAGS}
         name = "-".join(["run", *(f"{name}={value}" for name, value in sorted(flags.items()))])
         if not (UNDISTURBED / name).exists():
-            self.train(**flags, log_dir=str(UNDISTURBED), run_name=name)
+            self.train(**flags, log_dir=str(UNDISTURBED), run_name=name, plain=True)
         return UNDISTURBED / name
 
     def check(self, **flags):
@@ -143,14 +142,8 @@ class TestFlags(ContinuedRunTest):
 
     def test_other_models_and_paths(self):
         """A CNN, that begins in chunks with their checkpoints in the background, and goes on without, with workers."""
-        train_in_chunks = chunks.train_in_chunks
-
-        def with_checkpoints_in_the_background(trainer, *args):
-            trainer.strategy.checkpoint_io = chunks.BackgroundCheckpointIO(trainer.strategy.checkpoint_io)
-            return train_in_chunks(trainer, *args)
-
         flags = dict(model="CNN", num_filters=2)
-        with in_chunks(), mock.patch.object(chunks, "train_in_chunks", with_checkpoints_in_the_background):
+        with in_chunks():
             for epoch in [2, 4]:
                 self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.check(**flags, num_workers=1)
