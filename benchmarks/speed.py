@@ -1,16 +1,18 @@
 """
-Seconds per epoch (training and validation) of this package, of the loop of train_torch.py with nothing around it, and
-of two usual ways to write it.
+Seconds per epoch (training and validation) of this package, of the loop of train_torch.py with nothing around it, of
+JAX, and of two usual ways to write it.
 
     python benchmarks/speed.py --data_dir ../data/      # or --dataset rendered; --model CNN
 
 Each way has a process of its own, and after an epoch to warm up they take turns, epoch by epoch. Before that, the time
 from the start of `python train_pl.py` to its first training step takes turns with `import torch, torchvision,
-pytorch_lightning`. Takes the GPU where there is one. Prints a table, and writes it with every single measurement to
+pytorch_lightning`. Takes the GPU where there is one. JAX is for the MLP on a CPU, where
+benchmarks/requirements.txt is installed. Prints a table, and writes it with every single measurement to
 speed_MODEL_DEVICE.json, and as a plot to the .png beside it.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -39,8 +41,9 @@ from train_pl import VAE
 
 WAYS = {
     "package": "python train_pl.py, with its logs, pictures and checkpoints",
-    "package --plain": "the same, step by step instead of as a CUDA graph",
-    "bare loop": "the loop of train_torch.py over the same batches, nothing logged",
+    "package --plain": "the same, a Lightning batch for each minibatch",
+    "bare loop": "the loop of train_torch.py, minibatches indexed by one shuffled tensor, nothing logged",
+    "jax": "the same network, Adam and minibatches in JAX: an epoch is one compiled scan, nothing logged",
     "template": "per-image transforms, 2 workers, Lightning with self.log in every step, Adam not fused",
     "example": "the hundred-line example's loop: 784-400-20, per-image transforms, .item() in every step",
 }
@@ -65,16 +68,20 @@ def memory_mib(name):
 
 
 def turns():
-    """Yields whenever the parent process asks for an epoch, and answers with its seconds and the peaks of memory."""
+    """
+    A generator that waits until the parent process asks for an epoch. Sent the validation bpd after that epoch, it
+    answers with this, the seconds and the peaks of memory, and waits for the next.
+    """
     for _ in sys.stdin:
         start = time.perf_counter()
-        yield
+        val_bpd = yield
         gpu_mib = 0.0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             gpu_mib = torch.cuda.max_memory_allocated() / 2**20
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "memory_mib": memory_mib("VmHWM"), "gpu_mib": gpu_mib}), flush=True)
+        memory = {"memory_mib": memory_mib("VmHWM"), "gpu_mib": gpu_mib}
+        print(json.dumps({"seconds": seconds, "val_bpd": val_bpd, **memory}), flush=True)
     os._exit(0)  # the parent has what it wanted
 
 
@@ -85,7 +92,7 @@ class Turns(pl.Callback):
         self.turns = turns()
 
     def on_train_epoch_start(self, trainer, pl_module):
-        next(self.turns)
+        self.turns.send(trainer.callback_metrics["val_bpd"].item() if trainer.current_epoch else None)
 
 
 def training_flags(args, **changes):
@@ -99,7 +106,7 @@ def run_package(args):
 
     class Report(report.EpochReport):
         def on_train_epoch_start(self, trainer, pl_module):
-            next(epochs)
+            epochs.send(self.history[-1]["val_bpd"] if trainer.current_epoch else None)
             super().on_train_epoch_start(trainer, pl_module)
 
     epochs = turns()
@@ -110,19 +117,56 @@ def run_package(args):
 
 
 def run_loop(args):
-    """The plain loop of train_torch.py, with its model and data, or with the example's."""
+    """The plain loop of train_torch.py, with its model and the package's data, or with the example's."""
     if args.way == "example":
         model, fused = ExampleVAE(), None
         train_loader, val_loader = per_image_loaders(args, num_workers=0)
     else:
         torch.set_flush_denormal(True)  # as its main does
         model, fused = make_vae(args, train_torch.VAE), True
-        train_loader, val_loader, _ = train_pl.load_data(args)
+        train_loader, val_loader = (
+            Minibatches(loader.dataset, args.batch_size, shuffle)
+            for loader, shuffle in zip(train_pl.load_data(args), [True, False])
+        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
-    for _ in turns():
+    epochs = turns()
+    next(epochs)
+    while True:
         train_torch.train_vae(model, train_loader, optimizer)
-        train_torch.test_vae(model, val_loader)
+        epochs.send(train_torch.test_vae(model, val_loader)[0])
+
+
+class Minibatches:
+    """The minibatches of a data set, with less around them than a DataLoader has."""
+
+    def __init__(self, data_set, batch_size, shuffle):
+        self.data_set, self.batch_size, self.shuffle = data_set, batch_size, shuffle
+
+    def __iter__(self):
+        order = torch.randperm(len(self.data_set)) if self.shuffle else torch.arange(len(self.data_set))
+        return map(self.data_set.__getitem__, order.split(self.batch_size))
+
+
+def run_jax(args):
+    import jax_vae
+
+    images = [loader.dataset.images.numpy() for loader in train_pl.load_data(args)[:2]]
+    val_bpds = jax_vae.epochs(*images, args.hidden_dims, args.z_dim, args.lr, args.batch_size)
+    epochs = turns()
+    next(epochs)
+    while True:
+        epochs.send(next(val_bpds))
+
+
+def left_out(way, args):
+    """Why a way is not measured; None where it is."""
+    if way == "jax":
+        if torch.cuda.is_available() or args.model != "MLP":
+            return "for the MLP on a CPU alone"
+        if not all(map(importlib.util.find_spec, ["jax", "optax"])):
+            return "not installed, see benchmarks/requirements.txt"
+    return None
 
 
 class TemplateVAE(VAE):
@@ -230,6 +274,7 @@ RUN = {
     "package": run_package,
     "package --plain": run_package,
     "bare loop": run_loop,
+    "jax": run_jax,
     "template": run_template,
     "example": run_loop,
     "start": run_start,
@@ -306,16 +351,22 @@ def machine():
 
 
 def summary(answers):
-    """Per way: median, lowest and highest seconds, median ratio to the bare loop's turn, and peak memory in MiB."""
+    """
+    Per way: median, lowest and highest seconds, median ratios to the turn of the bare loop and of JAX, the validation
+    bpd after the last turn, and peak memory in MiB.
+    """
     rows = {}
     for way, turns in answers.items():
         seconds = [turn["seconds"] for turn in turns]
         ratios = [turn["seconds"] / bare["seconds"] for turn, bare in zip(turns, answers["bare loop"])]
+        to_jax = [turn["seconds"] / jax["seconds"] for turn, jax in zip(turns, answers.get("jax", []))]
         rows[way] = {
             "median": statistics.median(seconds),
             "min": min(seconds),
             "max": max(seconds),
             "ratio": statistics.median(ratios),
+            "ratio_to_jax": statistics.median(to_jax) if to_jax else None,
+            "val_bpd": turns[-1]["val_bpd"],
             "memory_mib": turns[-1]["memory_mib"],
             "gpu_mib": turns[-1]["gpu_mib"],
         }
@@ -344,6 +395,9 @@ def main():
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")
     parser.add_argument("--rounds", default=7, type=int, help="Counted turns of each way (default: %(default)s)")
     parser.add_argument(
+        "--ways", default=list(WAYS), choices=WAYS, nargs="+", help="What is measured (default: all; the bare loop is)"
+    )
+    parser.add_argument(
         "--whole_run",
         default=0,
         type=int,
@@ -355,6 +409,7 @@ def main():
     args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))
     if args.way:
         return RUN[args.way](args)
+    args.ways = [way for way in WAYS if way in [*args.ways, "bare loop"]]
 
     command = [sys.executable, *sys.argv]
     start = measure_start(command, rounds=3)
@@ -375,18 +430,25 @@ def main():
             "test bpd {test_bpd:.4f}\n".format(**whole_run),
             flush=True,
         )
-    answers = measure_epochs(command, [way for way in WAYS if on_gpu or way != "package --plain"], args.rounds)
+    reasons = {way: left_out(way, args) for way in args.ways}
+    answers = measure_epochs(command, [way for way, reason in reasons.items() if reason is None], args.rounds)
     rows, platform_info = summary(answers), machine()
 
-    print(f"{'seconds per epoch':16} median     min     max   ratio  memory" + "  on the GPU" * on_gpu)
+    print(f"{'seconds per epoch':16} median     min     max   ratio  to JAX  val bpd  memory" + "  on the GPU" * on_gpu)
     for way, row in rows.items():
+        to_jax = "" if row["ratio_to_jax"] is None else f"{row['ratio_to_jax']:.2f}"
         print(
-            f"{way:16} {row['median']:7.3f} {row['min']:7.3f} {row['max']:7.3f} {row['ratio']:7.2f} "
-            f"{row['memory_mib']:5.0f} M" + f" {row['gpu_mib']:9.0f} M" * on_gpu + f"  {WAYS[way]}"
+            f"{way:16} {row['median']:7.3f} {row['min']:7.3f} {row['max']:7.3f} {row['ratio']:7.2f} {to_jax:>7} "
+            f"{row['val_bpd']:8.4f} {row['memory_mib']:5.0f} M"
+            + f" {row['gpu_mib']:9.0f} M" * on_gpu
+            + f"  {WAYS[way]}"
         )
+    for way, reason in reasons.items():
+        if reason is not None:
+            print(f"{way:16} left out: {reason}")
     print(
-        f"{args.model} on {args.dataset}; medians of {args.rounds} turns each; ratio to the bare loop, turn by turn; "
-        "memory: peak of the main process"
+        f"{args.model} on {args.dataset}; medians of {args.rounds} turns each; ratios to the bare loop and to JAX, "
+        f"turn by turn; val bpd after {args.rounds + 1} epochs; memory: peak of the main process"
     )
     print(", ".join(f"{name} {value}" for name, value in platform_info.items() if value))
     path = Path(args.out) / f"speed_{args.model}_{'gpu' if on_gpu else 'cpu'}"
