@@ -20,6 +20,7 @@ import gc
 import itertools
 import math
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from pytorch_lightning import Callback, LightningModule
@@ -353,18 +354,24 @@ def snapshot(model, optimizer):
 class BackgroundCheckpointIO(AsyncCheckpointIO):
     """
     Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on, up to the time when
-    the same file is to be written again.
+    the same file is to be written again. An error of the writing is raised then, or at the end.
     """
 
     def __init__(self, checkpoint_io):
         super().__init__(checkpoint_io)
-        self.written = {}  # from path to a job that follows its writing
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.jobs = {}  # by path
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        if path in self.written:
-            self.written[path].result()
-        super().save_checkpoint(copied(checkpoint), path, storage_options)
-        self.written[path] = self._executor.submit(int)
+        if path in self.jobs:
+            self.jobs.pop(path).result()
+        self.jobs[path] = self.executor.submit(self.checkpoint_io.save_checkpoint, copied(checkpoint), path)
+
+    def teardown(self):
+        self.executor.shutdown()
+        jobs, self.jobs = self.jobs, {}
+        for job in jobs.values():
+            job.result()
 
 
 def copied(value):

@@ -62,15 +62,16 @@ class Steps:
         Outputs:
             first_output - What training_step returned for the first one.
         """
-        outputs = []
+        first_output = None
         for batch_idx, batch in zip(numbers, self.minibatches(indices)):
             output = self.model.training_step(batch, batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
             self.optimizer.zero_grad()  # in Lightning's order
             loss.backward()
             self.optimizer.step()
-            outputs.append(apply_to_collection(output, torch.Tensor, torch.Tensor.detach))
-        return outputs[0]
+            if first_output is None:
+                first_output = apply_to_collection(output, torch.Tensor, torch.Tensor.detach)
+        return first_output
 
     def minibatches(self, indices):
         """The minibatches (images, labels), on a GPU indexed at once, on a CPU, whose caches hold few, one by one."""
