@@ -354,7 +354,7 @@ def snapshot(model, optimizer):
 class BackgroundCheckpointIO(AsyncCheckpointIO):
     """
     Copies a checkpoint to the CPU's memory at once, and writes it to disk while training goes on, up to the time when
-    the same file is to be written again. An error of the writing is raised then, or at the end.
+    the same file is to be written again. An error of the writing is raised by the next one, or at the end.
     """
 
     def __init__(self, checkpoint_io):
@@ -363,8 +363,9 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
         self.jobs = {}  # by path
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        if path in self.jobs:
-            self.jobs.pop(path).result()
+        for earlier, job in self.jobs.items():
+            if earlier == path or job.done():
+                job.result()
         self.jobs[path] = self.executor.submit(self.checkpoint_io.save_checkpoint, copied(checkpoint), path)
 
     def teardown(self):
