@@ -15,7 +15,7 @@ from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, data_loaders, load_mnist
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
 from harness.chunks import knows_chunks
-from harness.program import FlagError, Parser, ending, optional
+from harness.program import FlagError, Parser, auto_or_number, ending, optional
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from rendered_digits import rendered_mnist
@@ -104,8 +104,7 @@ class VAE(pl.LightningModule):
     @torch.no_grad()
     def reconstruct(self, imgs):
         """Means [B,C,H,W] of the pixels that the decoder makes of the posterior means of images [B,C,H,W]."""
-        mean, _ = self.encoder(imgs)
-        return torch.sigmoid(self.decoder(mean))
+        return torch.sigmoid(self.decoder(self.encoder(imgs)[0]))
 
     load_from_checkpoint = classmethod(load_model)  # Lightning's, on the CPU by default; it runs no code of a file
 
@@ -300,7 +299,8 @@ FLAGS = {
         "accelerator": ("auto", ["auto", "cpu", "gpu"], "Device that trains; auto takes a GPU where there is one"),
         "devices": (1, 1, "Number of GPUs, or of processes on a CPU, per node"),
         "num_nodes": (1, 1, "Number of nodes"),
-        "plain": (False, None, "Train step by step on a GPU too, instead of replaying steps as a CUDA graph"),
+        "threads": ("auto", auto_or_number, "Of a CPU: a number, or auto, as many as there are idle cores"),
+        "plain": (False, None, "Train step by step, instead of in chunks of steps, on a GPU as CUDA graphs"),
     },
 }
 

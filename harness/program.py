@@ -17,7 +17,7 @@ from collections.abc import Mapping
 # Flags that say where and how a run is computed, not what: another value continues the same run.
 CHANGEABLE_FLAGS = {
     *("run_name", "log_dir", "data_dir", "num_workers", "progress_bar"),
-    *("accelerator", "devices", "num_nodes", "plain"),
+    *("accelerator", "devices", "num_nodes", "plain", "threads"),
 }
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
 MAKE_ROOM = "make room and give the same command again"
@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
     Inputs:
         description - What the program does.
         flags - Dict from a group's title to its flags, a dict from a flag's name to (default, possible, help).
-            `possible` is a list of values, or the smallest number, or None: anything. The default's type is the flag's.
+            `possible` is a list of values, or the smallest number, or None: anything; or a function that returns the
+            flag's value for what was given, and raises a ValueError. The default's type is the flag's.
     """
 
     def __init__(self, description, flags=None):
@@ -152,6 +153,8 @@ def fitting(value, default, possible):
     """
     if value is default is None:
         return None
+    if callable(possible):
+        return possible(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
         if value in (False, True):  # 0 and 1, too
@@ -181,6 +184,15 @@ def fitting(value, default, possible):
     elif not isinstance(value, str):
         raise ValueError("a text")
     return value
+
+
+def auto_or_number(value):
+    """The value of --threads. Raises a ValueError that says what it must be."""
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        raise ValueError("auto, or a whole number of at least 1")
+    return int(value)
 
 
 @contextlib.contextmanager

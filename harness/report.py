@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -25,10 +26,11 @@ from torch.utils.tensorboard.summary import hparams
 from harness import figures
 from harness.checkpoints import LAST, RUN, read_checkpoint
 from harness.files import UNFINISHED, write_text, written_whole
-from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, optional, say
+from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, note, optional, say
 
 TELLING_FLAGS = {"model", "z_dim", "hidden_dims", "lr", "seed"}  # what TensorBoard's table of runs shows first
 STAGES = ["train", "val"]  # of which each epoch has metrics
+SLOWER = 3  # times the fastest epoch: one that is worth a word
 EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
 NEW_FILE = Event(file_version="brain.Event:2")  # what such a file begins with
 START_AGAIN = Event(session_log=SessionLog(status=SessionLog.START))  # what was logged from step 0 on is void
@@ -63,6 +65,7 @@ class EpochReport(Checkpoint):
         self.device = None  # what trains, as in results.json
         self.history = []
         self.first_step_bpd = None  # the very first minibatch of training, before any update
+        self.fastest = math.inf  # seconds of an epoch, in this process
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         checkpoint[RUN] = {
@@ -133,6 +136,20 @@ class EpochReport(Checkpoint):
                 for stage in STAGES
             )
             say(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s")
+        if epoch:
+            self.look_for_company(self.history[-1]["seconds"])
+
+    def look_for_company(self, seconds):
+        """Says once, of an epoch on a CPU, that others seem to have begun to work there."""
+        threads = torch.get_num_threads()
+        is_slow = seconds > max(SLOWER * self.fastest, self.fastest + 1)
+        if is_slow and threads > 1 and (self.device or "").startswith("cpu"):
+            note(
+                f"that epoch took {seconds / self.fastest:.0f} times as long as the fastest one: beside other programs "
+                f"{threads} threads wait for each other. Stop the run, and continue it with --threads 1"
+            )
+            self.fastest = math.nan  # which nothing is slower than
+        self.fastest = min(self.fastest, seconds)
 
     def on_exception(self, trainer, pl_module, exception):
         if isinstance(exception, (KeyboardInterrupt, Terminated)) and trainer.is_global_zero:

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
-from harness import checkpoints, chunks, processes, report, slurm
+from harness import checkpoints, chunks, processes, report, slurm, threads
 from harness.devices import FastLayout, pick_device, prepare_cpu
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
@@ -70,6 +70,7 @@ class Run:
 
     def __init__(self, args, defaults, quantities, callbacks):
         self.started_at = time.perf_counter()
+        self.cores = threads.look_at_cores()
         prepare_cpu()
         torch.backends.cudnn.deterministic = True  # so that a seed repeats itself bit for bit on a GPU, too
         report.quiet_libraries()
@@ -147,6 +148,8 @@ class Run:
         # Only now that nothing else can be wrong.
         self.place = processes.on_rank_zero(self.trainer, self.open_folder)
         self.folder, self.is_new = self.place.folder, not self.place.checkpoint
+        if self.args.threads != "auto" or (self.device.type == "cpu" and self.trainer.world_size == 1):
+            self.stack.enter_context(threads.threads_of_run(self.args.threads, self.place.device, self.cores))
         self.report.device = self.device_name
         self.trainer.logger = report.EpochLogger(self.folder)
         self.trainer.logger.set_up_dashboard(self.flags, self.quantities)
