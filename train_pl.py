@@ -69,9 +69,9 @@ class VAE(pl.LightningModule):
             L_rec - Reconstruction losses, -log p(x|z) summed over the pixels, in nats: shape [B], or a scalar.
             L_reg - Regularisation losses, KL(q(z|x) || p(z)), in nats: shape [B], or a scalar.
         """
-        mean, log_std = self.encoder(imgs)
+        mean, log_std = (output.to(imgs.dtype) for output in self.encoder(imgs))  # the sums are not in bf16
         z = sample_reparameterize(mean, log_std.exp(), self.randn_like)
-        pixels = F.binary_cross_entropy_with_logits(self.decoder(z), imgs, reduction="none")
+        pixels = F.binary_cross_entropy_with_logits(self.decoder(z).to(imgs.dtype), imgs, reduction="none")
         L_reg = KLD(mean, log_std)
         if reduction == "mean":
             return pixels.sum() / len(imgs), L_reg.mean()
@@ -130,8 +130,7 @@ class VAE(pl.LightningModule):
         self.log_means("val", self.val_sums)
 
     def test_step(self, batch, batch_idx):
-        _, _, bpd = self.forward(batch[0])
-        self.log("test_bpd", bpd, batch_size=len(batch[0]), sync_dist=True)
+        self.log("test_bpd", self.forward(batch[0])[2], batch_size=len(batch[0]), sync_dist=True)
 
     @torch.no_grad()
     def add_to(self, sums, imgs, L_rec, L_reg):
@@ -299,6 +298,7 @@ FLAGS = {
         "accelerator": ("auto", ["auto", "cpu", "gpu"], "Device that trains; auto takes a GPU where there is one"),
         "devices": (1, 1, "Number of GPUs, or of processes on a CPU, per node"),
         "num_nodes": (1, 1, "Number of nodes"),
+        "precision": ("32", ["32", "bf16"], "Of the networks' arithmetic: float32, or bfloat16 where it is safe"),
         "threads": ("auto", auto_or_number, "Of a CPU: a number, or auto, as many as there are idle cores"),
         "plain": (False, None, "Train step by step, instead of in chunks of steps, on a GPU as CUDA graphs"),
     },

@@ -48,10 +48,10 @@ STEP_HOOKS = [
 # fmt: on
 # Where those are written to which a chunk is as good as a minibatch; others have the decorator `knows_chunks`.
 PLACES = ("harness.", *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]))
+PRECISIONS = ["32-true", "bf16-mixed"]  # those that have no scaler of gradients, whose steps may be left out
 # What the Trainer must be like.
 SETTINGS = {
     "world_size": 1,
-    "precision": "32-true",
     "accumulate_grad_batches": 1,
     "gradient_clip_val": None,
     "max_steps": -1,
@@ -110,6 +110,8 @@ def check(trainer, model, train_loader, val_loader):
             raise CaptureError(f"the Trainer's {name} is {found}; captured steps need {value}")
     if not model.automatic_optimization or "training_step" in vars(model):
         raise CaptureError("the module optimises by itself, or its training_step was replaced after it was made")
+    if trainer.precision not in PRECISIONS:
+        raise CaptureError(f"the Trainer's precision is {trainer.precision}; chunks need one of {PRECISIONS}")
     for part in trainer.callbacks:
         if isinstance(part, (GradientAccumulationScheduler, StochasticWeightAveraging)):
             raise CaptureError(f"{type(part).__name__} changes how the steps are made")
@@ -191,7 +193,8 @@ def rehearse(trainer, model, train_loader):
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise CaptureError("configure_optimizers returns more than an optimizer, such as learning-rate schedulers")
     train_set = copy.copy(train_loader.dataset).to(device)  # its tensors are not the loader's
-    steps, images = Steps(twin, optimizer, train_set, batch_size), torch.arange(len(train_set))
+    steps = Steps(twin, optimizer, train_set, batch_size, trainer.precision_plugin)
+    images = torch.arange(len(train_set))
     if has_graphs(device):
         steps.capture(images[: 2 * batch_size])
     else:
@@ -273,7 +276,8 @@ class ChunkedSteps:
             self.num_steps = 0
         optimizer = self.trainer.optimizers[0]
         if self.steps is None or self.steps.optimizer is not optimizer:
-            self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size)
+            precision = self.trainer.precision_plugin
+            self.steps = Steps(self.model, optimizer, self.train_set, self.batch_size, precision)
         output = self.by_graph(indices, batch_idx) if self.use_graphs else None
         if output is None:
             output = self.steps.run(indices, itertools.count(self.num_steps))

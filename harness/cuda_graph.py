@@ -44,11 +44,12 @@ def explain(error):
 class Steps:
     """The training steps of a chunk of minibatches: one by one, or as a graph."""
 
-    def __init__(self, model, optimizer, train_set, batch_size):
+    def __init__(self, model, optimizer, train_set, batch_size, precision):
         self.model = model
         self.optimizer = optimizer
         self.train_set = train_set
         self.batch_size = batch_size
+        self.precision = precision  # Lightning's plugin
         self.graphs = {}  # from the images in a chunk to (where the graph reads indices, replay, first output)
         self.lrs = []  # where the graphs read the learning rate of each parameter group
         self.captured = None  # what is fixed in the graphs
@@ -64,7 +65,8 @@ class Steps:
         """
         first_output = None
         for batch_idx, batch in zip(numbers, self.minibatches(indices)):
-            output = self.model.training_step(batch, batch_idx)
+            with self.precision.train_step_context():  # one for each step: it keeps casts of weights for its time
+                output = self.model.training_step(batch, batch_idx)
             loss = output["loss"] if isinstance(output, dict) else output
             self.optimizer.zero_grad()  # in Lightning's order
             loss.backward()

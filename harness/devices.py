@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from harness.program import UserError, note
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt, see malloc.h
+CPU_INFO = Path("/proc/cpuinfo")
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
@@ -82,6 +83,17 @@ def names_of_gpus():
         lines = [line.partition(":") for line in path.read_text().splitlines()]
         names += [value.strip() for name, _, value in lines if name == "Model"]
     return names
+
+
+def has_bf16(kind):
+    """Whether a device of a kind, see pick_device, computes with bfloat16 by itself, as far as it can be told."""
+    if kind == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    try:
+        words = set(CPU_INFO.read_text().split())
+    except OSError:  # of another system than Linux
+        return True
+    return kind != "cpu" or bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is ARM's
 
 
 def prepare_cpu():

@@ -1,7 +1,9 @@
-"""The processes of a run, one or several: their start, their shares of each minibatch and its noise, the seeds."""
+"""The processes of a run: their start, their shares of each minibatch and its noise, the seeds, SIGTERM."""
 
 import contextlib
 import os
+import signal
+import threading
 
 import numpy as np
 import pytorch_lightning as pl
@@ -207,6 +209,19 @@ class SeedEpochs(pl.Callback):
 
     def on_test_start(self, trainer, pl_module):
         torch.manual_seed(derived_seed(self.seed))
+
+
+class KeepSigterm(pl.Callback):
+    """Leaves SIGTERM to the handler that it had before, slurm's too: Lightning's would end the training with code 0."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def restore(self, *_):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_train_start = on_validation_start = on_test_start = restore
 
 
 class SharedNoise(pl.Callback):

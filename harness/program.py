@@ -169,6 +169,7 @@ def fitting(value, default, possible):
     if isinstance(default, int) and is_number and value == value // 1:
         value = int(value)
     if isinstance(possible, list):
+        value = str(value) if is_number and isinstance(default, str) else value  # 32 for "32"
         if value in possible and not isinstance(value, bool):
             return value
         raise ValueError(f"one of {', '.join(map(str, possible))}")

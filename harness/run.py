@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 
 import pytorch_lightning as pl
@@ -21,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
 from harness import checkpoints, chunks, processes, report, slurm, threads
-from harness.devices import FastLayout, pick_device, prepare_cpu
+from harness.devices import FastLayout, has_bf16, pick_device, prepare_cpu
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
@@ -38,6 +37,7 @@ from harness.program import (
     sigterm_raises,
 )
 
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
 FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
 NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
 WORKERS_FAILED = r"DataLoader worker|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
@@ -295,7 +295,7 @@ def make_trainer(args, root_dir, callbacks):
         processes.SeedEpochs(args.seed),
         processes.SharedNoise(),
         FastLayout(),
-        KeepSigterm(),
+        processes.KeepSigterm(),
         slurm.StayInQueue(),
         *callbacks,
         *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, where that is installed
@@ -303,15 +303,19 @@ def make_trainer(args, root_dir, callbacks):
         ModelCheckpoint(filename="last", enable_version_counter=False),
     ]
     try:
+        kind = pick_device(args.accelerator, args.devices * args.num_nodes)
+        if args.precision == "bf16" and not has_bf16(kind):
+            note("--precision bf16 is slower here than 32: this processor has no arithmetic for it")
         with without_variables("PL_TRAINER_"):  # by which Lightning lets the environment change a Trainer
             return pl.Trainer(
                 default_root_dir=root_dir,
                 max_epochs=args.epochs,
                 callbacks=callbacks,
-                accelerator=pick_device(args.accelerator, args.devices * args.num_nodes),
+                accelerator=kind,
                 devices=args.devices,
                 num_nodes=args.num_nodes,
                 strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
+                precision=PRECISIONS[args.precision],
                 plugins=[
                     checkpoints.CheckpointFiles(),
                     processes.environment(args.devices, args.num_nodes, args.run_name),
@@ -361,19 +365,6 @@ def check_shared_memory(num_workers, loader):
 def shows_bar(args):
     """Whether there is a progress bar."""
     return args.progress_bar and is_screen(sys.stdout)
-
-
-class KeepSigterm(pl.Callback):
-    """Leaves SIGTERM to the handler that it had before, slurm's too: Lightning's would end the training with code 0."""
-
-    def setup(self, trainer, pl_module, stage):
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def restore(self, *_):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.handler)
-
-    on_train_start = on_validation_start = on_test_start = restore
 
 
 def check_run_flags(args):

@@ -133,7 +133,7 @@ class TestNotTaken(BorderTest):
         for setting in [
             dict(accumulate_grad_batches=2),
             dict(gradient_clip_val=1.0),
-            dict(precision="bf16-mixed"),
+            dict(precision="bf16-true"),
             dict(max_steps=5),
             dict(limit_train_batches=3),
             dict(limit_train_batches=1),

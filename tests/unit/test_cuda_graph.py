@@ -4,6 +4,7 @@ import operator
 import unittest
 from unittest import mock
 
+import pytorch_lightning as pl
 import torch
 
 from harness import cuda_graph
@@ -136,7 +137,7 @@ class TestSteps(ChunksTest):
         self.model.trainer = self.trainer = object()
         train_set = torch.utils.data.TensorDataset((torch.rand(12, 1, 28, 28) > 0.5).float(), torch.zeros(12))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.5)
-        self.steps = cuda_graph.Steps(self.model, self.optimizer, train_set, batch_size=4)
+        self.steps = cuda_graph.Steps(self.model, self.optimizer, train_set, 4, pl.plugins.Precision())
 
     def test_learning_rate_reaches_the_graph(self):
         (group,) = self.optimizer.param_groups

@@ -9,7 +9,15 @@ from bmnist import binarize
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from rendered_digits import rendered_digits
 from tests.helpers import SeededTest
-from utils import KLD, log_likelihood, quadrature_log_likelihood, sample_reparameterize
+from utils import KLD, log_likelihood, quadrature_log_likelihood, sample_reparameterize, sum_softplus
+
+
+class TestSumSoftplus(SeededTest):
+    def test_any_number_of_pixels_and_any_logits(self):
+        for num_pixels in [1, 7, 24, 784, 841]:
+            logits = torch.cat([torch.randn(2, 5, num_pixels) * scale for scale in [0, 1e-3, 1, 10, 200]])
+            expected = F.softplus(logits.double()).sum(dim=-1)
+            torch.testing.assert_close(sum_softplus(logits).double(), expected, rtol=2e-6, atol=2e-6 * num_pixels)
 
 
 class TestLogLikelihood(SeededTest):

@@ -157,7 +157,8 @@ class TestFlags(TrainingTest):
         defaults = dict(model="MLP", z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80)
         defaults.update(seed=42, num_workers=0, log_dir="VAE_logs", progress_bar=False, dataset="mnist", init="pytorch")
         defaults.update(data_dir="../data/", binarization="threshold", train_size=45_000, lr_schedule="constant")
-        defaults.update(accelerator="auto", threads="auto", plain=False, run_name=None, devices=1, num_nodes=1)
+        defaults.update(accelerator="auto", plain=False, run_name=None, devices=1, num_nodes=1)
+        defaults.update(precision="32", threads="auto")
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
 
     def test_bad_flags(self):
