@@ -1,6 +1,7 @@
 """
 How time and memory grow: with the batch size and the hidden width (an epoch of `python train_pl.py` on rendered digits,
-each in a process of its own), and with the number of images (the data loader alone, up to 4.5 million rendered ones).
+each in a process of its own, with one thread and with one per core), and with the number of images (the data loader
+alone, up to 4.5 million rendered ones).
 
     python benchmarks/growth.py
 
@@ -8,6 +9,7 @@ Takes the GPU where there is one. Prints every measurement, and writes them to g
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -58,11 +60,13 @@ def load(num_images):
     }
 
 
-def measure(name, values, function):
-    """A list with what a function returns for each value, printed as it comes."""
+def measure(name, values, function, threads=(None,)):
+    """A list with what a function returns for each value, and number of threads, printed as it comes."""
     measured = []
-    for value in values:
-        measured.append({name: value, **function(value)})
+    for value, number in itertools.product(values, threads):
+        measured.append(
+            {name: value, **({"threads": number, **function(value, number)} if number else function(value))}
+        )
         print(
             "  ".join(
                 f"{key} {number:.4g}" if isinstance(number, float) else f"{key} {number:,}"
@@ -88,12 +92,14 @@ def plot(path, results, title):
     for (above, below), name, label in zip(
         panels.T[:2], ["batch size", "hidden width"], ["images per minibatch", "hidden units"]
     ):
-        values = [row[name] for row in results[name]]
-        above.plot(values, [row["seconds"] for row in results[name]], "o-")
+        for threads in sorted({row["threads"] for row in results[name]}):
+            rows = [row for row in results[name] if row["threads"] == threads]
+            values = [row[name] for row in rows]
+            above.plot(values, [row["seconds"] for row in rows], "o-", label=f"{threads} thread" + "s" * (threads > 1))
         above.set(ylabel="seconds per epoch")
-        below.plot(values, [row["memory_mib"] for row in results[name]], "o-", label="main memory")
-        if results[name][0]["gpu_mib"]:
-            below.plot(values, [row["gpu_mib"] for row in results[name]], "o-", label="GPU memory")
+        below.plot(values, [row["memory_mib"] for row in rows], "o-", label="main memory")
+        if rows[0]["gpu_mib"]:
+            below.plot(values, [row["gpu_mib"] for row in rows], "o-", label="GPU memory")
         below.set(ylabel="peak memory in MiB", xlabel=label)
         for axes in above, below:
             axes.set(xscale="log")
@@ -111,7 +117,7 @@ def plot(path, results, title):
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     below.set(xscale="log", yscale="log", ylim=(5, None))
-    for axes in panels[1]:
+    for axes in [*panels[0, :2], *panels[1]]:
         axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -129,14 +135,15 @@ def main():
         return print(json.dumps(load(args.load)))
 
     platform_info = speed.machine()
+    threads = [1] if torch.cuda.is_available() else sorted({1, torch.get_num_threads()})
+
+    def epochs_with(flag):
+        return lambda value, number: epochs(args.rounds, flag, str(value), "--threads", str(number))
+
     results = {
         "machine": platform_info,
-        "batch size": measure(
-            "batch size", args.batch_sizes, lambda size: epochs(args.rounds, "--batch_size", str(size))
-        ),
-        "hidden width": measure(
-            "hidden width", args.widths, lambda width: epochs(args.rounds, "--hidden_dims", str(width))
-        ),
+        "batch size": measure("batch size", args.batch_sizes, epochs_with("--batch_size"), threads),
+        "hidden width": measure("hidden width", args.widths, epochs_with("--hidden_dims"), threads),
         "images": measure("images", args.num_images, load_in_a_process),
     }
     print(", ".join(f"{name} {value}" for name, value in platform_info.items() if value))

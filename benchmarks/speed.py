@@ -14,6 +14,7 @@ speed_MODEL_DEVICE.json, and as a plot to the .png beside it.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,7 +36,8 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
 import train_torch
-from harness import report, run
+from harness import processes, report, run
+from harness.chunks import knows_chunks
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from train_pl import VAE
 
@@ -134,7 +136,8 @@ def run_loop(args):
     next(epochs)
     while True:
         train_torch.train_vae(model, train_loader, optimizer)
-        epochs.send(train_torch.test_vae(model, val_loader)[0])
+        bpd, *_ = train_torch.test_vae(model, val_loader)
+        epochs.send(bpd if args.way == "bare loop" else None)  # the example's loss is another
 
 
 class Minibatches:
@@ -264,8 +267,8 @@ def make_vae(args, vae_class):
 
 
 def run_start(args):
-    """Ends the process at the first training step."""
-    VAE.training_step = lambda *args: os._exit(0)
+    """Ends the process at the first training step, which a rehearsal is not."""
+    processes.SeedEpochs.on_train_batch_start = knows_chunks(lambda *args: os._exit(0))
     with tempfile.TemporaryDirectory() as log_dir:
         train_pl.train_vae(training_flags(args, log_dir=log_dir))
 
@@ -283,33 +286,34 @@ RUN = {
 
 def measure_start(command, rounds):
     """Seconds from the start of a process to its first training step, and of the imports alone, in turn."""
-    processes = {"first step": [*command, "--way", "start"], "imports": [sys.executable, "-c", IMPORTS]}
-    seconds = {name: [] for name in processes}
+    commands = {"first step": [*command, "--way", "start"], "imports": [sys.executable, "-c", IMPORTS]}
+    seconds = {name: [] for name in commands}
     for _ in range(rounds + 1):
-        for name, process in processes.items():
+        for name, command in commands.items():
             start = time.perf_counter()
-            subprocess.run(process, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - start)
     return {name: values[1:] for name, values in seconds.items()}  # the first ones found cold files
 
 
 def measure_epochs(command, ways, rounds):
     """Per way, a list with what each of its turns answered (see turns)."""
-    processes = {
-        way: subprocess.Popen([*command, "--way", way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for way in ways
-    }
+    pipes, children = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}, {}
+    for way in ways:
+        # What importing the package sets is the package's alone.
+        variables = os.environ if way.startswith("package") else {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+        children[way] = subprocess.Popen([*command, "--way", way], env=variables, **pipes)
     answers = {way: [] for way in ways}
     try:
         for _ in range(rounds + 1):
-            for way, process in processes.items():
+            for way, process in children.items():
                 print("go", file=process.stdin, flush=True)
                 answer = next((line for line in process.stdout if line.startswith("{")), None)
                 if answer is None:
                     sys.exit(f"speed.py: error: {way} ended with code {process.wait()}")
                 answers[way].append(json.loads(answer))
     finally:
-        for process in processes.values():
+        for process in children.values():
             process.kill()
     return {way: turns[1:] for way, turns in answers.items()}
 
@@ -393,6 +397,7 @@ def main():
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
     parser.add_argument("--batch_size", default=128, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")
+    parser.add_argument("--threads", type=int, help="Threads of a CPU, but JAX's (default: as many as cores)")
     parser.add_argument("--rounds", default=7, type=int, help="Counted turns of each way (default: %(default)s)")
     parser.add_argument(
         "--ways", default=list(WAYS), choices=WAYS, nargs="+", help="What is measured (default: all; the bare loop is)"
@@ -406,17 +411,20 @@ def main():
     )
     parser.add_argument("--out", default=".", help="Directory of the JSON file and the plot (default: %(default)s)")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # what a process of its own measures
-    args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))
+    args = parser.parse_args(namespace=argparse.Namespace(**{**train_pl.make_parser().defaults, "threads": None}))
+    # All at once they would take each other for company.
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
     if args.way:
         return RUN[args.way](args)
     args.ways = [way for way in WAYS if way in [*args.ways, "bare loop"]]
 
     command = [sys.executable, *sys.argv]
-    start = measure_start(command, rounds=3)
+    start = measure_start(command, args.rounds)
     ratio = statistics.median(first / imports for first, imports in zip(start["first step"], start["imports"]))
     print(
         f"first training step after {statistics.median(start['first step']):.2f} s, the imports alone take "
-        f"{statistics.median(start['imports']):.2f} s, ratio {ratio:.2f} (medians of 3)\n",
+        f"{statistics.median(start['imports']):.2f} s, ratio {ratio:.2f} (medians of {args.rounds})\n",
         flush=True,
     )
     on_gpu = torch.cuda.is_available()
@@ -439,7 +447,7 @@ def main():
         to_jax = "" if row["ratio_to_jax"] is None else f"{row['ratio_to_jax']:.2f}"
         print(
             f"{way:16} {row['median']:7.3f} {row['min']:7.3f} {row['max']:7.3f} {row['ratio']:7.2f} {to_jax:>7} "
-            f"{row['val_bpd']:8.4f} {row['memory_mib']:5.0f} M"
+            f"{row['val_bpd'] or math.nan:8.4f} {row['memory_mib']:5.0f} M"
             + f" {row['gpu_mib']:9.0f} M" * on_gpu
             + f"  {WAYS[way]}"
         )
