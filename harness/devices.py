@@ -109,8 +109,9 @@ def prepare_cpu():
 
 def use_fast_layout(model):
     """Lays the weights of a module's convolutions out as its device computes fastest. Returns the module."""
-    if next(model.parameters()).device.type == "cpu":
-        model.to(memory_format=torch.channels_last)
+    for param in model.parameters():
+        if param.device.type == "cpu" and param.dim() == 4:
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
@@ -127,4 +128,4 @@ class FastLayout(Callback):
             for param, state in optimizer.state.items():
                 for name, value in state.items():
                     if torch.is_tensor(value) and value.shape == param.shape:
-                        state[name] = torch.empty_like(param).copy_(value)
+                        state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
