@@ -287,10 +287,8 @@ class TestNothingLost(NamedRunTest):
         self.assertEqual((kept["data_dir"], kept["data_dir_from_run"]), (data, os.path.join("..", "data")))
 
     def test_other_threads(self):
-        self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
-        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(2)
-        _, output = self.train(epochs=2)
+        self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2, threads=1)
+        _, output = self.train(epochs=2, threads=2)
         self.assertIn("trained on cpu, 1 threads, the next ones are on cpu, 2 threads: from here on", output)
         self.assertEqual(results(self.run_folder())["device"], "cpu, 2 threads")
 
