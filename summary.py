@@ -64,7 +64,12 @@ def by_setting(results):
         for name in dict.fromkeys(name for run in results for name in run["hyperparameters"])
         if name not in CHANGEABLE_FLAGS | {"seed"}
     ]
-    values = {name: [run["hyperparameters"].get(name) for run in results] for name in flags}
+    defaults = {}
+    if any(name not in run["hyperparameters"] for name in flags for run in results):  # an older version lacks some
+        from train_pl import make_parser  # only now, since torch would delay the table
+
+        defaults = make_parser().defaults
+    values = {name: [run["hyperparameters"].get(name, defaults.get(name)) for run in results] for name in flags}
     varied = [name for name in flags if any(value != values[name][0] for value in values[name])]
     groups = {}
     rows = zip(results, *(values[name] for name in varied))

@@ -1,6 +1,5 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 
-import math
 import os
 
 import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
@@ -15,9 +14,10 @@ from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, data_loaders, load_mnist
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
 from harness.chunks import knows_chunks
-from harness.program import FlagError, Parser, auto_or_number, ending, optional
+from harness.program import RUN_FLAGS, FlagError, Parser, ending, not_negative, optional
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
+from objectives import OBJECTIVES, multi_sample_losses, schedules
 from rendered_digits import rendered_mnist
 from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
 
@@ -33,7 +33,7 @@ QUANTITIES = {
 class VAE(pl.LightningModule):
     _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums"]  # of several processes, each keeps its own sums
 
-    def __init__(self, model_name, hidden_dims, num_filters, z_dim, lr):
+    def __init__(self, model_name, hidden_dims, num_filters, z_dim, lr, beta=1.0, objective="elbo", train_samples=1):
         """
         Variational autoencoder (Kingma & Welling 2014) with a unit Gaussian prior, a Gaussian encoder and a
         decoder of independent Bernoulli pixels.
@@ -43,6 +43,9 @@ class VAE(pl.LightningModule):
             num_filters - Number of channels of a CNN's first layers.
             z_dim - Dimensionality of the latent space.
             lr - Learning rate of Adam.
+            beta - Weight of the KL divergence in what is minimised (Higgins et al. 2017).
+            objective - What is maximised: "elbo", or "iwae", the importance-weighted bound (Burda et al. 2016).
+            train_samples - Number of samples of the posterior per image in training.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -55,9 +58,11 @@ class VAE(pl.LightningModule):
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
         self.randn_like = torch.randn_like  # the source of noise
-        # Of the current epoch, in this process: number of images, and sums of the QUANTITIES over them.
-        self.register_buffer("train_sums", torch.zeros(1 + len(QUANTITIES)), persistent=False)
-        self.register_buffer("val_sums", torch.zeros(1 + len(QUANTITIES)), persistent=False)
+        self.quantities = {**QUANTITIES, **OBJECTIVES[objective]}
+        # Of the current epoch, in this process: number of images, and sums of the quantities over them.
+        self.register_buffer("train_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
+        self.register_buffer("val_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
+        self.register_buffer("beta", torch.tensor(float(beta)), persistent=False)  # that of the current epoch
 
     def losses(self, imgs, reduction="none"):
         """
@@ -76,6 +81,13 @@ class VAE(pl.LightningModule):
         if reduction == "mean":
             return pixels.sum() / len(imgs), L_reg.mean()
         return pixels.flatten(start_dim=1).sum(dim=-1), L_reg
+
+    def training_losses(self, imgs):
+        """L_rec and L_reg as of forward, and what is minimised, in nats, see objectives.multi_sample_losses."""
+        if self.hparams.train_samples > 1:
+            return multi_sample_losses(self, imgs)
+        L_rec, L_reg = self.losses(imgs, reduction="mean")
+        return L_rec, L_reg, L_rec + self.beta * L_reg  # with one sample, the bound is the ELBO, and beta is 1
 
     def forward(self, imgs):
         """
@@ -114,9 +126,9 @@ class VAE(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         imgs, _ = batch
-        L_rec, L_reg = self.losses(imgs, reduction="mean")
-        loss = elbo_to_bpd(L_rec + L_reg, imgs.shape)  # what is minimised; what is logged is apart from it
-        return {"loss": loss, "bpd": self.add_to(self.train_sums, imgs, L_rec, L_reg)["bpd"]}
+        losses = self.training_losses(imgs)
+        loss = elbo_to_bpd(losses[-1], imgs.shape)  # what is minimised; what is logged is apart from it
+        return {"loss": loss, "bpd": self.add_to(self.train_sums, imgs, *losses)["bpd"]}
 
     @knows_chunks
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -124,7 +136,7 @@ class VAE(pl.LightningModule):
             self.log_means("train", self.train_sums)
 
     def validation_step(self, batch, batch_idx):
-        self.add_to(self.val_sums, batch[0], *self.losses(batch[0], reduction="mean"))
+        self.add_to(self.val_sums, batch[0], *self.training_losses(batch[0]))
 
     def on_validation_epoch_end(self):
         self.log_means("val", self.val_sums)
@@ -133,9 +145,9 @@ class VAE(pl.LightningModule):
         self.log("test_bpd", self.forward(batch[0])[2], batch_size=len(batch[0]), sync_dist=True)
 
     @torch.no_grad()
-    def add_to(self, sums, imgs, L_rec, L_reg):
+    def add_to(self, sums, imgs, L_rec, L_reg, objective=None):
         """
-        Adds the QUANTITIES of a minibatch, from its mean losses, to the sums of an epoch, and returns them. They are
+        Adds the quantities of a minibatch, from its mean losses, to the sums of an epoch, and returns them. They are
         logged once per epoch: self.log in every step would cost a third of the time.
         """
         neg_elbo = L_rec + L_reg
@@ -144,13 +156,15 @@ class VAE(pl.LightningModule):
             "regularization_loss": L_reg,
             "ELBO": neg_elbo,
             "bpd": elbo_to_bpd(neg_elbo, imgs.shape),
+            "IWAE": objective,
         }
-        sums.add_(torch.stack([torch.ones_like(L_rec), *(quantities[name] for name in QUANTITIES)]), alpha=len(imgs))
+        kept = [quantities[name] for name in self.quantities]
+        sums.add_(torch.stack([torch.ones_like(L_rec), *kept]), alpha=len(imgs))
         return quantities
 
     def log_means(self, stage, sums):
         """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
-        means = dict(zip(QUANTITIES, sums[1:] / sums[0]))
+        means = dict(zip(self.quantities, sums[1:] / sums[0]))
         means["ELBO"] = means["reconstruction_loss"] + means["regularization_loss"]  # so that the curves add up
         options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": int(sums[0])}
         sums.zero_()
@@ -207,15 +221,6 @@ class GenerateCallback(pl.Callback):
             writer.add_image("Manifold", visualize_manifold(pl_module.decoder).cpu(), epoch)
 
 
-class CosineLearningRate(pl.Callback):
-    """Lowers the learning rate, epoch by epoch, along half a cosine from lr towards 0 (Loshchilov & Hutter 2017)."""
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        lr = pl_module.hparams.lr * (1 + math.cos(math.pi * trainer.current_epoch / trainer.max_epochs)) / 2
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = lr
-
-
 def train_vae(args):
     """
     Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one.
@@ -228,8 +233,8 @@ def train_vae(args):
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
-    schedule = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
-    with Run(args, make_parser().defaults, QUANTITIES, [generate, *schedule]) as run:
+    quantities = {**QUANTITIES, **OBJECTIVES[args.objective]}
+    with Run(args, make_parser().defaults, quantities, [generate, *schedules(args)]) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load_data)
             generate.imgs, _ = val_loader.dataset[torch.arange(32)]
@@ -249,7 +254,8 @@ def train_vae(args):
 
 def make_vae(args):
     """The untrained VAE that the flags ask for."""
-    model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr)
+    objective = args.beta, args.objective, args.train_samples
+    model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr, *objective)
     if args.init == "he":
         he_init(model.encoder.net)
         he_init(model.decoder.net)
@@ -281,6 +287,10 @@ FLAGS = {
         "batch_size": (128, 1, "Images per minibatch, over all devices and nodes"),
         "epochs": (80, 1, "Passes over the training images"),
         "seed": (42, 0, "Seed of all random numbers"),
+        "objective": ("elbo", list(OBJECTIVES), "What is maximised: the ELBO, or the importance-weighted bound"),
+        "train_samples": (1, 1, "Samples of the posterior per image in training"),
+        "beta": (1.0, not_negative, "Weight of the KL divergence in what is minimised, not in what is logged"),
+        "beta_warmup": (0, 0, "Epochs over which beta rises linearly from 0"),
     },
     "data": {
         "dataset": ("mnist", ["mnist", "rendered"], "MNIST, or digits rendered from fonts (not comparable)"),
@@ -289,19 +299,7 @@ FLAGS = {
         "train_size": (TRAIN_SIZES[0], TRAIN_SIZES, "Number of training images; the 5,000 after them validate"),
         "num_workers": (0, 0, "Worker processes per data loader; the images are in memory, so 0 is the fastest"),
     },
-    "run": {
-        "log_dir": ("VAE_logs", None, "Directory in which the runs' folders are made"),
-        "run_name": (None, None, "The run's folder in log_dir, continued if it is there; by default a new one"),
-        "progress_bar": (False, None, "Show a progress bar instead of a line per epoch; not for batch jobs"),
-    },
-    "devices": {
-        "accelerator": ("auto", ["auto", "cpu", "gpu"], "Device that trains; auto takes a GPU where there is one"),
-        "devices": (1, 1, "Number of GPUs, or of processes on a CPU, per node"),
-        "num_nodes": (1, 1, "Number of nodes"),
-        "precision": ("32", ["32", "bf16"], "Of the networks' arithmetic: float32, or bfloat16 where it is safe"),
-        "threads": ("auto", auto_or_number, "Of a CPU: a number, or auto, as many as there are idle cores"),
-        "plain": (False, None, "Train step by step, instead of in chunks of steps, on a GPU as CUDA graphs"),
-    },
+    **RUN_FLAGS,
 }
 
 
@@ -316,6 +314,8 @@ def complete_flags(args):
     check_run_flags(args)
     if args.init == "he" and args.model != "MLP":
         raise FlagError("--init he is for the MLP only: leave it out, or use --model MLP")
+    if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):
+        raise FlagError("--objective iwae has no KL divergence that --beta could weigh: leave out one of them")
     return args
 
 

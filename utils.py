@@ -3,9 +3,12 @@ The mathematics of the VAE: reparameterisation, KL divergence, bits per dimensio
 latent manifold.
 """
 
+import functools
 import math
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.utils import make_grid
 
 
@@ -64,6 +67,64 @@ def sum_softplus(logits):
     return logits.clamp_min(0).sum(dim=-1) + products.log_().sum(dim=-1)
 
 
+def log_prior_ratio(z, eps, log_std):
+    """
+    log p(z) - log q(z|x) of samples z = mean + std * eps of a diagonal Gaussian q, for a unit Gaussian p.
+    Inputs:
+        z, eps - Tensors of shape [...,D].
+        log_std - Tensor of a shape that broadcasts to it.
+    Outputs:
+        log_ratio - Tensor of shape [...], in nats.
+    """
+    return ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)  # their factors of 2 pi cancel
+
+
+def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.randn_like, chunk_size=8192):
+    """
+    The terms of bounds of log p(x) with K samples z_k of the posterior per image, for training: with gradients.
+    Inputs:
+        imgs - Images of shape [B,C,H,W], zeros and ones.
+        mean, log_std - Tensors of shape [B,D], those of q(z|x).
+        decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
+        num_samples - K.
+        randn_like - The source of the noise, see sample_reparameterize.
+        chunk_size - Number of images that are decoded at once, at least B of them. Where there are more, they are
+            decoded again for the gradients, one chunk after the other: it bounds the memory, whatever K is.
+    Outputs:
+        L_rec - Tensor of shape [B,K], -log p(x|z_k), in nats.
+        log_ratio - Tensor of shape [B,K], log p(z_k) - log q(z_k|x), in nats.
+    """
+    mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+    eps = randn_like(mean.expand(-1, num_samples, -1))
+    z = mean + log_std.exp() * eps
+
+    def reconstruction_losses(z):
+        logits = decoder(z.flatten(0, 1)).to(imgs.dtype).unflatten(0, z.shape[:2])
+        x = imgs.unsqueeze(1).expand_as(logits)
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(start_dim=2).sum(dim=-1)
+
+    chunks = z.split(max(chunk_size // len(imgs), 1), dim=1)
+    if len(chunks) > 1:
+        # A CUDA graph under capture does not tell the state of its random numbers; our decoders draw none.
+        is_captured = z.is_cuda and torch.cuda.is_current_stream_capturing()
+        reconstruction_losses = functools.partial(
+            checkpoint, reconstruction_losses, use_reentrant=False, preserve_rng_state=not is_captured
+        )
+    return torch.cat([reconstruction_losses(chunk) for chunk in chunks], dim=1), log_prior_ratio(z, eps, log_std)
+
+
+def importance_weighted_bound(log_weights):
+    """
+    The importance-weighted bound of log p(x), L_K = log mean_k w_k with w_k = p(x,z_k) / q(z_k|x) (Burda, Grosse &
+    Salakhutdinov 2016, eq. 8).
+    Inputs:
+        log_weights - Tensor of shape [...,K], in nats.
+    Outputs:
+        L_K - Tensor of shape [...], in nats.
+    """
+    return torch.logsumexp(log_weights, dim=-1) - math.log(log_weights.shape[-1])
+
+
 @torch.no_grad()
 def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
     """
@@ -90,9 +151,8 @@ def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
         z = mean + log_std.exp() * eps
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2]).flatten(start_dim=2)
         log_p_x = torch.linalg.vecdot(logits, x) - sum_softplus(logits)
-        # log p(z) - log q(z|x); their factors of 2 pi cancel.
-        log_ratio = ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)
-        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_p_x + log_ratio, dim=0))
+        log_weights = log_p_x + log_prior_ratio(z, eps, log_std)
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_weights, dim=0))
     return log_sum - math.log(num_samples)
 
 

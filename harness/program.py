@@ -196,6 +196,31 @@ def auto_or_number(value):
     return int(value)
 
 
+def not_negative(value):
+    """A flag's value as a float, from 0 on. Raises a ValueError that says what it must be."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return float(value)
+    raise ValueError("a finite number of at least 0")
+
+
+# Of every run, whatever it trains; as train_pl.FLAGS.
+RUN_FLAGS = {
+    "run": {
+        "log_dir": ("VAE_logs", None, "Directory in which the runs' folders are made"),
+        "run_name": (None, None, "The run's folder in log_dir, continued if it is there; by default a new one"),
+        "progress_bar": (False, None, "Show a progress bar instead of a line per epoch; not for batch jobs"),
+    },
+    "devices": {
+        "accelerator": ("auto", ["auto", "cpu", "gpu"], "Device that trains; auto takes a GPU where there is one"),
+        "devices": (1, 1, "Number of GPUs, or of processes on a CPU, per node"),
+        "num_nodes": (1, 1, "Number of nodes"),
+        "precision": ("32", ["32", "bf16"], "Of the networks' arithmetic: float32, or bfloat16 where it is safe"),
+        "threads": ("auto", auto_or_number, "Of a CPU: a number, or auto, as many as there are idle cores"),
+        "plain": (False, None, "Train step by step, instead of in chunks of steps, on a GPU as CUDA graphs"),
+    },
+}
+
+
 @contextlib.contextmanager
 def ending(parser):
     """

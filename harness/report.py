@@ -176,6 +176,8 @@ class EpochReport(Checkpoint):
         if self.first_step_bpd is not None:
             train_bpd = {0: self.first_step_bpd, **train_bpd}
         title = f"{self.flags['model']}, {self.flags['z_dim']} latents, {self.flags['dataset']}"
+        if self.flags.get("beta", 1) != 1:
+            title += f", trained with beta {self.flags['beta']:g}"
         figures.bpd_curves(path, train_bpd, self.curve("val_bpd"), test_bpd, title)
 
     def draw_samples(self, path):

@@ -34,7 +34,7 @@ class TestChangeIt(CommandTest):
     def test_all_changes_at_once(self):
         section = re.search(r"## Change it\n(.*?)\n## ", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
         blocks = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
-        self.assertEqual(len(blocks), 4)
+        self.assertEqual(len(blocks), 3)
         source = (REPOSITORY / "train_pl.py").read_text()
         for block in blocks:
             source = apply(block, source)
@@ -71,10 +71,6 @@ class TestChangeIt(CommandTest):
         in_bpd = math.log2(math.e) / 784
         self.assertAlmostEqual(row["train_KL_bpd"], row["train_regularization_loss"] * in_bpd, places=5)
         self.assertAlmostEqual(row["val_KL_bpd"], row["val_regularization_loss"] * in_bpd, places=5)
-        for stage in ["train", "val"]:  # the true ELBO's, although four times the KL is minimised
-            elbo = row[f"{stage}_reconstruction_loss"] + row[f"{stage}_regularization_loss"]
-            self.assertAlmostEqual(row[f"{stage}_bpd"], elbo * in_bpd, places=5)
-        self.assertLess(row["val_regularization_loss"], 20)  # 36 after an epoch without the weight
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 import bmnist
 from harness import chunks, run
+from objectives import CosineLearningRate
 from tests.helpers import ChunksTest, load, small_loaders
-from train_pl import QUANTITIES, VAE, CosineLearningRate, GenerateCallback, complete_flags
+from train_pl import QUANTITIES, VAE, GenerateCallback, complete_flags
 
 
 class BorderTest(ChunksTest):

@@ -54,6 +54,17 @@ class TestSummary(SeededTest):
         lines = self.summary(self.folder / "job_7_1", self.folder / "job_7_2", self.folder / "job_7_2")
         self.assertRegex(lines[1], "^all runs +2 ")  # a folder that was named twice counts once
 
+    def test_flags_of_newer_versions(self):
+        """A run of an older version was trained with their defaults."""
+        self.add_run("old", 0.2)
+        self.add_run("new", 0.3, beta=1.0, objective="elbo")
+        self.add_run("weighed", 0.4, beta=4.0, objective="elbo")
+        lines = self.summary(self.folder)
+        self.assertEqual(
+            [line.split()[:4] for line in lines[1:3]],
+            [["beta", n, m, b] for n, m, b in [("1.0", "2", "0.2500"), ("4.0", "1", "0.4000")]],
+        )
+
     def test_nothing_to_sum_up(self):
         self.add_run("job_8", None)
         with self.assertRaises(SystemExit) as caught:
