@@ -1,8 +1,8 @@
 """
-MNIST as binary images in memory, split into training, validation and test set.
+MNIST as binary images in memory, split into training, validation and test set; and its relatives in the same format.
 
 Run by itself, `python bmnist.py --data_dir DIR` fetches and checks the data ahead of time (the compute nodes of a
-cluster often have no network), and prints the splits.
+cluster often have no network), and prints the splits; `--dataset fashion` does so for Fashion-MNIST.
 """
 
 import argparse
@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import MNIST
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-# The four files, unpacked: MD5 and size in bytes. torchvision checks only the packed ones that it downloads itself.
+KINDS = {"mnist": MNIST, "fashion": FashionMNIST, "kmnist": KMNIST}  # torchvision's; the class names the folder, too
+# The four files, unpacked: MD5 and size in bytes. torchvision checks only the packed ones that it downloads itself. The
+# files of the other KINDS have the same names and sizes; their MD5 is known packed alone.
 FILES = {
     "train-images-idx3-ubyte": ("6bbc9ace898e44ae57da46a324031adb", 47_040_016),
     "train-labels-idx1-ubyte": ("a25bea736e30d166cdddb491f175f624", 60_008),
@@ -140,21 +142,22 @@ def data_loaders(
     """
     Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
     Inputs:
-        train_images, train_labels - uint8 tensor of shape [N,28,28], int64 tensor of shape [N]
+        train_images, train_labels - uint8 tensor of shape [N,H,W], int64 tensor of shape [N]
         test_images, test_labels - the same for the test images
         batch_size - Number of images per batch; the last batch of an epoch may be smaller.
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
         binarization - "threshold", or "stochastic": each pixel is drawn from Bernoulli(intensity), anew for every pass
             over the training set, and always the same for validation and test.
-        train_size - Number of training images, 45,000 or 55,000.
+        train_size - Number of training images, 45,000 or 55,000; None: all but the last tenth, which validates (but
+            5,000 at most).
         sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices; if None, torch's own.
     Outputs:
         train_loader, val_loader, test_loader - The first one is shuffled. Their batches are (imgs, labels): float32
-            [B,1,28,28] of zeros and ones, and int64 [B].
+            [B,1,H,W] of zeros and ones, and int64 [B].
     Raises:
         ValueError - where binarization or train_size is none of the possible values.
     """
-    if binarization not in BINARIZATIONS or train_size not in TRAIN_SIZES:
+    if binarization not in BINARIZATIONS or train_size not in [*TRAIN_SIZES, None]:
         raise ValueError(
             f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}, got "
             f"{binarization!r} and {train_size!r}"
@@ -163,7 +166,11 @@ def data_loaders(
     if binarization == "stochastic":
         Images, TrainLoader = SampledImages, RedrawingLoader
     batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # NumPy's or a tensor's
-    val_end = train_size + NUM_VAL
+    num_val = NUM_VAL
+    if train_size is None:
+        num_val = min(len(train_images) // 10, NUM_VAL)
+        train_size = len(train_images) - num_val
+    val_end = train_size + num_val
     splits = [
         (TrainLoader, Images(train_images[:train_size], train_labels[:train_size]), True),
         (DataLoader, Images(train_images[train_size:val_end], train_labels[train_size:val_end]), False),
@@ -176,29 +183,38 @@ def data_loaders(
     return tuple(loaders)
 
 
-def bmnist(root="../data/", batch_size=128, num_workers=0, download=True, binarization="threshold", train_size=45_000):
+def bmnist(
+    root="../data/",
+    batch_size=128,
+    num_workers=0,
+    download=True,
+    binarization="threshold",
+    train_size=45_000,
+    kind="mnist",
+):
     """
     Returns data loaders for MNIST, binarised with a fixed threshold (the assignment's choice, simple and reproducible)
     or by sampling from the intensities (as in most of the literature).
     Inputs:
-        root - Directory of the data; the files are in its subfolder MNIST/raw.
+        root - Directory of the data; the files are in its subfolder MNIST/raw, or that of another kind.
         batch_size - Number of images per batch
         num_workers - Number of worker processes of each loader
         download - If True, MNIST is downloaded where it is missing.
         binarization, train_size - See data_loaders.
+        kind - "mnist", or one of its relatives, "fashion" (Xiao et al. 2017) or "kmnist" (Clanuwat et al. 2018).
     Outputs:
         train_loader, val_loader, test_loader - See data_loaders.
     Raises:
         DataError - where a file is missing and cannot be downloaded, or is not MNIST's.
     """
-    return data_loaders(*load_mnist(root, download), batch_size, num_workers, binarization, train_size)
+    return data_loaders(*load_mnist(root, download, kind), batch_size, num_workers, binarization, train_size)
 
 
-def load_mnist(root="../data/", download=True):
+def load_mnist(root="../data/", download=True, kind="mnist"):
     """
     Finds the four files of MNIST, packed with gzip or not, downloads those that are missing, and checks each one.
     Inputs:
-        root, download - As in bmnist.
+        root, download, kind - As in bmnist.
     Outputs:
         train_images, train_labels - uint8 tensor of shape [60000,28,28], int64 tensor of shape [60000]
         test_images, test_labels - the same for the 10,000 test images
@@ -206,30 +222,33 @@ def load_mnist(root="../data/", download=True):
         DataError - As in bmnist.
     """
     root = Path(os.path.expanduser(root))
-    folder = root / "MNIST" / "raw"  # where torchvision's MNIST keeps them
-    contents, rejected = read_files(folder)
+    kind_name = KINDS[kind].__name__
+    folder = root / kind_name / "raw"  # where torchvision keeps them
+    contents, rejected = read_files(folder, kind_name)
     if missing := [name for name in FILES if name not in contents]:
-        check_data_dir(root)
+        check_data_dir(root, kind_name)
         for path, problem in rejected.items():
             if path.name in missing and os.path.exists(path):  # a download would write over it
                 remedy = "Delete it, and it will be downloaded again"
                 if os.path.isdir(path) or not os.access(path, os.R_OK):
-                    remedy = "Mend that or move it away, and MNIST will be downloaded"
+                    remedy = f"Mend that or move it away, and {kind_name} will be downloaded"
                 del rejected[path]
-                raise DataError(f"{path} is not MNIST's: {problem}. {remedy}{not_taken(root, missing, rejected)}")
+                others = not_taken(root, kind_name, missing, rejected)
+                raise DataError(f"{path} is not {kind_name}'s: {problem}. {remedy}{others}")
         problem = "download is switched off"
         if download:
             try:
-                download_mnist(folder, missing)
-                contents |= read_files(folder, missing)[0]
+                download_files(KINDS[kind], folder, missing)
+                contents |= read_files(folder, kind_name, missing)[0]
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 problem = " ".join(str(error).split()) or repr(error)
         if missing := [name for name in missing if name not in contents]:
+            of_kind = "" if kind == "mnist" else f" --dataset {kind}"
             raise DataError(
-                f"MNIST is not complete in {folder}: of its four files, {len(missing)} are missing "
-                f"({', '.join(missing)}) and could not be downloaded ({problem}){not_taken(root, missing, rejected)}. "
-                "Run `python bmnist.py --data_dir DIR` where there is a network, or train on the embedded stand-in "
-                "with --dataset rendered"
+                f"{kind_name} is not complete in {folder}: of its four files, {len(missing)} are missing "
+                f"({', '.join(missing)}) and could not be downloaded ({problem})"
+                f"{not_taken(root, kind_name, missing, rejected)}. Run `python bmnist.py{of_kind} --data_dir DIR` "
+                "where there is a network, or train on the embedded stand-in with --dataset rendered"
             )
     bytes_of_files = (torch.frombuffer(bytearray(contents[name]), dtype=torch.uint8) for name in FILES)
     train_images, train_labels, test_images, test_labels = bytes_of_files
@@ -241,11 +260,12 @@ def load_mnist(root="../data/", download=True):
     )
 
 
-def read_files(folder, names=FILES):
+def read_files(folder, kind_name, names=FILES):
     """
-    Reads files of MNIST, packed or not, whoever packed them; nothing is written.
+    Reads files of MNIST or a relative, packed or not, whoever packed them; nothing is written.
     Inputs:
         folder - Path of the folder.
+        kind_name - "MNIST" or the relative's name, as torchvision's class has it.
         names - The files' names, unpacked.
     Outputs:
         contents - Dict from name to content, of those that are there with the right content.
@@ -256,7 +276,7 @@ def read_files(folder, names=FILES):
         for path in [folder / name, folder / f"{name}.gz"]:
             if name not in contents and os.path.lexists(path):
                 try:
-                    contents[name] = checked(read_file(path), name)
+                    contents[name] = checked(read_file(path), name, kind_name)
                 except DataError as error:
                     rejected[path] = str(error)
     return contents, rejected
@@ -280,23 +300,27 @@ def read_file(path):
         raise DataError(f"it cannot be unpacked ({error})") from error
 
 
-def checked(content, name):
-    """The content of the file of that name, or a DataError that says what is wrong with it."""
+def checked(content, name, kind_name="MNIST"):
+    """The content of a kind's file of that name, or a DataError that says what is wrong with it."""
     md5, size = FILES[name]
     found_md5, found_magic = md5_of(content), int.from_bytes(content[:4], "big")
-    if found_md5 == md5:
+    if found_md5 == md5 and kind_name == "MNIST":
         return content
     magic = 2051 if "images" in name else 2049
     beginning = " ".join(content[:40].decode("latin-1").split())
     twins = [name for name in FILES if FILES[name][0] == found_md5]
     if twins:
-        problem = f"it holds {twins[0]} (files swapped?)"
+        problem = f"it holds {twins[0]}{'' if kind_name == 'MNIST' else ' of MNIST'} (files swapped?)"
     elif beginning and beginning.isprintable():
         problem = f"it is a text that begins with {beginning!r} (a login or an error page?)"
     elif found_magic != magic:
         problem = f"it begins with the number {found_magic} instead of {magic} (not an unpacked file of this kind?)"
     elif len(content) != size:
         problem = f"it has {len(content):,} bytes instead of {size:,} (truncated?)"
+    elif kind_name != "MNIST" and "labels" in name and max(content[8:]) > 9:
+        problem = f"it holds a label {max(content[8:])}, which is above 9 (damaged?)"
+    elif kind_name != "MNIST":
+        return content
     else:
         problem = f"its MD5 checksum is {found_md5} instead of {md5} (damaged?)"
     raise DataError(problem)
@@ -307,29 +331,33 @@ def md5_of(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def check_data_dir(root):
+def check_data_dir(root, kind_name):
     """Raises a DataError where root is the folder MNIST or MNIST/raw with the files, and not the one that holds it."""
     root = Path(os.path.abspath(root))
-    for data_dir, inner in zip(root.parents, ["MNIST", "MNIST/raw"]):
-        raw = data_dir / "MNIST" / "raw"
+    for data_dir, inner in zip(root.parents, [kind_name, f"{kind_name}/raw"]):
+        raw = data_dir / kind_name / "raw"
         if data_dir / inner == root and any((raw / f"{name}{end}").exists() for name in FILES for end in ["", ".gz"]):
-            raise DataError(f"MNIST's files are looked for in MNIST/raw below {root}: give --data_dir {data_dir}")
+            raise DataError(
+                f"{kind_name}'s files are looked for in {kind_name}/raw below {root}: give --data_dir {data_dir}"
+            )
 
 
-def not_taken(root, missing, rejected):
+def not_taken(root, kind_name, missing, rejected):
     """
     Looks for what was brought along and not taken: files of another name, or beside the folder that they belong in.
     Inputs:
         root - Directory of the data.
+        kind_name - As in read_files.
         missing - The names of the files that are missing.
         rejected - As read_files returns it.
     Outputs:
         sentence - What was found, with the reasons, or nothing where nothing was found.
     """
-    folder = root / "MNIST" / "raw"
-    names = {md5: name for name, (md5, _) in FILES.items() if name in missing}
+    folder = root / kind_name / "raw"
+    names = {md5: name for name, (md5, _) in FILES.items() if name in missing and kind_name == "MNIST"}
     remedies, reasons = [], [f"{path.name} ({problem})" for path, problem in rejected.items()]
-    places = ["MNIST/raw/*", "MNIST/raw/*ubyte*/*ubyte*", "*ubyte*", "*/*ubyte*", *(f"*{end}" for end in ARCHIVES)]
+    places = [f"{kind_name}/raw/*", f"{kind_name}/raw/*ubyte*/*ubyte*", "*ubyte*", "*/*ubyte*"]
+    places += [f"*{end}" for end in ARCHIVES]
     for path in itertools.islice(itertools.chain.from_iterable(map(root.glob, places)), 1_000):
         in_place, name = path.parent == folder, path.name.removesuffix(".gz")
         if path in rejected or path.name.startswith(".") or (in_place and name in FILES and name not in missing):
@@ -374,25 +402,29 @@ def one_at_a_time(path):
             yield True
 
 
-class SomeOfMNIST(MNIST):
-    """torchvision's download of some of MNIST's files."""
-
-    def __init__(self, root, names):
-        """
-        Inputs:
-            root - Directory in which torchvision makes its folder, raw_folder.
-            names - The files' names, unpacked.
-        """
-        self.root = root
-        self.resources = [(packed, md5) for packed, md5 in MNIST.resources if packed.removesuffix(".gz") in names]
-
-
-def download_mnist(folder, names):
+def some_files(kind, root, names):
     """
-    Downloads files of MNIST into a folder. Several processes may do so at once: one downloads, the others wait for it,
-    or, on a file system without locks, each one downloads. Each file appears under its name only when it is complete
-    and torchvision has verified it.
+    torchvision's download of some of a kind's files.
     Inputs:
+        kind - torchvision's class.
+        root - Directory in which it makes its folder, raw_folder.
+        names - The files' names, unpacked.
+    Outputs:
+        some - An object of that class, whose method download downloads them.
+    """
+    some = kind.__new__(kind)  # its constructor would download them all
+    some.root = root
+    some.resources = [(packed, md5) for packed, md5 in kind.resources if packed.removesuffix(".gz") in names]
+    return some
+
+
+def download_files(kind, folder, names):
+    """
+    Downloads files of MNIST or a relative into a folder. Several processes may do so at once: one downloads, the others
+    wait for it, or, on a file system without locks, each one downloads. Each file appears under its name only when it
+    is complete and torchvision has verified it.
+    Inputs:
+        kind - torchvision's class.
         folder - Path of the folder.
         names - The names of the files that are missing there.
     Raises:
@@ -403,7 +435,7 @@ def download_mnist(folder, names):
         missing = [name for name in names if not os.path.isfile(folder / name)]
         if not missing:
             return  # another process was faster
-        say(f"Downloading MNIST to {folder}")
+        say(f"Downloading {kind.__name__} to {folder}")
         if locked:
             for unfinished in folder.glob(".download*"):  # left by a process that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -411,13 +443,13 @@ def download_mnist(folder, names):
         socket.setdefaulttimeout(TIMEOUT)
         try:
             with tempfile.TemporaryDirectory(prefix=".download", dir=folder, ignore_cleanup_errors=True) as unfinished:
-                download = SomeOfMNIST(unfinished, missing)
+                download = some_files(kind, unfinished, missing)
                 staged = Path(download.raw_folder)
                 try:
                     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                         download.download()
                 except RuntimeError as error:
-                    _, rejected = read_files(staged, missing)
+                    _, rejected = read_files(staged, kind.__name__, missing)
                     problems = [f"{path.name}: {problem}" for path, problem in rejected.items()]
                     raise RuntimeError(" ".join([str(error), *problems])) from error
                 for name in missing:
@@ -445,21 +477,23 @@ def terminate(signum, frame):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Fetches MNIST, checks it and prints its splits.",
+        description="Fetches MNIST or a relative, checks it and prints its splits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data_dir", default="../data/", help="Directory of the data, which go to MNIST/raw in it")
+    parser.add_argument("--dataset", default="mnist", choices=KINDS, help="Or Fashion-MNIST, or Kuzushiji-MNIST")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, terminate)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name can be printed on any terminal
     try:
-        loaders = bmnist(args.data_dir)
+        loaders = bmnist(args.data_dir, kind=args.dataset)
     except OSError as error:
         sys.exit(f"bmnist.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("bmnist.py: interrupted")
-    say(f"MNIST in {Path(os.path.expanduser(args.data_dir)) / 'MNIST' / 'raw'}: all four files verified")
+    name = KINDS[args.dataset].__name__
+    say(f"{name} in {Path(os.path.expanduser(args.data_dir)) / name / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):
         images = loader.dataset.images
         say(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")

@@ -1,16 +1,24 @@
-"""Encoder and decoder as convolutional networks for 28x28 images: the course's autoencoder, fitted to MNIST."""
+"""Encoder and decoder as convolutional networks: the course's autoencoder, fitted to MNIST's 28x28 pixels."""
+
+import math
 
 import torch.nn as nn
 
 
+def halved(size, times):
+    """The size (H, W) that so many convolutions of stride 2 leave of an image's: each halves it, rounded up."""
+    return tuple(-(-side // 2**times) for side in size)
+
+
 class CNNEncoder(nn.Module):
-    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
+    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20, img_size=(28, 28)):
         """
         Encoder q(z|x) = N(mean, diag(std^2)) with a CNN network.
         Inputs:
             num_input_channels - Number of channels of an image.
             num_filters - Number of channels of the first two convolutions; the later ones have twice as many.
             z_dim - Dimensionality of the latent space.
+            img_size - Height and width of an image.
         """
         super().__init__()
         c = num_filters
@@ -26,13 +34,13 @@ class CNNEncoder(nn.Module):
             nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1, stride=2),  # 7x7 => 4x4
             nn.GELU(),
             nn.Flatten(),
-            nn.Linear(2 * c * 4 * 4, 2 * z_dim),
+            nn.Linear(2 * c * math.prod(halved(img_size, 3)), 2 * z_dim),
         )
 
     def forward(self, x):
         """
         Inputs:
-            x - Images of shape [B,C,28,28], values between 0 and 1.
+            x - Images of shape [B,C,H,W], values between 0 and 1.
         Outputs:
             mean - Tensor of shape [B,z_dim], the means of q(z|x).
             log_std - Tensor of shape [B,z_dim], the logarithms of its standard deviations.
@@ -42,29 +50,37 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20):
+    def __init__(self, num_input_channels=1, num_filters=32, z_dim=20, img_size=(28, 28)):
         """
         Decoder p(x|z) of independent Bernoulli pixels with a CNN network, the mirror of the encoder.
         Inputs:
             num_input_channels - Number of channels of an image.
             num_filters - Number of channels of the last two hidden layers; the earlier ones have twice as many.
             z_dim - Dimensionality of the latent space.
+            img_size - Height and width of an image.
         """
         super().__init__()
         c = num_filters
+        smallest = halved(img_size, 3)
+
+        def doubled(num_in, num_out, times):
+            """A layer to the size that is halved so many times; a transposed convolution by itself ends at odd ones."""
+            even = tuple(1 - side % 2 for side in halved(img_size, times))
+            return nn.ConvTranspose2d(num_in, num_out, kernel_size=3, padding=1, stride=2, output_padding=even)
+
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 2 * c * 4 * 4),
+            nn.Linear(z_dim, 2 * c * math.prod(smallest)),
             nn.GELU(),
-            nn.Unflatten(-1, (2 * c, 4, 4)),
-            nn.ConvTranspose2d(2 * c, 2 * c, kernel_size=3, padding=1, stride=2),  # 4x4 => 7x7
+            nn.Unflatten(-1, (2 * c, *smallest)),
+            doubled(2 * c, 2 * c, times=2),  # 4x4 => 7x7
             nn.GELU(),
             nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1),
             nn.GELU(),
-            nn.ConvTranspose2d(2 * c, c, kernel_size=3, padding=1, stride=2, output_padding=1),  # 7x7 => 14x14
+            doubled(2 * c, c, times=1),  # 7x7 => 14x14
             nn.GELU(),
             nn.Conv2d(c, c, kernel_size=3, padding=1),
             nn.GELU(),
-            nn.ConvTranspose2d(c, num_input_channels, kernel_size=3, padding=1, stride=2, output_padding=1),  # => 28x28
+            doubled(c, num_input_channels, times=0),  # 14x14 => 28x28
         )
         # A random bias, the same for all pixels, would make the untrained decoder prefer black or white.
         nn.init.zeros_(self.net[-1].bias)
@@ -74,7 +90,7 @@ class CNNDecoder(nn.Module):
         Inputs:
             z - Latents of shape [B,z_dim].
         Outputs:
-            x - Logits of the pixels, shape [B,num_input_channels,28,28] (no sigmoid applied).
+            x - Logits of the pixels, shape [B,num_input_channels,H,W] (no sigmoid applied).
         """
         return self.net(z)
 

@@ -19,12 +19,14 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
+from data_sources import load_data
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
 from harness.files import write_text
+from harness.folder import CHECKSUM
 from harness.program import FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
-from train_pl import VAE, complete_flags, load_data
+from train_pl import VAE, complete_flags
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
 
 BATCH_SIZE = 100  # test images at a time
@@ -69,7 +71,7 @@ def evaluate(
     and on iw_samples alone, and torch's random numbers are left as they were.
     Inputs:
         checkpoint - Path of a checkpoint of train_pl.py.
-        dataset - "mnist" or "rendered"; if None, what the checkpoint was trained on.
+        dataset - As the flag of train_pl.py; if None, what the checkpoint was trained on.
         data_dir - Directory of MNIST; if None, that of the training, where it is only read.
         iw_samples - Number of samples per image of the importance-weighted log p(x).
         out - Folder for evaluation.json and the pictures; if None, `evaluation` in the run's folder.
@@ -97,9 +99,12 @@ def evaluate(
     try:
         test_set = load_data(flags, download=args.data_dir is not None)[2].dataset
     except OSError as error:
-        if args.data_dir is not None:
+        if args.data_dir is not None or CHECKSUM in vars(flags):
             raise
         raise UserError(f"{error} (--data_dir says where MNIST is now)") from error
+    img_size, trained_size = list(test_set.images.shape[1:]), list(model.hparams.get("img_size", [28, 28]))
+    if img_size != trained_size:
+        raise UserError(f"{flags.dataset} has images of {img_size} pixels, {checkpoint} is for those of {trained_size}")
     folder = Path(args.out).expanduser() if args.out else run / "evaluation"
     prepare(folder)
     with isolate_rng(), torch.no_grad():
@@ -124,7 +129,7 @@ def evaluate(
         # Before the pictures, so that none of them can cost it.
         write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
         imgs, labels = test_set[torch.arange(len(test_set))]
-        pictures(folder, model, imgs, labels, means)
+        pictures(folder, model, imgs, labels, means, "digit" if flags.dataset in ["mnist", "rendered"] else "label")
     return results, folder
 
 
@@ -191,9 +196,17 @@ def trained_with(path, run, args):
     known = {name for group in TRAINING_FLAGS.values() for name in group}
     try:
         flags = {name: value for name, value in (kept.get("flags") or {}).items() if name in known}
-        flags = complete_flags(argparse.Namespace(**{**flags, **({"dataset": args.dataset} if args.dataset else {})}))
+        if args.dataset:
+            flags["dataset"] = args.dataset
+        elif "dataset_from_run" in kept and os.path.exists(moved := os.path.join(run, str(kept["dataset_from_run"]))):
+            flags["dataset"] = moved
+        flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
+    if not args.dataset and vars(flags).get(CHECKSUM) != (kept.get("flags") or {}).get(CHECKSUM):
+        raise UserError(
+            f"{flags.dataset} has changed since the training: give --dataset to evaluate on it all the same"
+        )
     flags.data_dir = args.data_dir or data_dir_of(run, kept, flags.data_dir)
     epoch = checkpoint.get("epoch")
     return flags, epoch + 1 if isinstance(epoch, int) else None
@@ -289,15 +302,16 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     return results, means
 
 
-def pictures(folder, model, imgs, labels, means):
+def pictures(folder, model, imgs, labels, means, legend="digit"):
     """
     Draws the PICTURES that there are for the model, each as PNG and PDF; one that fails is a line on stderr,
     unless the disk is full.
     Inputs:
         folder - Where the pictures go, in the place of those that are there.
         model - The VAE.
-        imgs, labels - The test set, [N,1,28,28] and [N].
+        imgs, labels - The test set, [N,1,H,W] and [N]; labels that nobody knows are -1.
         means - Tensor of shape [N,D], the means of its posteriors.
+        legend - What the labels are.
     """
     z_dim = means.shape[1]
 
@@ -305,8 +319,10 @@ def pictures(folder, model, imgs, labels, means):
         return torch.sigmoid(model.decoder(z.to(model.device))).squeeze(-3).cpu()
 
     def first_three():
-        """Indices [3,10] of the first three test images of each digit (rendered or not, every digit is there)."""
-        return torch.stack([(labels == digit).nonzero().squeeze(1)[:3] for digit in range(10)], dim=1)
+        """Indices [3,C] of the first three test images of each label, of ten that have as many; or of the first 30."""
+        of_label = [(labels == label).nonzero().squeeze(1)[:3] for label in labels.unique() if label >= 0]
+        picks = [indices for indices in of_label if len(indices) == 3][:10]
+        return torch.stack(picks, dim=1) if len(picks) > 1 else torch.arange(len(labels))[:30].view(3, -1)
 
     def reconstructions(path):
         picks = first_three()
@@ -372,9 +388,9 @@ def pictures(folder, model, imgs, labels, means):
         )
 
     def latent_space(path):
-        points, names = plane(means, labels)
+        points, names = plane(means, labels, legend)
         title = f"Posterior means of the {len(labels):,} test images, {z_dim} latents"
-        figures.latent_space(path, points, labels, names, title=title)
+        figures.latent_space(path, points, labels, names, title, legend)
 
     drawings = [reconstructions, interpolations, traversals, samples, sample_means, manifold, latent_space]
     for name in PICTURES:
@@ -385,13 +401,14 @@ def pictures(folder, model, imgs, labels, means):
             draw(folder / name)
 
 
-def plane(means, labels):
+def plane(means, labels, legend="digit"):
     """
     Two coordinates for each posterior mean [N,D], as a tensor [N,2], and their names: the latents themselves where
-    there are two, the first two principal components where there are more; a single latent is drawn over the digit.
+    there are two, the first two principal components where there are more; a single latent is drawn over the label,
+    whose name is the legend's.
     """
     if means.shape[1] == 1:
-        return torch.stack([means[:, 0], labels.float()], dim=1), ["$z_0$", "digit"]
+        return torch.stack([means[:, 0], labels.float()], dim=1), ["$z_0$", legend]
     if means.shape[1] == 2:
         return means, ["$z_0$", "$z_1$"]
     variances, directions = torch.linalg.eigh(means.T.double().cov())  # in ascending order

@@ -1,5 +1,6 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 
+import math
 import os
 
 import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
@@ -10,15 +11,14 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
 
-from bmnist import BINARIZATIONS, NUM_VAL, TRAIN_SIZES, data_loaders, load_mnist
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
+from data_sources import DATA_FLAGS, complete_dataset, load_data
 from harness.checkpoints import load_model
 from harness.chunks import knows_chunks
 from harness.program import RUN_FLAGS, FlagError, Parser, ending, not_negative, optional
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from objectives import OBJECTIVES, multi_sample_losses, schedules
-from rendered_digits import rendered_mnist
 from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
 
 # What is logged of every epoch, as train_NAME and val_NAME: name and title of each mean over the images.
@@ -33,7 +33,18 @@ QUANTITIES = {
 class VAE(pl.LightningModule):
     _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums"]  # of several processes, each keeps its own sums
 
-    def __init__(self, model_name, hidden_dims, num_filters, z_dim, lr, beta=1.0, objective="elbo", train_samples=1):
+    def __init__(
+        self,
+        model_name,
+        hidden_dims,
+        num_filters,
+        z_dim,
+        lr,
+        img_size=(28, 28),
+        beta=1.0,
+        objective="elbo",
+        train_samples=1,
+    ):
         """
         Variational autoencoder (Kingma & Welling 2014) with a unit Gaussian prior, a Gaussian encoder and a
         decoder of independent Bernoulli pixels.
@@ -43,6 +54,7 @@ class VAE(pl.LightningModule):
             num_filters - Number of channels of a CNN's first layers.
             z_dim - Dimensionality of the latent space.
             lr - Learning rate of Adam.
+            img_size - Height and width of an image.
             beta - Weight of the KL divergence in what is minimised (Higgins et al. 2017).
             objective - What is maximised: "elbo", or "iwae", the importance-weighted bound (Burda et al. 2016).
             train_samples - Number of samples of the posterior per image in training.
@@ -50,11 +62,11 @@ class VAE(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if model_name == "MLP":
-            self.encoder = MLPEncoder(hidden_dims=hidden_dims, z_dim=z_dim)
-            self.decoder = MLPDecoder(hidden_dims=hidden_dims[::-1], z_dim=z_dim)
+            self.encoder = MLPEncoder(math.prod(img_size), hidden_dims, z_dim)
+            self.decoder = MLPDecoder(z_dim, hidden_dims[::-1], output_shape=[1, *img_size])
         elif model_name == "CNN":
-            self.encoder = CNNEncoder(num_filters=num_filters, z_dim=z_dim)
-            self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim)
+            self.encoder = CNNEncoder(num_filters=num_filters, z_dim=z_dim, img_size=img_size)
+            self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim, img_size=img_size)
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
         self.randn_like = torch.randn_like  # the source of noise
@@ -237,9 +249,9 @@ def train_vae(args):
     with Run(args, make_parser().defaults, quantities, [generate, *schedules(args)]) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load_data)
-            generate.imgs, _ = val_loader.dataset[torch.arange(32)]
+            generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
             pl.seed_everything(args.seed)
-            model = make_vae(args)
+            model = make_vae(args, generate.imgs.shape[-2:])
             if run.is_new:
                 generate.sample_and_save(run.trainer, model, epoch=0)
                 run.trainer.validate(model, val_loader, verbose=False)
@@ -252,24 +264,14 @@ def train_vae(args):
     return run.test_result
 
 
-def make_vae(args):
-    """The untrained VAE that the flags ask for."""
+def make_vae(args, img_size=(28, 28)):
+    """The untrained VAE that the flags ask for, for images of that height and width."""
     objective = args.beta, args.objective, args.train_samples
-    model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr, *objective)
+    model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr, list(img_size), *objective)
     if args.init == "he":
         he_init(model.encoder.net)
         he_init(model.decoder.net)
     return model
-
-
-def load_data(args, download=True, sampler=None):
-    """The loaders of training, validation and test set that the flags ask for; inputs and errors as in bmnist.py."""
-    if args.dataset == "rendered":
-        data = rendered_mnist(args.train_size + NUM_VAL)
-    else:
-        data = load_mnist(args.data_dir, download)
-    batch_size = args.batch_size // (args.devices * args.num_nodes)  # that of each process
-    return data_loaders(*data, batch_size, args.num_workers, args.binarization, args.train_size, sampler)
 
 
 # Each flag's default, what it may be (one of a list, or a number from a smallest one on), and what it means.
@@ -292,13 +294,7 @@ FLAGS = {
         "beta": (1.0, not_negative, "Weight of the KL divergence in what is minimised, not in what is logged"),
         "beta_warmup": (0, 0, "Epochs over which beta rises linearly from 0"),
     },
-    "data": {
-        "dataset": ("mnist", ["mnist", "rendered"], "MNIST, or digits rendered from fonts (not comparable)"),
-        "data_dir": ("../data/", None, "Directory of MNIST, which is in MNIST/raw; downloaded where missing"),
-        "binarization": ("threshold", BINARIZATIONS, "Pixels: intensity above 0.5, or drawn anew for every epoch"),
-        "train_size": (TRAIN_SIZES[0], TRAIN_SIZES, "Number of training images; the 5,000 after them validate"),
-        "num_workers": (0, 0, "Worker processes per data loader; the images are in memory, so 0 is the fastest"),
-    },
+    **DATA_FLAGS,
     **RUN_FLAGS,
 }
 
@@ -312,6 +308,7 @@ def complete_flags(args):
     """Adds the defaults of flags that a Namespace lacks. Raises a FlagError that names a flag of no use."""
     args = make_parser().complete(args)
     check_run_flags(args)
+    complete_dataset(args)
     if args.init == "he" and args.model != "MLP":
         raise FlagError("--init he is for the MLP only: leave it out, or use --model MLP")
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):

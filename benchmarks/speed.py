@@ -36,6 +36,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
 import train_torch
+from data_sources import SOURCES
 from harness import processes, report, run
 from harness.chunks import knows_chunks
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
@@ -393,7 +394,7 @@ def plot(path, rows, title):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
-    parser.add_argument("--dataset", default="mnist", choices=train_pl.FLAGS["data"]["dataset"][1])
+    parser.add_argument("--dataset", default="mnist", choices=SOURCES)
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
     parser.add_argument("--batch_size", default=128, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")

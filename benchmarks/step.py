@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
+from data_sources import SOURCES
 from harness.devices import prepare_cpu, use_fast_layout
 
 KINDS = {
@@ -32,7 +33,7 @@ KINDS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
-    parser.add_argument("--dataset", default="mnist", choices=train_pl.FLAGS["data"]["dataset"][1])
+    parser.add_argument("--dataset", default="mnist", choices=SOURCES)
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
     parser.add_argument("--steps", default=100, type=int, help="Steps without and with the profiler")
     args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))

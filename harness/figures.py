@@ -8,6 +8,7 @@ imports this module first, lest a setting that matplotlib cannot use end the pro
 import contextlib
 import importlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def import_matplotlib():
 with unheard_settings():
     import_matplotlib()
 
-from matplotlib import style  # noqa: E402
+from matplotlib import colormaps, style  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator  # noqa: E402
@@ -172,23 +173,30 @@ def image_table(
 
 
 @plain
-def latent_space(name, points, labels, axis_names, title):
+def latent_space(name, points, labels, axis_names, title, legend="digit"):
     """
-    Draws images as points of a plane, coloured by their digit.
+    Draws images as points of a plane, coloured by their label.
     Inputs:
         name - Where it goes, without the end of a file's name.
-        points, labels - Arrays of shape [N,2] and [N].
+        points, labels - Arrays of shape [N,2] and [N]; of labels that are all negative nothing is said.
         axis_names - Names of the two coordinates.
         title - What is drawn.
+        legend - What the labels are.
     """
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
-    for digit in range(10):
-        x, y = points[labels == digit].T
-        axes.scatter(x, y, s=4, alpha=0.6, linewidths=0, color=f"C{digit}", label=str(digit), rasterized=True)
+    kinds = sorted({int(label) for label in labels})
+    colors = [f"C{kind}" if 0 <= kind < 10 else "black" for kind in kinds]
+    if kinds[-1] > 9:
+        colors = colormaps["turbo"](np.linspace(0, 1, len(kinds)))
+    for kind, color in zip(kinds, colors):
+        x, y = points[labels == kind].T
+        axes.scatter(x, y, s=4, alpha=0.6, linewidths=0, color=color, label=str(kind), rasterized=True)
     axes.set(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", title="digit", markerscale=3)
+    if kinds[-1] >= 0:
+        columns = math.ceil(len(kinds) / 25)
+        figure.legend(loc="outside right upper", title=legend, markerscale=3, ncols=columns)
     save_png_and_pdf(figure, name)
 
 

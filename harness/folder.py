@@ -11,6 +11,7 @@ from harness import checkpoints, report
 from harness.files import UNFINISHED, only_process, read_results, write_text
 from harness.program import CHANGEABLE_FLAGS, UserError, note
 
+CHECKSUM = "dataset_sha256"  # the flag that tells a file of one's own from others
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
 OUR_FLAGS = {"model", "epochs", "run_name", "log_dir"}  # by which the hparams.yaml of a run is told from others
 LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run
@@ -46,10 +47,13 @@ def finished_results(folder, flags, defaults, tell=None):
     if there is None:
         return None
     there = {**defaults, **there}
+    own_file = {flag: there[flag] for flag in [CHECKSUM] if flag in flags and flag in there}  # wherever it is now
     differences = [
-        f"--{flag} was {there[flag]}, is {flags[flag]}"
+        f"--{flag} was {there[flag]}, is {flags[flag]}" if flag != CHECKSUM else "what the file --dataset holds"
         for flag in flags
-        if flag in there and flag not in CHANGEABLE_FLAGS | {"epochs"} and there[flag] != flags[flag]
+        if flag in there
+        and flag not in CHANGEABLE_FLAGS | {"epochs"} | ({"dataset"} if own_file else set())
+        and there[flag] != flags[flag]
     ]
     if differences:
         raise RunError(

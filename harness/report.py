@@ -73,7 +73,7 @@ class EpochReport(Checkpoint):
             "history": self.history,
             "first_step_bpd": self.first_step_bpd,
             "device": self.device,
-            **places_of_data(self.flags["data_dir"], trainer.logger.log_dir),
+            **places_of_data(self.flags, trainer.logger.log_dir),
         }
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
@@ -175,7 +175,7 @@ class EpochReport(Checkpoint):
         train_bpd = self.curve("train_bpd")
         if self.first_step_bpd is not None:
             train_bpd = {0: self.first_step_bpd, **train_bpd}
-        title = f"{self.flags['model']}, {self.flags['z_dim']} latents, {self.flags['dataset']}"
+        title = f"{self.flags['model']}, {self.flags['z_dim']} latents, {os.path.basename(self.flags['dataset'])}"
         if self.flags.get("beta", 1) != 1:
             title += f", trained with beta {self.flags['beta']:g}"
         figures.bpd_curves(path, train_bpd, self.curve("val_bpd"), test_bpd, title)
@@ -203,19 +203,22 @@ class EpochReport(Checkpoint):
         return {row["epoch"]: row[name] for row in self.history if name in row}
 
 
-def places_of_data(data_dir, folder):
+def places_of_data(flags, folder):
     """
     Where a run's data is: as an absolute path, and as one from the run's folder, which holds where both are moved.
     Inputs:
-        data_dir - The flag.
+        flags - Dict of every flag.
         folder - The run's folder.
     Outputs:
-        places - Dict of data_dir and, where the two are on one drive, data_dir_from_run.
+        places - Dict of data_dir and, where the two are on one drive, data_dir_from_run; of a file of one's own also
+            dataset_from_run.
     """
-    data_dir = os.path.realpath(os.path.expanduser(data_dir))
+    data_dir, folder = os.path.realpath(os.path.expanduser(flags["data_dir"])), os.path.realpath(folder)
     places = {"data_dir": data_dir}
     with contextlib.suppress(ValueError):  # Windows
-        places["data_dir_from_run"] = os.path.relpath(data_dir, os.path.realpath(folder))
+        places["data_dir_from_run"] = os.path.relpath(data_dir, folder)
+        if os.path.isabs(flags["dataset"]):
+            places["dataset_from_run"] = os.path.relpath(os.path.realpath(flags["dataset"]), folder)
     return places
 
 

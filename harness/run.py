@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 from harness import checkpoints, chunks, processes, report, slurm, threads
 from harness.devices import FastLayout, has_bf16, pick_device, prepare_cpu
 from harness.files import write_text, written_whole
-from harness.folder import RunError, finished_results, open_folder
+from harness.folder import CHECKSUM, RunError, finished_results, open_folder
 from harness.program import (
     MAKE_ROOM,
     FlagError,
@@ -154,8 +154,12 @@ class Run:
         self.trainer.logger = report.EpochLogger(self.folder)
         self.trainer.logger.set_up_dashboard(self.flags, self.quantities)
         num_processes = self.trainer.world_size
+        images = f"{len(loaders[0].dataset):,} training images"
+        if hasattr(self.args, CHECKSUM):  # of a file, whose sizes nobody knows by heart
+            size = "x".join(map(str, loaders[0].dataset.images.shape[1:]))
+            images += f" of {size}, the last {len(loaders[1].dataset):,} of the file validate"
         self.print(
-            f"{self.args.model} on {self.args.dataset}, {len(loaders[0].dataset):,} training images, on {self.device}"
+            f"{self.args.model} on {self.args.dataset}, {images}, on {self.device}"
             + (f" x {num_processes}" if num_processes > 1 else "")
             + f", in {self.folder}"
             + ("" if self.is_new else f", continued after epoch {self.place.epoch}")

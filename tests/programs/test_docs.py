@@ -9,9 +9,13 @@ import unittest
 from argparse import Namespace
 from unittest import mock
 
+from PIL import Image
+
 import bmnist
+import data_sources
 import evaluate  # noqa: F401 (ahead of the patches)
 import train_pl
+from data_sources import load_file
 from rendered_digits import rendered_mnist
 from tests.helpers import REPOSITORY, SeededTest, results
 
@@ -20,7 +24,7 @@ Z_DIM = 3
 data_loaders = bmnist.data_loaders
 
 
-def load_few_digits(root="../data/", download=True):
+def load_few_digits(root="../data/", download=True, kind="mnist"):
     """In the place of load_mnist: 350 digits of the training set, 150 of the test set."""
     return rendered_mnist(350, 150)
 
@@ -58,7 +62,7 @@ class TestDocs(SeededTest):
         self.addCleanup(patches.close)
         patches.callback(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        for module in [bmnist, train_pl]:
+        for module in [bmnist, data_sources]:
             patches.enter_context(mock.patch.object(module, "load_mnist", load_few_digits))
             patches.enter_context(mock.patch.object(module, "data_loaders", loaders_of_few_digits))
         patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -100,7 +104,11 @@ class TestDocs(SeededTest):
         self.assertTrue((self.folder / "reconstructions.png").exists())
 
     def test_runs(self):
+        (self.folder / "pictures").mkdir()
+        for number, image in enumerate(rendered_mnist(1_200, 1)[0]):
+            Image.fromarray(image.numpy()).convert("RGB").resize((40, 30)).save(f"pictures/{number:04}.png")
         names = self.run_page("docs/runs.md")
+        self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(200, 28, 28), (1_000, 28, 28)])
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)
 

@@ -34,7 +34,7 @@ class TestLoaders(SeededTest):
     def test_signature(self):
         defaults = {p.name: p.default for p in inspect.signature(bmnist.bmnist).parameters.values()}
         expected = {"root": "../data/", "batch_size": 128, "num_workers": 0, "download": True}
-        self.assertEqual(defaults, {**expected, "binarization": "threshold", "train_size": 45_000})
+        self.assertEqual(defaults, {**expected, "binarization": "threshold", "train_size": 45_000, "kind": "mnist"})
 
     def test_splits_and_batches(self):
         data = grey_images()
@@ -58,6 +58,10 @@ class TestLoaders(SeededTest):
             loaders = bmnist.data_loaders(*data, train_size=train_size)
             self.assertTrue(torch.equal(loaders[0].dataset.labels, torch.arange(train_size)))
             self.assertTrue(torch.equal(loaders[1].dataset.labels, torch.arange(train_size, train_size + 5_000)))
+        for num_images, num_val in [(105, 10), (1_000, 100), (58_000, 5_000)]:  # of one's own
+            loaders = bmnist.data_loaders(*(part[:num_images] for part in data), train_size=None)
+            self.assertTrue(torch.equal(loaders[0].dataset.labels, torch.arange(num_images - num_val)))
+            self.assertTrue(torch.equal(loaders[1].dataset.labels, torch.arange(num_images - num_val, num_images)))
         for choice in [dict(train_size=50_000), dict(binarization="half")]:
             with self.assertRaisesRegex(ValueError, "must be one of"):
                 bmnist.data_loaders(*data, **choice)

@@ -385,7 +385,7 @@ class TestFiles(SeededTest):
     def test_command_interrupted(self):
         self.assertEqual(self.command(self.folder, side_effect=KeyboardInterrupt), ("", "bmnist.py: interrupted"))
 
-        def terminate(root):
+        def terminate(root, kind):
             signal.raise_signal(signal.SIGTERM)
 
         with mock.patch.object(sys, "__stderr__", io.StringIO()) as stderr:

@@ -11,7 +11,7 @@ from tests.helpers import SeededTest
 
 class TestCNN(SeededTest):
     def test_signatures(self):
-        expected = {"num_input_channels": 1, "num_filters": 32, "z_dim": 20}
+        expected = {"num_input_channels": 1, "num_filters": 32, "z_dim": 20, "img_size": (28, 28)}
         for network in [CNNEncoder, CNNDecoder]:
             self.assertEqual({p.name: p.default for p in inspect.signature(network).parameters.values()}, expected)
 
@@ -32,6 +32,14 @@ class TestCNN(SeededTest):
             self.assertEqual(decoder.device, torch.device("cpu"))
             self.assertEqual(decoder.to("meta").device, torch.device("meta"))
         self.assertEqual(CNNDecoder(3, z_dim=7)(torch.randn(2, 7)).shape, (2, 3, 28, 28))
+
+    def test_any_size(self):
+        """Of an image, odd or even, small or large; the decoder's means have it again."""
+        for img_size in [(28, 28), (1, 1), (2, 3), (8, 31), (32, 32), (33, 65), (40, 20)]:
+            imgs = torch.randn(2, 1, *img_size)
+            mean, _ = CNNEncoder(1, 4, 7, img_size)(imgs)
+            self.assertEqual(mean.shape, (2, 7))
+            self.assertEqual(CNNDecoder(1, 4, 7, img_size)(mean).shape, imgs.shape)
 
     def test_layers(self):
         def shapes(net, x):
