@@ -57,8 +57,8 @@ class TestTraining(CommandTest):
             "1": dict(setup=functools.partial(use_few_digits, sizes)),
             "2": dict(run=self.run_command, OMP_NUM_THREADS="1", **few_digits(self.folder, sizes)),
         }
-        for seed in ["1", "2", "3"]:
-            flags = ["--accelerator", "cpu", "--hidden_dims", "64", "--epochs", "8", "--seed", seed]
+        for seed, wish in [("1", ""), ("2", "--beta 2 --beta_warmup 3"), ("3", "--objective iwae --train_samples 3")]:
+            flags = ["--accelerator", "cpu", "--hidden_dims", "64", "--epochs", "8", "--seed", seed, *wish.split()]
             bpds = [self.train(*flags, "--devices", devices, **way)[1]["test_bpd"] for devices, way in ways.items()]
             self.assertAlmostEqual(*bpds, delta=0.001)
 
