@@ -17,7 +17,7 @@ def multi_sample_losses(model, imgs):
     """
     The negative ELBO of a batch of images and what is minimised, with several samples of each posterior.
     Inputs:
-        model - A VAE; its hyperparameters objective and train_samples say what is computed, its beta weighs the KL.
+        model - A VAE. Its hyperparameters objective and train_samples say what is computed, and epoch_beta is its beta.
         imgs - Images of shape [B,C,H,W], zeros and ones.
     Outputs:
         L_rec, L_reg - Means of the two losses over the batch and the samples, in nats, see VAE.losses.
@@ -29,7 +29,7 @@ def multi_sample_losses(model, imgs):
     means = L_rec.mean(), KLD(mean, log_std).mean()
     if model.hparams.objective == "iwae":
         return *means, -importance_weighted_bound(log_ratio - L_rec).mean()
-    return *means, means[0] + model.beta * means[1]
+    return *means, means[0] + model.epoch_beta * means[1]
 
 
 def schedules(args):
@@ -64,5 +64,5 @@ class BetaWarmup(pl.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         share = min(trainer.current_epoch / self.num_epochs, 1) if self.num_epochs else 1
-        pl_module.beta.fill_(pl_module.hparams.beta * share)  # in place, as a captured step reads it
-        self.log("train_beta", pl_module.beta)
+        pl_module.epoch_beta.fill_(pl_module.hparams.beta * share)  # in place, as a captured step reads it
+        self.log("train_beta", pl_module.epoch_beta)

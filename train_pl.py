@@ -74,7 +74,7 @@ class VAE(pl.LightningModule):
         # Of the current epoch, in this process: number of images, and sums of the quantities over them.
         self.register_buffer("train_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
         self.register_buffer("val_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
-        self.register_buffer("beta", torch.tensor(float(beta)), persistent=False)  # that of the current epoch
+        self.register_buffer("epoch_beta", torch.tensor(float(beta)), persistent=False)  # the current epoch's
 
     def losses(self, imgs, reduction="none"):
         """
@@ -99,7 +99,7 @@ class VAE(pl.LightningModule):
         if self.hparams.train_samples > 1:
             return multi_sample_losses(self, imgs)
         L_rec, L_reg = self.losses(imgs, reduction="mean")
-        return L_rec, L_reg, L_rec + self.beta * L_reg  # with one sample, the bound is the ELBO, and beta is 1
+        return L_rec, L_reg, L_rec + self.epoch_beta * L_reg  # with one sample, the bound is the ELBO, and beta is 1
 
     def forward(self, imgs):
         """

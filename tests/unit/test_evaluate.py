@@ -323,7 +323,7 @@ class TestWhatPicturesShow(EvaluateTest):
 
     def test_latent_space(self):
         """On the first two principal components."""
-        points, _, names, _ = self.drawn["latent_space"]
+        points, _, names, *_ = self.drawn["latent_space"]
         centred = self.means - self.means.mean(dim=0)
         _, _, v = torch.linalg.svd(centred)
         torch.testing.assert_close(points.abs(), (centred @ v[:2].T).abs(), atol=1e-4, rtol=1e-4)
@@ -385,7 +385,7 @@ class TestChoices(EvaluateTest):
         checkpoint = self.trained()
         for choices, message in [
             (dict(iw_samples=0), "--iw_samples must be at least 1, got 0"),
-            (dict(dataset="faces"), "--dataset must be one of mnist, rendered"),
+            (dict(dataset="faces"), "--dataset must be one of mnist, fashion"),
             (dict(accelerator="tpu"), "--accelerator must be one of"),
         ]:
             with self.assertRaisesRegex(FlagError, message):

@@ -27,7 +27,7 @@ def small_vae(objective, train_samples, beta=1.0):
     vae = nn.Module()
     vae.encoder, vae.decoder = MLPEncoder(input_dim=6, hidden_dims=[8], z_dim=2), decoder
     vae.hparams = types.SimpleNamespace(objective=objective, train_samples=train_samples)
-    vae.randn_like, vae.beta = torch.randn_like, torch.tensor(beta, dtype=torch.float64)
+    vae.randn_like, vae.epoch_beta = torch.randn_like, torch.tensor(beta, dtype=torch.float64)
     return vae.double()
 
 

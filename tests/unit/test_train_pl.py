@@ -88,7 +88,7 @@ class TestVAE(SeededTest):
 
     def test_hyperparameters_and_optimizer(self):
         for model in self.models(lr=0.03):
-            own = {"beta", "objective", "train_samples"}  # beside the assignment's
+            own = {"img_size", "beta", "objective", "train_samples"}  # beside the assignment's
             self.assertEqual(set(model.hparams) - own, {"model_name", "hidden_dims", "num_filters", "z_dim", "lr"})
             optimizer = model.configure_optimizers()
             self.assertIsInstance(optimizer, torch.optim.Adam)
