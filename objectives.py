@@ -65,4 +65,4 @@ class BetaWarmup(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         share = min(trainer.current_epoch / self.num_epochs, 1) if self.num_epochs else 1
         pl_module.epoch_beta.fill_(pl_module.hparams.beta * share)  # in place, as a captured step reads it
-        self.log("train_beta", pl_module.epoch_beta)
+        self.log("train_beta", pl_module.epoch_beta, sync_dist=True)  # the same in all processes
