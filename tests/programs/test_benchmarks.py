@@ -29,6 +29,19 @@ class TestBenchmarks(CommandTest):
         self.assertGreater(measured["whole_run"]["process"], measured["whole_run"]["fit"])
         self.assertGreater(min(measured["start"]["first step"]), 1)
 
+    def test_step(self):
+        """Where the time of the steps goes, in full."""
+        variables = few_digits(self.folder, (6400, 200, 200))
+        for model in ["MLP", "CNN"]:
+            flags = ["--dataset", "rendered", "--steps", "3", "--model", model]
+            code, stdout, _ = self.run_command("benchmarks/step.py", *flags, **variables)  # torch's profiler talks
+            first, *rows = stdout.splitlines()
+            self.assertEqual(code, 0)
+            self.assertRegex(first, rf"^{model}: \d+\.\d\d ms per step, median of 3, \d+ threads$")
+            shares = {row[:22].strip(): int(row.split()[-1].rstrip("%")) for row in rows}
+            self.assertAlmostEqual(sum(shares.values()), 100, delta=len(shares))
+            self.assertIn("convolutions" if model == "CNN" else "matrix products", shares)
+
     def test_gpu(self):
         """Here, of a machine without one: what needs it is left out, with a word."""
         variables = {"CUDA_VISIBLE_DEVICES": "", **few_digits(self.folder, (6400, 200, 200))}
