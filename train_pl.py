@@ -31,7 +31,7 @@ QUANTITIES = {
 
 
 class VAE(pl.LightningModule):
-    _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums"]  # of several processes, each keeps its own sums
+    _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums", "epoch_beta"]  # each process has its own
 
     def __init__(
         self,
