@@ -198,7 +198,9 @@ def trained_with(path, run, args):
         flags = {name: value for name, value in (kept.get("flags") or {}).items() if name in known}
         if args.dataset:
             flags["dataset"] = args.dataset
-        elif "dataset_from_run" in kept and os.path.exists(moved := os.path.join(run, str(kept["dataset_from_run"]))):
+        elif "dataset_from_run" in kept and os.path.exists(
+            moved := os.path.join(os.path.realpath(run), str(kept["dataset_from_run"]))
+        ):
             flags["dataset"] = moved
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError) as error:
