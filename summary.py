@@ -62,7 +62,7 @@ def by_setting(results):
     flags = [
         name
         for name in dict.fromkeys(name for run in results for name in run["hyperparameters"])
-        if name not in CHANGEABLE_FLAGS | {"seed", "dataset_sha256"}
+        if name not in CHANGEABLE_FLAGS | {"seed"}
     ]
     defaults = {}
     if any(name not in run["hyperparameters"] for name in flags for run in results):  # an older version lacks some
