@@ -1,5 +1,6 @@
 """Where images come from: one table of sources, or a file of one's own."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -64,7 +65,21 @@ def complete_dataset(args):
     vars(args).pop("dataset_sha256", None)  # of another run's flags
     if is_file(args.dataset):
         args.dataset = os.path.abspath(os.path.expanduser(args.dataset))
-        args.dataset_sha256 = hashlib.sha256(read(args.dataset)).hexdigest()
+        args.dataset_sha256 = checksum(args.dataset)
+
+
+def checksum(path):
+    """The SHA-256 checksum of a file. Raises a DataError where it cannot be read."""
+    return hashlib.sha256(read(path)).hexdigest()
+
+
+def find_file(paths, sha256):
+    """The first one of paths where a file of that checksum is; None where there is none."""
+    for path in paths:
+        with contextlib.suppress(DataError):
+            if checksum(path) == sha256:
+                return path
+    return None
 
 
 def load_data(args, download=True, sampler=None):
@@ -135,8 +150,8 @@ def what_is_wrong(arrays):
             return f"its {name} is {images.dtype} of shape {list(images.shape)}, and must be uint8 of shape [N,H,W]"
         if len(images) < MIN_IMAGES:
             return f"its {name} has {len(images)} images, and must have {MIN_IMAGES} or more"
-        if images.max() <= 1:
-            return f"no pixel of its {name} is above 1: intensities go from 0 to 255, white being 255"
+        if images.max() <= 127:
+            return f"no pixel of its {name} is above 127: intensities go from 0 to 255, white being 255"
     train, test = arrays["train_images"], arrays["test_images"]
     if train.shape[1:] != test.shape[1:]:
         return f"its images are of {size(train)} and of {size(test)} pixels, and must all be of one size"

@@ -19,12 +19,11 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
-from data_sources import load_data
+from data_sources import KINDS, find_file, load_data
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
 from harness.files import write_text
-from harness.folder import CHECKSUM
-from harness.program import FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
+from harness.program import CHECKSUM, FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
@@ -101,7 +100,7 @@ def evaluate(
     except OSError as error:
         if args.data_dir is not None or CHECKSUM in vars(flags):
             raise
-        raise UserError(f"{error} (--data_dir says where MNIST is now)") from error
+        raise UserError(f"{error} (--data_dir says where it is now)") from error
     img_size, trained_size = list(test_set.images.shape[1:]), list(model.hparams.get("img_size", [28, 28]))
     if img_size != trained_size:
         raise UserError(f"{flags.dataset} has images of {img_size} pixels, {checkpoint} is for those of {trained_size}")
@@ -198,10 +197,9 @@ def trained_with(path, run, args):
         flags = {name: value for name, value in (kept.get("flags") or {}).items() if name in known}
         if args.dataset:
             flags["dataset"] = args.dataset
-        elif "dataset_from_run" in kept and os.path.exists(
-            moved := os.path.join(os.path.realpath(run), str(kept["dataset_from_run"]))
-        ):
-            flags["dataset"] = moved
+        elif CHECKSUM in (kept.get("flags") or {}):
+            places = [os.path.join(os.path.realpath(run), str(kept.get("dataset_from_run"))), flags["dataset"]]
+            flags["dataset"] = find_file(places, kept["flags"][CHECKSUM]) or flags["dataset"]
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
@@ -209,25 +207,27 @@ def trained_with(path, run, args):
         raise UserError(
             f"{flags.dataset} has changed since the training: give --dataset to evaluate on it all the same"
         )
-    flags.data_dir = args.data_dir or data_dir_of(run, kept, flags.data_dir)
+    flags.data_dir = args.data_dir or data_dir_of(run, kept, flags.data_dir, flags.dataset)
     epoch = checkpoint.get("epoch")
     return flags, epoch + 1 if isinstance(epoch, int) else None
 
 
-def data_dir_of(run, kept, data_dir):
+def data_dir_of(run, kept, data_dir, dataset="mnist"):
     """
     Where the data of a training is now.
     Inputs:
         run - Path of the run's folder, which may have been moved since, with the data or without.
         kept - Dict of what the checkpoint keeps of the run.
         data_dir - The flag as it was given, to be taken where nothing is to be found.
+        dataset - The flag: what it is that data_dir holds.
     Outputs:
-        data_dir - Path of the first one of these that holds MNIST, or else that exists.
+        data_dir - Path of the first one of these that holds it, or else that exists.
     """
     kept = {name: place for name, place in kept.items() if isinstance(place, str)}
     from_run = [os.path.join(os.path.realpath(run), kept["data_dir_from_run"])] if "data_dir_from_run" in kept else []
     places = [*from_run, kept.get("data_dir", data_dir), os.path.expanduser(data_dir)]
-    existing = [place for content in ["MNIST", ""] for place in places if os.path.isdir(os.path.join(place, content))]
+    content = KINDS[dataset].__name__ if dataset in KINDS else ""
+    existing = [place for name in [content, ""] for place in places if os.path.isdir(os.path.join(place, name))]
     return os.path.normpath(existing[0]) if existing else data_dir
 
 

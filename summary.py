@@ -4,7 +4,7 @@ import os
 from statistics import mean, stdev
 
 from harness.files import BPDS, read_results
-from harness.program import CHANGEABLE_FLAGS, FlagError, Parser, UserError, ending, note, one_line, say
+from harness.program import CHANGEABLE_FLAGS, CHECKSUM, FlagError, Parser, UserError, ending, note, one_line, say
 
 PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
@@ -59,17 +59,19 @@ def by_setting(results):
         groups - Dict from a setting, such as 'z_dim 2, lr 0.001', to its list of results; it names the flags that are
             not the same in all runs.
     """
+    names_of_files = {}
+    hyperparameters = [with_file_named(run["hyperparameters"], names_of_files) for run in results]
     flags = [
         name
-        for name in dict.fromkeys(name for run in results for name in run["hyperparameters"])
+        for name in dict.fromkeys(name for of_run in hyperparameters for name in of_run)
         if name not in CHANGEABLE_FLAGS | {"seed"}
     ]
     defaults = {}
-    if any(name not in run["hyperparameters"] for name in flags for run in results):  # an older version lacks some
+    if any(name not in of_run for name in flags for of_run in hyperparameters):  # an older version lacks some
         from train_pl import make_parser  # only now, since torch would delay the table
 
         defaults = make_parser().defaults
-    values = {name: [run["hyperparameters"].get(name, defaults.get(name)) for run in results] for name in flags}
+    values = {name: [of_run.get(name, defaults.get(name)) for of_run in hyperparameters] for name in flags}
     varied = [name for name in flags if any(value != values[name][0] for value in values[name])]
     groups = {}
     rows = zip(results, *(values[name] for name in varied))
@@ -77,6 +79,21 @@ def by_setting(results):
         name = ", ".join(f"{name} {as_typed(value)}" for name, value in zip(varied, setting)) or "all runs"
         groups.setdefault(name, []).append(run)
     return groups
+
+
+def with_file_named(hyperparameters, names):
+    """
+    Flags of a run whose dataset, where it is a file of one's own, is the file's name and the start of its checksum.
+    Inputs:
+        hyperparameters - Dict of the flags, which is left as it is.
+        names - Dict of the names by checksum, which is completed: a file that was renamed keeps its first one.
+    """
+    if CHECKSUM not in hyperparameters:
+        return hyperparameters
+    flags = dict(hyperparameters)
+    checksum = str(flags.pop(CHECKSUM))
+    name = f"{os.path.basename(str(flags.get('dataset')))} ({checksum[:8]})"
+    return {**flags, "dataset": names.setdefault(checksum, name)}
 
 
 def sort_key(value):

@@ -9,9 +9,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from harness import checkpoints, report
 from harness.files import UNFINISHED, only_process, read_results, write_text
-from harness.program import CHANGEABLE_FLAGS, UserError, note
+from harness.program import CHANGEABLE_FLAGS, CHECKSUM, UserError, note
 
-CHECKSUM = "dataset_sha256"  # the flag that tells a file of one's own from others
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
 OUR_FLAGS = {"model", "epochs", "run_name", "log_dir"}  # by which the hparams.yaml of a run is told from others
 LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run

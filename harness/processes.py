@@ -148,7 +148,7 @@ def rank_zero_first(trainer):
         yield
 
 
-def shared(trainer, result, error):
+def shared(trainer, result, error=None):
     """What the first process has as its result, in all of them; or the end of all, if it has an error instead."""
     result, error = trainer.strategy.broadcast((result, error))
     if error is not None:

@@ -214,11 +214,13 @@ def places_of_data(flags, folder):
             dataset_from_run.
     """
     data_dir, folder = os.path.realpath(os.path.expanduser(flags["data_dir"])), os.path.realpath(folder)
+    file_folder, file_name = os.path.split(flags["dataset"])
     places = {"data_dir": data_dir}
     with contextlib.suppress(ValueError):  # Windows
         places["data_dir_from_run"] = os.path.relpath(data_dir, folder)
-        if os.path.isabs(flags["dataset"]):
-            places["dataset_from_run"] = os.path.relpath(os.path.realpath(flags["dataset"]), folder)
+        if file_folder:
+            file = os.path.join(os.path.realpath(file_folder), file_name)  # which may itself be a link
+            places["dataset_from_run"] = os.path.relpath(file, folder)
     return places
 
 

@@ -22,8 +22,9 @@ from torchvision.utils import save_image
 from harness import checkpoints, chunks, processes, report, slurm, threads
 from harness.devices import FastLayout, has_bf16, pick_device, prepare_cpu
 from harness.files import write_text, written_whole
-from harness.folder import CHECKSUM, RunError, finished_results, open_folder
+from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
+    CHECKSUM,
     MAKE_ROOM,
     FlagError,
     NoRoomError,
@@ -143,6 +144,11 @@ class Run:
             raise RunError(
                 "load_data must make the training loader's sampler by the function `sampler` that it is given"
             )
+        sha256 = vars(self.args).get(CHECKSUM)
+        if sha256 != processes.shared(self.trainer, sha256):
+            raise RunError(f"--dataset {self.args.dataset} is another file here than in the first process")
+        if len(loaders[1].dataset) < self.trainer.world_size:
+            raise RunError(f"{len(loaders[1].dataset)} validation images are too few for --devices and --num_nodes")
         if self.args.num_workers:
             check_shared_memory(self.args.num_workers, loaders[0])
         # Only now that nothing else can be wrong.
@@ -157,7 +163,7 @@ class Run:
         images = f"{len(loaders[0].dataset):,} training images"
         if hasattr(self.args, CHECKSUM):  # of a file, whose sizes nobody knows by heart
             size = "x".join(map(str, loaders[0].dataset.images.shape[1:]))
-            images += f" of {size}, the last {len(loaders[1].dataset):,} of the file validate"
+            images += f" of {size}, the {len(loaders[1].dataset):,} after them validate"
         self.print(
             f"{self.args.model} on {self.args.dataset}, {images}, on {self.device}"
             + (f" x {num_processes}" if num_processes > 1 else "")

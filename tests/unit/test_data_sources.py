@@ -1,8 +1,12 @@
 """Tests of data_sources.py, and of runs on one's own images: `python -m unittest tests/unit/test_data_sources.py`."""
 
+import contextlib
 import gzip
+import io
 import os
+import shutil
 import unittest
+import zipfile
 from unittest import mock
 
 import numpy as np
@@ -12,8 +16,9 @@ import train_pl
 from bmnist import DataError
 from data_sources import load_data, load_file
 from evaluate import evaluate
+from harness import processes
 from harness.folder import RunError
-from harness.program import UserError
+from harness.program import CHECKSUM, UserError
 from rendered_digits import rendered_digits
 from tests.helpers import NamedRunTest, load, metrics, results
 
@@ -43,15 +48,21 @@ class TestFile(FileTest):
         self.assertTrue(torch.equal(train_labels, torch.arange(200) % 7))
         self.assertTrue(torch.equal(test_labels, torch.arange(100)))
         self.assertEqual((train_images.dtype, test_labels.dtype), (torch.uint8, torch.int64))
-        np.savez_compressed(path, train_images=images(200), test_images=images(100))
-        self.assertEqual(load_file(str(path))[1].unique().tolist(), [-1])
+        np.savez_compressed(path, train_images=np.asfortranarray(images(200)), test_images=images(100)[::-1])
+        train_images, train_labels, test_images, _ = load_file(str(path))
+        self.assertEqual(train_labels.unique().tolist(), [-1])
+        self.assertTrue(torch.equal(train_images, torch.from_numpy(images(200))))
+        self.assertTrue(torch.equal(test_images, torch.from_numpy(images(100)).flip(0)))
+        self.assertTrue(train_images.is_contiguous())  # SampledImages draws its pixels in place
 
     def test_splits(self):
         """The last tenth validates; as many images as MNIST's have its splits."""
         args = train_pl.complete_flags(self.namespace(dataset=str(self.write())))
         self.assertEqual([len(loader.dataset) for loader in load_data(args)], [180, 20, 100])
         args.dataset = str(
-            self.write(train_images=np.full((60_000, 2, 2), 200, np.uint8), test_images=images(100, 2, 2))
+            self.write(
+                train_images=np.full((60_000, 2, 2), 200, np.uint8), test_images=np.full((100, 2, 2), 200, np.uint8)
+            )
         )
         self.assertEqual([len(loader.dataset) for loader in load_data(args)], [45_000, 5_000, 100])
         args.train_size = 55_000
@@ -67,7 +78,7 @@ class TestFile(FileTest):
             ({"train_images": images(200)[:, :0]}, r"of shape \[200, 0, 14\]"),
             ({"train_images": images(99)}, "train_images has 99 images, and must have 100 or more"),
             ({"test_images": images(7)}, "test_images has 7 images"),
-            ({"train_images": images(200) // 255}, "no pixel of its train_images is above 1"),
+            ({"train_images": images(200) // 2}, "no pixel of its train_images is above 127"),
             ({"test_images": images(100, 20, 20)}, "of 20x14 and of 20x20 pixels"),
             ({"train_labels": np.arange(200)}, "labels of one part alone"),
             ({"train_labels": np.arange(9), "test_labels": np.arange(100)}, r"train_labels is int64 of shape \[9\]"),
@@ -90,6 +101,11 @@ class TestFile(FileTest):
         ]:
             path.write_bytes(broken)
             with self.assertRaisesRegex(DataError, "own.npz is no .npz file of plain arrays"):
+                load_file(str(path))
+        for member in [b"", b"text", b"\x93NUMPY\1\0\x76\0{'descr': 'uint8'}", b"\x93NUMPY\1\0\x76\0" + bytes(118)]:
+            with zipfile.ZipFile(path, "w") as file:
+                file.writestr("train_images.npy", member)
+            with self.assertRaisesRegex(DataError, "own.npz is (no .npz file of plain arrays|of no use)"):
                 load_file(str(path))
         np.save(self.folder / "array.npy", images(200))
         (self.folder / "array.npy").rename(path)
@@ -129,7 +145,7 @@ class TestRuns(FileTest):
             path = self.write(f"{model}{z_dim}.npz", **arrays)
             _, output = self.train(model=model, z_dim=z_dim, epochs=1, dataset=str(path), run_name=path.stem)
             self.assertIn(
-                f"{model} on {path}, 180 training images of 20x14, the last 20 of the file validate, on cpu", output
+                f"{model} on {path}, 180 training images of 20x14, the 20 after them validate, on cpu", output
             )
             run = self.folder / path.stem
             left, folder = evaluate(run / "checkpoints" / "best.ckpt", iw_samples=2, accelerator="cpu")
@@ -179,6 +195,50 @@ class TestRuns(FileTest):
             (self.folder / name).rename(self.folder / "elsewhere" / name)
         left, _ = evaluate(self.folder / "elsewhere/run/checkpoints/best.ckpt", iw_samples=2, accelerator="cpu")
         self.assertEqual(left["test_images"], 100)
+
+    def test_file_by_a_link(self):
+        """Of any name; and another file in its first place does not hide it where it is now."""
+        file = self.write().rename(self.folder / "content")
+        (self.folder / "data").mkdir()
+        (self.folder / "data" / "link.npz").symlink_to(file)
+        self.train(epochs=1, dataset=str(self.folder / "data" / "link.npz"))
+        self.assertEqual(self.evaluate()[0]["test_images"], 100)
+        for name in ["data", "run"]:
+            shutil.copytree(self.folder / name, self.folder / "elsewhere" / name, symlinks=True)
+        (self.folder / "data" / "link.npz").unlink()
+        checkpoint = self.folder / "elsewhere" / "run" / "checkpoints" / "best.ckpt"
+        self.assertEqual(evaluate(checkpoint, iw_samples=2, accelerator="cpu")[0]["test_images"], 100)
+        (self.folder / "elsewhere" / "data" / "link.npz").unlink()
+        self.write("elsewhere/data/link.npz", test_images=images(130))
+        (self.folder / "data" / "link.npz").symlink_to(file)
+        self.assertEqual(evaluate(checkpoint, iw_samples=2, accelerator="cpu")[0]["test_images"], 100)
+
+    def test_flags_of_another_run(self):
+        """Their checksum is not that of this one's data."""
+        args = train_pl.complete_flags(self.namespace(dataset="rendered"))
+        args.dataset_sha256 = "0" * 64
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertNotIn(CHECKSUM, vars(train_pl.complete_flags(args)))
+            args.dataset = str(self.write())
+            self.assertNotEqual(train_pl.complete_flags(args).dataset_sha256, "0" * 64)
+
+    def test_several_processes(self):
+        """Of one run, they read the same content, and each has an image to validate."""
+
+        def shared(trainer, result, error=None):
+            return "another" if isinstance(result, str) else result
+
+        with mock.patch.object(processes, "shared", shared), self.assertRaisesRegex(RunError, "is another file here"):
+            self.train(epochs=1, dataset=str(self.write()))
+        loaders = load_data(train_pl.complete_flags(self.namespace(dataset=str(self.write()))))
+        loaders[1].dataset.labels = loaders[1].dataset.labels[:0]
+        loaders[0].sampler.set_epoch = None
+        with (
+            mock.patch.object(train_pl, "load_data", lambda *_, **__: loaders),
+            self.assertRaisesRegex(RunError, "0 validation images are too few"),
+        ):
+            self.train(epochs=1)
+        self.assertFalse(self.run_folder().exists())
 
 
 if __name__ == "__main__":

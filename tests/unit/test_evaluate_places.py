@@ -111,6 +111,11 @@ class TestPlaces(SeededTest):
         ]:
             self.assertEqual(Path(evaluate.data_dir_of(run, kept, there["flag"])).name, expected, kept)
         self.assertEqual(evaluate.data_dir_of(run, {"data_dir": there["empty"]}, "nothing"), there["empty"])
+        self.make("fashion/FashionMNIST/raw/x")
+        fashion = str(self.folder / "fashion")
+        for dataset, expected in [("fashion", fashion), ("mnist", there["was"]), ("kmnist", there["was"])]:
+            place = evaluate.data_dir_of(run.parent, {"data_dir": there["was"]}, fashion, dataset)
+            self.assertEqual(place, expected)
         self.assertEqual(evaluate.data_dir_of(run, {"data_dir": "/nowhere"}, "../data"), "../data")
 
 

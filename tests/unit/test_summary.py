@@ -54,6 +54,21 @@ class TestSummary(SeededTest):
         lines = self.summary(self.folder / "job_7_1", self.folder / "job_7_2", self.folder / "job_7_2")
         self.assertRegex(lines[1], "^all runs +2 ")  # a folder that was named twice counts once
 
+    def test_files_of_ones_own(self):
+        """By name and content; one that was renamed is the same, and torch is not needed to say what others are."""
+        for name, bpd, flags in [
+            ("a", 0.1, {"dataset": "/x/own.npz", "dataset_sha256": "a" * 64}),
+            ("b", 0.3, {"dataset": "/y/renamed.npz", "dataset_sha256": "a" * 64}),
+            ("c", 0.4, {"dataset": "/x/own.npz", "dataset_sha256": "c" * 64}),
+            ("d", 0.5, {"dataset": "mnist"}),
+        ]:
+            self.add_run(name, bpd, **flags)
+        with mock.patch.dict(sys.modules, train_pl=None):
+            lines = self.summary(self.folder)
+        self.assertRegex(lines[1], r"dataset mnist +1 +0\.5000")
+        self.assertRegex(lines[2], r"dataset own\.npz \(aaaaaaaa\) +2 +0\.2000")
+        self.assertRegex(lines[3], r"dataset own\.npz \(cccccccc\) +1 +0\.4000")
+
     def test_flags_of_newer_versions(self):
         """A run of an older version was trained with their defaults."""
         self.add_run("old", 0.2)
