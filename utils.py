@@ -79,7 +79,7 @@ def log_prior_ratio(z, eps, log_std):
     return ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)  # their factors of 2 pi cancel
 
 
-def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.randn_like, chunk_size=8192):
+def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.randn_like, chunk_size=2**23):
     """
     The terms of bounds of log p(x) with K samples z_k of the posterior per image, for training: with gradients.
     Inputs:
@@ -88,8 +88,8 @@ def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.r
         decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
         num_samples - K.
         randn_like - The source of the noise, see sample_reparameterize.
-        chunk_size - Number of images that are decoded at once, at least B of them. Where there are more, they are
-            decoded again for the gradients, one chunk after the other: it bounds the memory, whatever K is.
+        chunk_size - Number of pixels that are decoded at once, at least those of B images. Where there are more, they
+            are decoded again for the gradients, one chunk after the other: it bounds the memory, whatever K is.
     Outputs:
         L_rec - Tensor of shape [B,K], -log p(x|z_k), in nats.
         log_ratio - Tensor of shape [B,K], log p(z_k) - log q(z_k|x), in nats.
@@ -103,7 +103,7 @@ def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.r
         x = imgs.unsqueeze(1).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(start_dim=2).sum(dim=-1)
 
-    chunks = z.split(max(chunk_size // len(imgs), 1), dim=1)
+    chunks = z.split(max(chunk_size // imgs.numel(), 1), dim=1)
     if len(chunks) > 1:
         # A CUDA graph under capture does not tell the state of its random numbers; our decoders draw none.
         is_captured = z.is_cuda and torch.cuda.is_current_stream_capturing()

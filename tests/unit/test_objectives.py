@@ -126,7 +126,7 @@ class TestLosses(SeededTest):
             handle.remove()
             return loss, gradient, sum(kept), max(decoded)
 
-        whole, chunked = losses(100, chunk_size=1_000), losses(100, chunk_size=64)
+        whole, chunked = (losses(100, chunk_size=number * imgs[0].numel()) for number in [1_000, 64])
         torch.testing.assert_close(whole[:2], chunked[:2])
         self.assertEqual((whole[3], chunked[3]), (1_000, 60))
         self.assertLess(chunked[2], whole[2] / 3)  # latents and weights are left, of each sample 8 numbers
