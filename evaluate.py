@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
 from data_sources import KINDS, find_file, load_data
+from harness import explorer
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
 from harness.files import write_text
@@ -32,6 +33,7 @@ BATCH_SIZE = 100  # test images at a time
 # Images that are decoded at a time: a GPU wants more work than the caches of a CPU hold. Halved where memory is short.
 CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}
 RESULTS = "evaluation.json"
+EXPLORER = "explorer.html"
 PICTURES = ["reconstructions", "interpolations", "traversals", "samples", "sample_means", "manifold", "latent_space"]
 
 
@@ -47,6 +49,7 @@ FLAGS = {
             TRAINING_FLAGS["devices"]["accelerator"][1],
             "Device; auto takes a GPU if there is one",
         ),
+        "no_explorer": (False, None, f"Leave {EXPLORER} out"),
         "progress_bar": (False, None, "Show a progress bar"),
     },
     "a checkpoint that holds nothing but weights, such as that of train_torch.py": {
@@ -62,6 +65,7 @@ def evaluate(
     iw_samples=1000,
     out=None,
     accelerator="auto",
+    no_explorer=False,
     progress_bar=False,
     **hyperparameters,
 ):
@@ -75,6 +79,7 @@ def evaluate(
         iw_samples - Number of samples per image of the importance-weighted log p(x).
         out - Folder for evaluation.json and the pictures; if None, `evaluation` in the run's folder.
         accelerator - "auto" (a GPU where there is one), "cpu" or "gpu".
+        no_explorer - If True, explorer.html is left out.
         progress_bar - If True, a progress bar is shown.
         hyperparameters - Of a checkpoint that holds nothing but weights: model, z_dim, hidden_dims, num_filters.
     Outputs:
@@ -87,7 +92,7 @@ def evaluate(
     prepare_cpu()
     torch.backends.cudnn.deterministic = True  # as in training
     given = dict(dataset=dataset, data_dir=data_dir, iw_samples=iw_samples, out=out)
-    given.update(accelerator=accelerator, progress_bar=progress_bar, **hyperparameters)
+    given.update(accelerator=accelerator, no_explorer=no_explorer, progress_bar=progress_bar, **hyperparameters)
     args = make_parser().complete(argparse.Namespace(**given))
     checkpoint = Path(checkpoint).expanduser()
     device = torch.device(pick_device(args.accelerator))
@@ -128,7 +133,19 @@ def evaluate(
         # Before the pictures, so that none of them can cost it.
         write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
         imgs, labels = test_set[torch.arange(len(test_set))]
-        pictures(folder, model, imgs, labels, means, "digit" if flags.dataset in ["mnist", "rendered"] else "label")
+        legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
+        pictures(folder, model, imgs, labels, means, legend)
+        (folder / EXPLORER).unlink(missing_ok=True)
+        if not no_explorer:
+            with optional(f"writing {folder / EXPLORER}"):
+                points = dict(
+                    zip(["places", "axes", "center", "directions"], plane(means, labels, legend)), labels=labels
+                )
+                about = {"run": os.path.basename(os.path.realpath(run)), "legend": legend}
+                about["dataset"] = os.path.basename(flags.dataset)  # nobody else's business where
+                explorer.write_explorer(
+                    folder / EXPLORER, model.encoder, model.decoder, imgs, means, points, {**results, **about}
+                )
     return results, folder
 
 
@@ -234,7 +251,7 @@ def data_dir_of(run, kept, data_dir, dataset="mnist"):
 def prepare(folder):
     """Makes the folder of the results. Raises a UserError where it cannot be written, or holds files of others."""
     results = folder / RESULTS
-    files = [RESULTS, *(f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"])]
+    files = [RESULTS, EXPLORER, *(f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"])]
     there = [name for name in files if os.path.lexists(folder / name)]
     text = results.read_text(encoding="utf-8", errors="replace") if results.is_file() else "another's"
     if there and not re.match(r'\0*\Z|\{\s*"checkpoint":', text):  # after a crash it may be empty
@@ -390,9 +407,9 @@ def pictures(folder, model, imgs, labels, means, legend="digit"):
         )
 
     def latent_space(path):
-        points, names = plane(means, labels, legend)
+        places, axes, *_ = plane(means, labels, legend)
         title = f"Posterior means of the {len(labels):,} test images, {z_dim} latents"
-        figures.latent_space(path, points, labels, names, title, legend)
+        figures.latent_space(path, places, labels, axes, title, legend)
 
     drawings = [reconstructions, interpolations, traversals, samples, sample_means, manifold, latent_space]
     for name in PICTURES:
@@ -405,21 +422,32 @@ def pictures(folder, model, imgs, labels, means, legend="digit"):
 
 def plane(means, labels, legend="digit"):
     """
-    Two coordinates for each posterior mean [N,D], as a tensor [N,2], and their names: the latents themselves where
-    there are two, the first two principal components where there are more; a single latent is drawn over the label,
-    whose name is the legend's.
+    The plane on which test images are shown: of the latents themselves where there are two, of the first two principal
+    components where there are more; a single latent is shown over the label.
+    Inputs:
+        means - Tensor of shape [N,D], the means of the posteriors.
+        labels - Tensor of shape [N].
+        legend - What the labels are.
+    Outputs:
+        places - Tensor of shape [N,2], where each image is.
+        axes - Names of the two coordinates.
+        center, directions - Tensors of shape [D] and [D,2]: latents z are at (z - center) @ directions.
     """
-    if means.shape[1] == 1:
-        return torch.stack([means[:, 0], labels.float()], dim=1), ["$z_0$", legend]
-    if means.shape[1] == 2:
-        return means, ["$z_0$", "$z_1$"]
-    variances, directions = torch.linalg.eigh(means.T.double().cov())  # in ascending order
-    first_two = directions[:, [-1, -2]].float()
-    shares = variances[[-1, -2]] / variances.sum()
-    return (means - means.mean(dim=0)) @ first_two, [
-        f"{order} principal component ({share:.0%} of the variance)"
-        for order, share in zip(["first", "second"], shares)
-    ]
+    z_dim = means.shape[1]
+    if z_dim <= 2:
+        center, directions, axes = torch.zeros(z_dim), torch.eye(z_dim, 2), ["$z_0$", "$z_1$"]
+    else:
+        variances, components = torch.linalg.eigh(means.T.double().cov())  # in ascending order
+        center, directions = means.mean(dim=0), components[:, [-1, -2]].float()
+        shares = variances[[-1, -2]] / variances.sum()
+        axes = [
+            f"{order} principal component ({share:.0%} of the variance)"
+            for order, share in zip(["first", "second"], shares)
+        ]
+    places = (means - center) @ directions
+    if z_dim == 1:
+        places[:, 1], axes[1] = labels, legend
+    return places, axes, center, directions
 
 
 def make_parser():

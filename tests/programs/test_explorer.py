@@ -1,0 +1,425 @@
+"""explorer.html in a real browser: `python -m unittest tests/programs/test_explorer.py`."""
+
+import base64
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import unittest
+
+import torch
+
+from bmnist import binarize
+from evaluate import plane
+from harness import explorer
+from rendered_digits import rendered_digits
+from tests.helpers import CommandTest
+from train_pl import VAE
+from utils import active_units
+
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+NO_CHROMIUM = "there is no Chromium here (Debian: apt install chromium)"
+TIMEOUT = 60  # seconds
+
+
+class Browser(contextlib.ExitStack):
+    """
+    A headless Chromium with one page, which is told what to do in the Chrome DevTools Protocol over a pipe
+    (https://chromedevtools.github.io/devtools-protocol/): JSON, each message ended by a zero byte. `requests` are the
+    addresses that the page asked for, `errors` what it wrote to the console, and what it threw.
+    """
+
+    def __init__(self, *flags):
+        super().__init__()
+        self.number, self.requests, self.errors, self.unread, self.is_down = 0, [], [], b"", False
+        folder = self.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        for_browser, self.to_browser = os.pipe()
+        self.from_browser, of_browser = os.pipe()
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *flags]
+        self.process = subprocess.Popen(
+            ["sh", "-c", f'exec "$@" 3<&{for_browser} 4>&{of_browser}', "sh", *command, f"--user-data-dir={folder}"],
+            pass_fds=[for_browser, of_browser],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.callback(self.process.wait)
+        self.callback(self.process.kill)
+        for ours in [self.to_browser, self.from_browser]:
+            self.callback(os.close, ours)
+        for theirs in [for_browser, of_browser]:
+            os.close(theirs)
+        self.session = None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ["Page", "Runtime", "Log", "Network"]:
+            self.send(f"{domain}.enable")
+
+    def send(self, method, **parameters):
+        """The result of a command."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return answer["result"]
+
+    def receive(self):
+        """The next message. Events are kept in `requests` and `errors`."""
+        while b"\0" not in self.unread:
+            part = os.read(self.from_browser, 2**20)
+            if not part:
+                raise RuntimeError("the browser has ended")
+            self.unread += part
+        message, _, self.unread = self.unread.partition(b"\0")
+        message = json.loads(message)
+        method, parameters = message.get("method"), message.get("params")
+        if method == "Network.requestWillBeSent":
+            self.requests.append(parameters["request"]["url"])
+        elif method in ["Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"]:
+            self.errors.append(parameters)
+        return message
+
+    def open(self, path, width=1280, height=900):
+        """Opens a file in a window of that size, in pixels."""
+        self.resize(width, height)
+        self.send("Page.navigate", url=path.as_uri())
+        self.wait_for("document.readyState === 'complete' && typeof vae === 'object'")
+        self.next_frame()
+
+    def resize(self, width, height):
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def run(self, expression):
+        """The value of a JavaScript expression, which JSON can hold; of a promise, what it gives."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(result["exceptionDetails"]["exception"].get("description"))
+        return result["result"].get("value")
+
+    def next_frame(self):
+        """Waits until what was done is shown."""
+        self.run("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))")
+
+    def pixels(self, canvas, x, y, width, height):
+        """What a canvas shows in a rectangle: red, green, blue and opacity of each pixel, from 0 to 255."""
+        return self.run(
+            "(() => { const copy = document.createElement('canvas').getContext('2d', {willReadFrequently: true});"
+            f" Object.assign(copy.canvas, {{width: {width}, height: {height}}});"
+            f" copy.drawImage(document.getElementById('{canvas}'), {-x}, {-y});"
+            f" return [...copy.getImageData(0, 0, {width}, {height}).data]; }})()"
+        )
+
+    def wait_for(self, expression):
+        """Waits until a JavaScript expression is true."""
+        end = time.monotonic() + TIMEOUT
+        while not self.run(expression):
+            if time.monotonic() > end:
+                raise AssertionError(f"it never was so: {expression}")
+            time.sleep(0.05)
+
+    def mouse(self, kind, selector, x, y):
+        """A movement, or a press or release of the left button, at shares x and y of an element's box."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        box = self.run(f"{element}.getBoundingClientRect().toJSON()")
+        self.is_down = kind == "mousePressed" or (self.is_down and kind == "mouseMoved")
+        button = {"button": "left" if self.is_down or kind == "mouseReleased" else "none", "buttons": int(self.is_down)}
+        x, y = box["left"] + x * box["width"], box["top"] + y * box["height"]
+        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=int(kind != "mouseMoved"), **button)
+
+    def click(self, selector, x=0.5, y=0.5):
+        for kind in ["mouseMoved", "mousePressed", "mouseReleased"]:
+            self.mouse(kind, selector, x, y)
+        self.next_frame()
+
+    def key(self, key, **more):
+        """Presses and releases a key."""
+        text = {" ": " ", "Enter": "\r"}.get(key)
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **({"text": text} if text else {}), **more)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
+        self.next_frame()
+
+    def screenshot(self, path, whole=True):
+        """Writes a PNG file of the page, or of the window."""
+        content = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(content))
+
+
+@unittest.skipUnless(CHROMIUM, NO_CHROMIUM)
+class TestExplorer(CommandTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        self.browser.requests.clear()
+        self.browser.errors.clear()
+
+    def open(self, model, run="run", dataset="rendered", **size):
+        """Opens the page of a model, with 300 digits."""
+        imgs, labels = rendered_digits(300)
+        imgs = binarize(imgs)
+        model.eval()
+        with torch.no_grad():
+            means, _ = model.encoder(imgs)
+        facts = dict.fromkeys(explorer.FACTS, 1.5)
+        facts.update(run=run, dataset=dataset, model="MLP", legend="digit", active_units=int(active_units(means).sum()))
+        points = dict(zip(["places", "axes", "center", "directions"], plane(means, labels)), labels=labels)
+        path = self.folder / "explorer.html"
+        explorer.write_explorer(path, model.encoder, model.decoder, imgs, means, points, facts)
+        self.browser.open(path, **size)
+        return imgs
+
+    def vae(self, *args):
+        """A VAE whose latents and pixels vary, as those of a trained one."""
+        model = VAE(*args, lr=1e-3)
+        with torch.no_grad():
+            for net in [model.encoder, model.decoder]:
+                layers = [layer for layer in net.net if hasattr(layer, "weight")]
+                for layer in layers:
+                    layer.weight.mul_(2 if len(layers) > 2 else 4)
+        return model
+
+    def assert_quiet(self):
+        """Nothing was asked for but the page, and nothing went wrong."""
+        self.assertEqual(self.browser.errors, [])
+        asked_for = {address for address in self.browser.requests if not address.startswith("data:")}
+        self.assertEqual(asked_for, {(self.folder / "explorer.html").as_uri()})
+
+    def picture(self, canvas="image"):
+        """Shades of grey [28,28], from 0 to 255, that a canvas shows."""
+        self.browser.next_frame()
+        return torch.tensor(self.browser.pixels(canvas, 0, 0, 28, 28)).view(28, 28, 4)[..., 0]
+
+    def latents(self):
+        return torch.tensor(self.browser.run("Array.from(shown)"))
+
+    def assert_shows_latents(self):
+        """The picture is what the decoder makes of the latents, which the sliders and the plane show, too."""
+        picture, means = self.picture(), torch.tensor(self.browser.run("vae.decode(shown)")).view(28, 28)
+        self.assertLessEqual((picture / 255 - means).abs().max().item(), 1 / 255)
+        sliders = torch.tensor(self.browser.run("sliders.map(({input, unit}) => [unit, input.valueAsNumber])"))
+        torch.testing.assert_close(sliders[sliders[:, 0].argsort(), 1], self.latents(), atol=1e-4, rtol=0)
+
+    def test_agrees_with_torch(self):
+        """decode and encode, on 100 latents and images, of every kind of network and number of latents."""
+        for name, hidden_dims in [("MLP", [512]), ("MLP", [300, 200, 100]), ("CNN", None)]:
+            for z_dim in [2, 20]:
+                with self.subTest(name, z_dim=z_dim, hidden_dims=hidden_dims):
+                    model = self.vae(name, hidden_dims, 32, z_dim)
+                    if len(hidden_dims or []) > 1:  # other activations, too
+                        for net in [model.encoder.net, model.decoder.net]:
+                            net[1], net[3] = torch.nn.Tanh(), torch.nn.SiLU()
+                    imgs, z = self.open(model)[:100], torch.randn(100, z_dim)
+                    with torch.no_grad():
+                        x_mean, expected = torch.sigmoid(model.decoder(z)), torch.cat(model.encoder(imgs), dim=1)
+                    self.assertGreater(min(x_mean.std(dim=0).mean(), expected.std(dim=0).mean()), 0.01)
+                    decoded = self.browser.run(f"{z.tolist()}.map(vae.decode)")
+                    encoded = self.browser.run(
+                        f"{imgs.flatten(start_dim=1).tolist()}.map(vae.encode).map((p) => [...p.mean, ...p.log_std])"
+                    )
+                    torch.testing.assert_close(torch.tensor(decoded), x_mean.flatten(start_dim=1), atol=2e-3, rtol=0)
+                    torch.testing.assert_close(torch.tensor(encoded), expected, atol=2e-3, rtol=0)
+                    self.assert_quiet()
+        for call in ["vae.decode([1])", "vae.encode(Array(784).fill('a'))"]:
+            with self.assertRaisesRegex(RuntimeError, r"RangeError: (latents|pixels) must be \d+ numbers"):
+                self.browser.run(call)
+
+    def test_plane(self):
+        """The pointer decodes; a click keeps; a second one plays the line between both."""
+        self.open(self.vae("MLP", [64], 32, 3))
+        before, start = self.picture(), self.latents()
+        self.browser.mouse("mouseMoved", "#plane", 0.9, 0.2)
+        self.assertGreater((self.picture() - before).abs().max().item(), 10)
+        self.assert_shows_latents()
+        place = self.browser.run("toPlane(shown).map((x, axis) => (x - data.low[axis]) / spans[axis])")
+        torch.testing.assert_close(torch.tensor(place), torch.tensor([0.9, 0.8]), atol=0.01, rtol=0)
+        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
+        self.assertTrue(torch.equal(self.picture(), before))
+        torch.testing.assert_close(self.latents(), start)
+
+        self.browser.click("#plane", 0.2, 0.3)
+        first = self.latents()
+        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
+        self.browser.next_frame()
+        torch.testing.assert_close(self.latents(), first)
+        self.browser.click("#plane", 0.8, 0.6)
+        self.browser.wait_for("playing === null")
+        second = self.latents()
+        self.assertGreater((second - first).norm().item(), 0.1)
+        torch.testing.assert_close(
+            torch.tensor(self.browser.run("line.map((z) => [...z])")), torch.stack([first, second])
+        )
+        self.browser.click("#play")
+        self.browser.wait_for("playing !== null && shown[0] !== line[0][0] && shown[0] !== line[1][0]")
+        share = (self.latents() - first) / (second - first)
+        torch.testing.assert_close(share, share[0].expand(3), atol=1e-3, rtol=0)
+        self.browser.wait_for("playing === null")
+        self.assert_shows_latents()
+        self.assert_quiet()
+
+    def test_other_ways_to_latents(self):
+        self.open(self.vae("MLP", [64], 32, 3))
+        before = self.latents()
+        self.browser.click("#active input", 0.9, 0.5)
+        unit = self.browser.run("sliders[0].unit")
+        self.assertEqual((self.latents() != before).nonzero().tolist(), [[unit]])
+        self.assert_shows_latents()
+        self.browser.click("#prior")
+        self.assertTrue((self.latents() != before).all())
+        self.assert_shows_latents()
+        self.browser.click("input[value=sample]")
+        self.assertEqual(self.picture().unique().tolist(), [0, 255])
+        self.browser.click("input[value=means]")
+        self.assert_shows_latents()
+        self.assert_quiet()
+
+    def check_drawing(self, model, imgs):
+        """What was drawn is centred and has a posterior, a reconstruction, an ellipse and an ELBO."""
+        seen = (self.picture("seen") / 255).float()
+        self.assertEqual(seen.unique().tolist(), [0, 1])
+        places = seen.nonzero().float()
+        torch.testing.assert_close(places.mean(dim=0), torch.full((2,), 13.5), atol=0.6, rtol=0)
+        extents = places.amax(dim=0) - places.amin(dim=0) + 1
+        self.assertAlmostEqual(extents.max().item(), 20, delta=1)
+        with torch.no_grad():
+            mean, log_std = model.encoder(seen.view(1, 1, 28, 28))
+            losses = torch.stack([sum(model.losses(seen.view(1, 1, 28, 28))) for _ in range(1_000)])
+            means = torch.sigmoid(model.decoder(mean)).view(28, 28)
+        torch.testing.assert_close(self.latents(), mean[0], atol=2e-3, rtol=0)
+        self.assertLess((self.picture("reconstruction") / 255 - means).abs().max().item(), 0.01)
+        self.browser.wait_for("/ELBO -[0-9.]+ nats, [0-9.]+ bpd/.test(document.getElementById('elbo').textContent)")
+        elbo = self.browser.run("parseFloat(document.getElementById('elbo').textContent.slice(5))")
+        self.assertAlmostEqual(elbo, -losses.mean().item(), delta=5 * losses.std().item() / 32**0.5 + 0.1)
+        left = self.browser.run("ellipse(posterior)")
+        u = torch.tensor(self.browser.run("data.directions")) @ torch.diag(log_std[0].exp())
+        scale = torch.tensor(self.browser.run("[plane.width / spans[0], plane.height / spans[1]]"))
+        axes = torch.linalg.svdvals(scale.diag() @ u)
+        torch.testing.assert_close(torch.tensor([left["major"], left["minor"]]), axes, rtol=0.01, atol=0.1)
+        end = [left["x"] + left["major"] * math.cos(left["angle"]), left["y"] + left["major"] * math.sin(left["angle"])]
+        size = self.browser.run("plane.width")
+        if min(end) > 0 and max(end) < size - 1:
+            x, y = map(round, end)
+            red, green, *_ = self.browser.pixels("plane", x, y, 1, 1)
+            self.assertGreater(red, green + 40)  # the accent
+
+    def test_drawing(self):
+        """With a mouse, a finger and the keys."""
+        model = self.vae("MLP", [64], 32, 3)
+        imgs = self.open(model)
+        corner = [(0.1 + 0.03 * step, 0.2) for step in range(9)] + [
+            (0.34 - 0.01 * step, 0.2 + 0.03 * step) for step in range(9)
+        ]
+        for kind, places in [("mousePressed", corner[:1]), ("mouseMoved", corner), ("mouseReleased", corner[-1:])]:
+            for x, y in places:
+                self.browser.mouse(kind, "#field", x, y)
+        self.check_drawing(model, imgs)
+        self.browser.click("#clear")
+        self.assertEqual(self.picture("seen").max().item(), 0)
+        self.assertIsNone(self.browser.run("posterior"))
+
+        box = self.browser.run("document.getElementById('field').getBoundingClientRect().toJSON()")
+        for number, (x, y) in enumerate(corner):
+            point = {"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}
+            kind = "touchMove" if number else "touchStart"
+            self.browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=[point])
+        self.browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        self.check_drawing(model, imgs)
+
+        self.browser.run("field.focus()")
+        for key in ["Delete", " ", *["ArrowDown"] * 9, *["ArrowRight"] * 4, " ", "ArrowUp"]:
+            self.browser.key(key)
+        self.assertEqual(self.browser.run("strokes.map((points) => points.length)"), [14])
+        self.check_drawing(model, imgs)
+        self.assert_quiet()
+
+    def test_keys(self):
+        """On the plane."""
+        self.open(self.vae("MLP", [64], 32, 2))
+        self.browser.run("plane.focus()")
+        before = self.latents()
+        for key in ["Enter", *["ArrowRight"] * 5, "ArrowUp"]:
+            self.browser.key(key)
+        moved = self.latents() - before
+        torch.testing.assert_close(moved, torch.tensor(self.browser.run("[0.1 * spans[0], 0.02 * spans[1]]")))
+        self.browser.key("Enter")
+        self.assertTrue(self.browser.run("playing !== null"))
+        self.browser.wait_for("playing === null")
+        self.browser.key(" ")
+        self.assertTrue(self.browser.run("playing !== null"))
+        self.browser.key("Escape")
+        self.assertEqual(self.browser.run("[playing, line, anchor]"), [None] * 3)
+        self.assert_shows_latents()
+        self.assert_quiet()
+
+    def test_windows(self):
+        """From a phone's to a projector's nothing sticks out; light and dark."""
+        self.open(self.vae("CNN", None, 4, 20), run="a-long-name-without-any-space-in-it" * 4)
+        colors = set()
+        for scheme in ["light", "dark"]:
+            self.browser.send(
+                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+            )
+            for width, height in [(320, 568), (390, 844), (768, 1024), (1280, 800), (3840, 2160)]:
+                self.browser.resize(width, height)
+                self.browser.next_frame()
+                self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), width)
+                self.assertEqual(self.browser.run("plane.width === plane.clientWidth && plane.width > 100"), True)
+                self.assertLess(self.browser.run("element('image').getBoundingClientRect().height"), height)
+            colors.add(self.browser.run("getComputedStyle(document.body).backgroundColor"))
+        self.assertEqual(len(colors), 2)
+        self.assert_quiet()
+
+    def test_strings_and_network(self):
+        """A name is shown as it is; nothing leaves, even if a script of the page's own tried."""
+        name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"`${1}"
+        self.open(self.vae("MLP", [8], 32, 1), run=name, dataset=name)
+        self.assertEqual(self.browser.run("document.getElementById('title').textContent"), f"Latent space of {name}")
+        self.assertIn(name, self.browser.run("document.body.innerText"))
+        self.assertEqual(self.browser.run("document.images.length + document.scripts.length"), 3)
+        self.assert_shows_latents()
+        self.assert_quiet()
+        with self.assertRaisesRegex(RuntimeError, "Failed to fetch"):
+            self.browser.run("fetch('http://127.0.0.1:9/')")
+        self.browser.wait_for("true")
+        self.assertIn("Content Security Policy", json.dumps(self.browser.errors))
+
+    def test_of_evaluation(self):
+        """As evaluate.py writes it."""
+        run, _ = self.train("--z_dim", "3", "--hidden_dims", "16")
+        checkpoint = run / "checkpoints" / "best.ckpt"
+        code, *_ = self.run_forked("evaluate.py", checkpoint, "--iw_samples", "2")
+        self.assertEqual(code, 0)
+        self.browser.open(run / "evaluation" / "explorer.html")
+        results = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        text = self.browser.run("document.body.innerText")
+        for words in [
+            f"Latent space of {run.name}",
+            "MLP, 3 latents",
+            f"{results['test_bpd']:.4f} ± 0.00",
+            f"{results['log_likelihood']:.2f} ± ",
+        ]:
+            self.assertIn(words, text)
+        model = VAE.load_from_checkpoint(checkpoint)
+        with torch.no_grad():
+            x_mean = torch.sigmoid(model.decoder(torch.tensor([[0.5, -1.0, 0.1]]))).flatten()
+        torch.testing.assert_close(
+            torch.tensor(self.browser.run("vae.decode([0.5, -1, 0.1])")), x_mean, atol=2e-3, rtol=0
+        )
+        self.assertEqual(self.browser.errors, [])
+
+
+if __name__ == "__main__":
+    unittest.main()

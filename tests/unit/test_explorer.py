@@ -1,0 +1,238 @@
+"""Tests of harness/explorer.py: `python -m unittest tests/unit/test_explorer.py`."""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import html.parser
+import io
+import json
+import unittest
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import evaluate
+import train_pl
+from cnn_encoder_decoder import CNNDecoder, CNNEncoder
+from evaluate import plane
+from harness import explorer
+from harness.explorer import ExplorerError, layers_of, write_explorer
+from harness.program import UserError
+from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from tests.helpers import NamedRunTest, SeededTest, small_loaders
+
+
+class Elements(html.parser.HTMLParser):
+    """What a browser takes for elements: `tags`, with their attributes, and the text of scripts and styles by tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.inside = [], {}, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("id", tag) if tag in ["script", "style"] else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside:
+            self.texts[self.inside] = self.texts.get(self.inside, "") + data
+
+
+class ExplorerTest(SeededTest):
+    def write(self, encoder, decoder, num_images=50, size=(28, 28), **facts):
+        """The page of networks and random images, as the elements in it; `means` and `path` are kept."""
+        imgs = torch.rand(num_images, 1, *size).round()
+        labels = torch.arange(num_images) % 10
+        with torch.no_grad():
+            self.means, _ = encoder(imgs)
+        points = dict(zip(["places", "axes", "center", "directions"], plane(self.means, labels)), labels=labels)
+        known = dict.fromkeys(explorer.FACTS, 1.5) | {"run": "run", "active_units": 2}
+        self.path = self.folder / "explorer.html"
+        write_explorer(self.path, encoder, decoder, imgs, self.means, points, {**known, "device": "mine", **facts})
+        return Elements(self.path.read_text(encoding="utf-8"))
+
+
+class TestPage(ExplorerTest):
+    def test_what_it_holds(self):
+        encoder, decoder = MLPEncoder(hidden_dims=[16, 8], z_dim=3), MLPDecoder(3, [8, 16])
+        page = self.write(encoder, decoder)
+        data, numbers = json.loads(page.texts["data"]), base64.b64decode(page.texts["numbers"])
+        parameters = [*encoder.parameters(), *decoder.parameters()]
+        start = 0
+        for weight in parameters:
+            there = np.frombuffer(numbers, "<f2", weight.numel(), start).reshape(weight.shape)
+            torch.testing.assert_close(torch.from_numpy(there.astype("f4")), weight.detach(), rtol=1e-3, atol=1e-6)
+            start += 2 * weight.numel()
+        layers = [*data["encoder"], *data["decoder"]]
+        sizes = [layer[what] for layer in layers if "num_weights" in layer for what in ["num_weights", "num_biases"]]
+        self.assertEqual(sizes, [weight.numel() for weight in parameters])
+        self.assertEqual([layer["kind"] for layer in data["encoder"]], ["linear", "ReLU"] * 2 + ["linear"])
+        x, y, labels = np.frombuffer(numbers, np.uint8, offset=start).reshape(3, 50)
+        low, high = np.array(data["low"]), np.array(data["high"])
+        places = np.stack([x, y], axis=1) / 255 * (high - low) + low
+        expected = (self.means.numpy() - data["center"]) @ np.array(data["directions"]).T
+        self.assertLess(np.abs(places - expected).max() / (high - low).max(), 1 / 255)
+        self.assertEqual([data["classes"][label] for label in labels], [str(number % 10) for number in range(50)])
+        self.assertEqual(data["units"], self.means.var(dim=0).argsort(descending=True).tolist())
+        self.assertNotIn("device", data["facts"])  # what nobody needs to know stays at home
+
+    def test_sizes(self):
+        """Small enough for a mail, with as many points as MNIST's test images."""
+        for networks, most in [((MLPEncoder(), MLPDecoder()), 2_500_000), ((CNNEncoder(), CNNDecoder()), 2_000_000)]:
+            with mock.patch.object(explorer, "MAX_POINTS", 20_000):
+                few = self.write(*networks)
+            size = self.path.stat().st_size + (10_000 - 50) * 4  # each point takes 3 bytes, which are 4 characters
+            self.assertLess(size, most)
+            self.assertEqual(json.loads(few.texts["data"])["num_points"], 50)
+        with mock.patch.object(explorer, "MAX_POINTS", 20):
+            few = self.write(MLPEncoder(), MLPDecoder())
+        self.assertEqual(json.loads(few.texts["data"])["num_points"], 20)
+
+    def test_no_string_becomes_markup(self):
+        networks = MLPEncoder(hidden_dims=[], z_dim=1), MLPDecoder(1, [])
+        expected = self.write(*networks).tags
+        for text in [
+            "</script><script>alert(1)</script>",
+            *(
+                "<!--<script>",
+                "-->",
+                "<img src=x onerror=alert(1)>",
+                "@POLICY@",
+                "@DATA@",
+                "\\1",
+                "\u2028",
+                "\udcff",
+                '"',
+            ),
+        ]:
+            page = self.write(*networks, run=text, dataset=text)
+            self.assertEqual(page.tags, expected)
+            facts = json.loads(page.texts["data"])["facts"]
+            self.assertEqual((facts["run"], facts["dataset"]), (text, text))
+
+    def test_policy(self):
+        """The page's own style and script, by their checksums, and nothing from anywhere."""
+        page = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
+        policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+        rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+        for tag in ["script", "style"]:
+            checksum = base64.b64encode(hashlib.sha256(page.texts[tag].encode()).digest()).decode()
+            self.assertEqual(rules.pop(f"{tag}-src"), f"'sha256-{checksum}'")
+        nothing = dict.fromkeys(["default-src", "base-uri", "form-action"], "'none'")
+        self.assertEqual(rules, {**nothing, "img-src": "data:"})
+        self.assertNotRegex(self.path.read_text(encoding="utf-8"), r"@[A-Z]+@|https?:|\bon[a-z]+=")
+
+
+class TestNetworks(ExplorerTest):
+    def kinds(self, net, x):
+        with torch.no_grad():
+            return [layer["kind"] for layer in layers_of(net, x, net(x), "network")[0]]
+
+    def test_known_ones(self):
+        imgs = torch.rand(5, 1, 28, 28)
+        convolution = nn.Conv2d(1, 2, (3, 5), padding=(1, 2), stride=2, bias=False)
+        net = nn.Sequential(convolution, nn.SiLU(), nn.Dropout(), nn.Flatten(), nn.Linear(392, 3), nn.Tanh()).eval()
+        self.assertEqual(self.kinds(net, imgs), ["convolution", "SiLU", "linear", "Tanh"])
+        for size in [(28, 28), (9, 17)]:
+            page = self.write(CNNEncoder(1, 4, 3, size), CNNDecoder(1, 4, 3, size), size=size)
+            decoder = json.loads(page.texts["data"])["decoder"]
+            self.assertEqual(decoder[-1]["output"], [1, *size])
+            kinds = [layer["kind"] for layer in decoder[2::2]]
+            self.assertEqual(kinds, ["transposedConvolution", "convolution"] * 2 + ["transposedConvolution"])
+
+    def test_others(self):
+        imgs = torch.rand(5, 1, 28, 28)
+
+        class Skip(MLPEncoder):
+            def forward(self, x):
+                mean, log_std = super().forward(x)
+                return mean + x.mean(), log_std
+
+        class Scaled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        different = "does something else than its layers one after the other"
+        for layer, words in [
+            (nn.LeakyReLU(), "layer LeakyReLU, which the page cannot compute"),
+            (nn.GELU(approximate="tanh"), "layer GELU"),
+            (nn.Conv2d(1, 2, 3, dilation=2), "layer Conv2d"),
+            (nn.Conv2d(1, 1, 3, padding_mode="reflect", padding=1), "layer Conv2d"),
+            (nn.Conv2d(1, 1, 3, padding="same"), "layer Conv2d"),
+            (nn.Sequential(nn.Flatten(), Scaled(784, 3)), "layer Scaled"),
+            (nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(784, 3))), "layer"),
+        ]:
+            with self.subTest(words), self.assertRaisesRegex(ExplorerError, words):
+                self.kinds(layer, imgs)
+        twice = nn.Linear(784, 784)
+        with self.assertRaisesRegex(ExplorerError, different):
+            self.kinds(nn.Sequential(nn.Flatten(), twice, nn.ReLU(), twice), imgs)
+        with self.assertRaisesRegex(ExplorerError, f"the encoder {different}"):
+            self.write(Skip(), MLPDecoder())
+        self.assertFalse(self.path.exists())
+
+    def test_too_large(self):
+        with mock.patch.object(explorer, "MAX_WEIGHTS", 1_000):
+            words = r"the networks have [\d,]+ weights, more than 1,000"
+            with self.assertRaisesRegex(ExplorerError, words):
+                self.write(MLPEncoder(), MLPDecoder())
+        decoder = MLPDecoder()
+        decoder.net[0].weight.data[0, 0] = 1e5
+        with self.assertRaisesRegex(ExplorerError, "too large for half precision"):
+            self.write(MLPEncoder(), decoder)
+
+
+class TestEvaluation(NamedRunTest):
+    """What evaluate.py does with it."""
+
+    def setUp(self):
+        super().setUp()
+        few = functools.partial(small_loaders, sizes=(300, 100, 200))
+        for patch in [
+            mock.patch.object(train_pl, "load_data", few),
+            mock.patch.multiple(evaluate, load_data=few, pictures=mock.Mock()),
+        ]:
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.train(hidden_dims=[16], epochs=1)
+        self.checkpoint = self.run_folder() / "checkpoints" / "best.ckpt"
+
+    def evaluate(self, **choices):
+        """The names of the files that an evaluation leaves, and what it writes to stderr."""
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            _, folder = evaluate.evaluate(self.checkpoint, iw_samples=1, accelerator="cpu", **choices)
+        return {path.name for path in folder.iterdir()}, error.getvalue()
+
+    def test_with_and_without(self):
+        both = {"evaluation.json", "explorer.html"}
+        self.assertEqual(self.evaluate(), (both, ""))
+        page = Elements((self.run_folder() / "evaluation" / "explorer.html").read_text(encoding="utf-8"))
+        data = json.loads(page.texts["data"])
+        results = json.loads((self.run_folder() / "evaluation" / "evaluation.json").read_text())
+        expected = {**results, "run": "run", "legend": "digit"}
+        self.assertEqual(data["facts"], {name: expected[name] for name in explorer.FACTS})
+        self.assertNotIn(str(self.folder), json.dumps(data))  # nor where it is on this machine
+        self.assertEqual((data["num_points"], data["img_size"], len(data["units"])), (200, [28, 28], 3))
+        self.assertEqual(self.evaluate(no_explorer=True), (both - {"explorer.html"}, ""))  # nor that of another model
+
+    def test_none_for_this_network(self):
+        with mock.patch.object(explorer, "MAX_WEIGHTS", 9):
+            left, error = self.evaluate()
+        self.assertEqual(left, {"evaluation.json"})
+        self.assertRegex(error, r"^writing .*explorer.html failed, the rest goes on \(the networks have .* than 9\)\n$")
+
+    def test_another_ones_file(self):
+        (self.folder / "explorer.html").write_text("mine")
+        with self.assertRaisesRegex(UserError, "holds explorer.html, which evaluate.py did not make"):
+            self.evaluate(out=self.folder)
+
+
+if __name__ == "__main__":
+    unittest.main()
