@@ -82,7 +82,7 @@ class TestDocs(SeededTest):
     def test_pages(self):
         """Each page with a block of Python has a test here."""
         pages = [page.name for page in PAGES if blocks_of(page)]
-        self.assertEqual(pages, ["README.md", "evaluation.md", "runs.md"])
+        self.assertEqual(pages, ["README.md", "evaluation.md", "kl.md", "runs.md"])
 
     def test_shapes(self):
         self.assertEqual(shapes("a, b = f(c)  # each [2, z_dim]: good"), [("a", (2, 3)), ("b", (2, 3))])
@@ -102,6 +102,12 @@ class TestDocs(SeededTest):
         self.assertLess(names["results"]["elbo"], names["results"]["log_likelihood"])
         self.assertEqual(names["folder"].resolve(), (self.runs / "version_0" / "evaluation").resolve())
         self.assertTrue((self.folder / "reconstructions.png").exists())
+
+    def test_kl(self):
+        names = self.run_page("docs/kl.md")
+        self.assertAlmostEqual(
+            (784 * names["mistaken"] / (names["L_rec"] + 784 * names["L_reg"]).mean()).item(), 1, places=4
+        )
 
     def test_runs(self):
         (self.folder / "pictures").mkdir()
