@@ -20,9 +20,9 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
 from data_sources import KINDS, find_file, load_data
-from harness import explorer
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
+from harness.explorer import Plane, write_explorer
 from harness.files import write_text
 from harness.program import CHECKSUM, FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
 from train_pl import FLAGS as TRAINING_FLAGS
@@ -135,17 +135,13 @@ def evaluate(
         imgs, labels = test_set[torch.arange(len(test_set))]
         legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
         pictures(folder, model, imgs, labels, means, legend)
-        (folder / EXPLORER).unlink(missing_ok=True)
-        if not no_explorer:
-            with optional(f"writing {folder / EXPLORER}"):
-                points = dict(
-                    zip(["places", "axes", "center", "directions"], plane(means, labels, legend)), labels=labels
-                )
-                about = {"run": os.path.basename(os.path.realpath(run)), "legend": legend}
-                about["dataset"] = os.path.basename(flags.dataset)  # nobody else's business where
-                explorer.write_explorer(
-                    folder / EXPLORER, model.encoder, model.decoder, imgs, means, points, {**results, **about}
-                )
+        with optional(f"writing {folder / EXPLORER}"):
+            (folder / EXPLORER).unlink(missing_ok=True)  # of an earlier evaluation
+            if not no_explorer:
+                facts = {**results, "run": os.path.basename(os.path.realpath(run)), "legend": legend}
+                facts["dataset"] = os.path.basename(flags.dataset)  # nobody else's business where
+                shown = model.encoder, model.decoder, imgs, means, plane(means, labels, legend)
+                write_explorer(folder / EXPLORER, *shown, facts)
     return results, folder
 
 
@@ -215,8 +211,8 @@ def trained_with(path, run, args):
         if args.dataset:
             flags["dataset"] = args.dataset
         elif CHECKSUM in (kept.get("flags") or {}):
-            places = [os.path.join(os.path.realpath(run), str(kept.get("dataset_from_run"))), flags["dataset"]]
-            flags["dataset"] = find_file(places, kept["flags"][CHECKSUM]) or flags["dataset"]
+            places = [os.path.join(os.path.realpath(run), str(kept.get("dataset_from_run"))), flags.get("dataset")]
+            flags["dataset"] = find_file(places, kept["flags"][CHECKSUM]) or places[-1]
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
@@ -407,9 +403,9 @@ def pictures(folder, model, imgs, labels, means, legend="digit"):
         )
 
     def latent_space(path):
-        places, axes, *_ = plane(means, labels, legend)
+        shown = plane(means, labels, legend)
         title = f"Posterior means of the {len(labels):,} test images, {z_dim} latents"
-        figures.latent_space(path, places, labels, axes, title, legend)
+        figures.latent_space(path, shown.places, labels, shown.axes, title, legend)
 
     drawings = [reconstructions, interpolations, traversals, samples, sample_means, manifold, latent_space]
     for name in PICTURES:
@@ -429,9 +425,7 @@ def plane(means, labels, legend="digit"):
         labels - Tensor of shape [N].
         legend - What the labels are.
     Outputs:
-        places - Tensor of shape [N,2], where each image is.
-        axes - Names of the two coordinates.
-        center, directions - Tensors of shape [D] and [D,2]: latents z are at (z - center) @ directions.
+        plane - A Plane.
     """
     z_dim = means.shape[1]
     if z_dim <= 2:
@@ -439,7 +433,7 @@ def plane(means, labels, legend="digit"):
     else:
         variances, components = torch.linalg.eigh(means.T.double().cov())  # in ascending order
         center, directions = means.mean(dim=0), components[:, [-1, -2]].float()
-        shares = variances[[-1, -2]] / variances.sum()
+        shares = variances[[-1, -2]] / variances.sum().clamp(min=1e-12)
         axes = [
             f"{order} principal component ({share:.0%} of the variance)"
             for order, share in zip(["first", "second"], shares)
@@ -447,7 +441,7 @@ def plane(means, labels, legend="digit"):
     places = (means - center) @ directions
     if z_dim == 1:
         places[:, 1], axes[1] = labels, legend
-    return places, axes, center, directions
+    return Plane(places, labels, axes, center, directions)
 
 
 def make_parser():

@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +16,11 @@ from harness.program import UserError
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 MAX_WEIGHTS = 12_000_000  # of encoder and decoder together: a file of 32 MB
+MAX_PRODUCTS = 40_000_000  # for one image: more than a tenth of a second
 MAX_POINTS = 10_000
+MOST_IN_TWO_PARTS = (
+    100_000  # weights of a layer that is stored as good as exact, which the larger ones have no room for
+)
 # What the page says of the model, as evaluation.json holds it, but for the name of the run and what the labels are.
 # fmt: off
 FACTS = [
@@ -30,8 +36,25 @@ class ExplorerError(UserError):
     """There is no explorer for this model; the message says why."""
 
 
+class Plane(NamedTuple):
+    """
+    A plane of the latent space, on which images are shown.
+    Attributes:
+        places - Tensor of shape [N,2], where each image is.
+        labels - Tensor of shape [N], -1 where nobody knows.
+        axes - Names of the two coordinates.
+        center, directions - Tensors of shape [D] and [D,2]: latents z are at (z - center) @ directions.
+    """
+
+    places: torch.Tensor
+    labels: torch.Tensor
+    axes: list
+    center: torch.Tensor
+    directions: torch.Tensor
+
+
 @torch.no_grad()
-def write_explorer(path, encoder, decoder, imgs, means, points, facts):
+def write_explorer(path, encoder, decoder, imgs, means, plane, facts):
     """
     Writes the page.
     Inputs:
@@ -40,9 +63,7 @@ def write_explorer(path, encoder, decoder, imgs, means, points, facts):
             [B,1,H,W].
         imgs - The test set, images of shape [N,1,H,W].
         means - Tensor of shape [N,D], the means of their posteriors.
-        points - Dict of the plane that the page shows: `places`, a tensor [N,2] of the images' places on it; `labels`,
-            a tensor [N], -1 where nobody knows; `axes`, the names of its two axes; `center` [D] and `directions` [D,2],
-            by which latents z are at (z - center) @ directions.
+        plane - Where the images are shown, a Plane.
         facts - Dict of the plain values that the page tells, FACTS.
     Raises:
         ExplorerError - where the network is too large, or one that the page cannot compute.
@@ -51,42 +72,62 @@ def write_explorer(path, encoder, decoder, imgs, means, points, facts):
     if num_weights > MAX_WEIGHTS:
         raise ExplorerError(f"the networks have {num_weights:,} weights, more than {MAX_WEIGHTS:,}")
     few_imgs, few_means = imgs[:10].to(decoder.device), means[:10].to(decoder.device)
-    networks, weights = {}, []
+    networks, numbers = {}, []
     for name, net, x, y in [
         ("encoder", encoder, few_imgs, torch.cat(encoder(few_imgs), dim=-1)),
         ("decoder", decoder, few_means, decoder(few_means)),
     ]:
-        networks[name], tensors = layers_of(net, x, y, name)
-        weights += tensors
-    variances = means.var(dim=0)
-    units = variances.argsort(descending=True)
-    classes = sorted({int(label) for label in points["labels"] if label >= 0})
-    places, labels = points["places"][:MAX_POINTS], points["labels"][:MAX_POINTS]
+        networks[name], weights = layers_of(net, x, y, name)
+        num_products = sum(map(products, networks[name]))
+        if num_products > MAX_PRODUCTS:
+            raise ExplorerError(f"the {name} takes {num_products:,} multiplications, more than {MAX_PRODUCTS:,}")
+        numbers += [part for weight in weights for part in in_halves(weight.flatten().cpu())]
+    classes = plane.labels[plane.labels >= 0].unique()
+    shown = torch.linspace(0, len(imgs) - 1, min(len(imgs), MAX_POINTS)).long()
+    places = plane.places[shown]
     low, high = places.amin(dim=0), places.amax(dim=0)
-    margin = 0.03 * (high - low).clamp(min=1e-3)
-    low, high = low - margin, high + margin
-    indices = torch.tensor([classes.index(label) if classes else 0 for label in labels.tolist()])
+    half_span = (0.53 * (high - low)).clamp(min=1)  # that of the prior, where all posteriors are alike
+    low, high = (low + high) / 2 - half_span, (low + high) / 2 + half_span
+    in_bytes = [*((places - low) / (high - low) * 255).round().T, torch.searchsorted(classes, plane.labels[shown])]
+    numbers += [part.to(torch.uint8).numpy() for part in in_bytes]
     data = {
         **networks,
+        "most_in_two_parts": MOST_IN_TWO_PARTS,
         "img_size": list(imgs.shape[-2:]),
-        "center": points["center"].tolist(),
-        "directions": points["directions"].T.tolist(),
-        "axes": [re.sub("[$_]", "", axis) for axis in points["axes"]],
+        "center": plane.center.tolist(),
+        "directions": plane.directions.T.tolist(),
+        "axes": [re.sub("[$_]", "", axis) for axis in plane.axes],
         "low": low.tolist(),
         "high": high.tolist(),
-        "num_points": len(places),
-        "classes": [str(label) for label in classes],
-        "units": units.tolist(),
+        "num_points": len(shown),
+        "classes": [str(label) for label in classes.tolist()],
+        "units": means.var(dim=0).argsort(descending=True).tolist(),
         "num_active": facts["active_units"],
         "largest": means.abs().amax(dim=0).tolist(),
         "facts": {name: facts[name] for name in FACTS},
     }
-    halves = [weight.flatten().cpu().half() for weight in weights]
-    if not all(weight.isfinite().all() for weight in halves):
-        raise ExplorerError("some weights are too large for half precision")
-    in_bytes = [*((places - low) / (high - low) * 255).round().T, indices]
-    numbers = [half.numpy().astype("<f2") for half in halves] + [part.to(torch.uint8).numpy() for part in in_bytes]
     write_text(path, page(data, b"".join(array.tobytes() for array in numbers)))
+
+
+def in_halves(weights):
+    """
+    A layer's weights [N] in half precision, as a list of NumPy arrays: of few, so that they can be exact, also what the
+    rounding has left of each. Raises an ExplorerError where they are too large for that.
+    """
+    halves = [weights.half()]
+    if not halves[0].isfinite().all():
+        raise ExplorerError("some weights are too large for half precision")
+    if len(weights) <= MOST_IN_TWO_PARTS:
+        halves.append((weights - halves[0].float()).half())
+    return [half.numpy().astype("<f2") for half in halves]
+
+
+def products(layer):
+    """How many multiplications a layer takes for one image."""
+    if "kernel_size" not in layer:
+        return layer.get("num_weights", 0)
+    small = layer["output" if layer["kind"] == "convolution" else "input"]
+    return layer["num_weights"] * math.prod(small[1:])
 
 
 def layers_of(net, x, y, name):

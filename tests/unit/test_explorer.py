@@ -52,24 +52,34 @@ class ExplorerTest(SeededTest):
         labels = torch.arange(num_images) % 10
         with torch.no_grad():
             self.means, _ = encoder(imgs)
-        points = dict(zip(["places", "axes", "center", "directions"], plane(self.means, labels)), labels=labels)
         known = dict.fromkeys(explorer.FACTS, 1.5) | {"run": "run", "active_units": 2}
         self.path = self.folder / "explorer.html"
-        write_explorer(self.path, encoder, decoder, imgs, self.means, points, {**known, "device": "mine", **facts})
+        write_explorer(
+            self.path,
+            encoder,
+            decoder,
+            imgs,
+            self.means,
+            plane(self.means, labels),
+            {**known, "device": "mine", **facts},
+        )
         return Elements(self.path.read_text(encoding="utf-8"))
 
 
 class TestPage(ExplorerTest):
     def test_what_it_holds(self):
         encoder, decoder = MLPEncoder(hidden_dims=[16, 8], z_dim=3), MLPDecoder(3, [8, 16])
-        page = self.write(encoder, decoder)
+        with mock.patch.object(explorer, "MOST_IN_TWO_PARTS", 1_000):
+            page = self.write(encoder, decoder)
         data, numbers = json.loads(page.texts["data"]), base64.b64decode(page.texts["numbers"])
         parameters = [*encoder.parameters(), *decoder.parameters()]
         start = 0
         for weight in parameters:
-            there = np.frombuffer(numbers, "<f2", weight.numel(), start).reshape(weight.shape)
-            torch.testing.assert_close(torch.from_numpy(there.astype("f4")), weight.detach(), rtol=1e-3, atol=1e-6)
-            start += 2 * weight.numel()
+            two_parts = weight.numel() <= data["most_in_two_parts"]
+            there = np.frombuffer(numbers, "<f2", weight.numel() * (1 + two_parts), start).astype("f4")
+            sums = torch.from_numpy(there.reshape(-1, *weight.shape).sum(axis=0))
+            torch.testing.assert_close(sums, weight.detach(), rtol=1e-3, atol=1e-6 if two_parts else 1e-4)
+            start += 2 * len(there)
         layers = [*data["encoder"], *data["decoder"]]
         sizes = [layer[what] for layer in layers if "num_weights" in layer for what in ["num_weights", "num_biases"]]
         self.assertEqual(sizes, [weight.numel() for weight in parameters])
@@ -91,9 +101,20 @@ class TestPage(ExplorerTest):
             size = self.path.stat().st_size + (10_000 - 50) * 4  # each point takes 3 bytes, which are 4 characters
             self.assertLess(size, most)
             self.assertEqual(json.loads(few.texts["data"])["num_points"], 50)
-        with mock.patch.object(explorer, "MAX_POINTS", 20):
+        with mock.patch.object(explorer, "MAX_POINTS", 25):  # of all, not the first ones
             few = self.write(MLPEncoder(), MLPDecoder())
-        self.assertEqual(json.loads(few.texts["data"])["num_points"], 20)
+        self.assertEqual(json.loads(few.texts["data"])["num_points"], 25)
+        labels = np.frombuffer(base64.b64decode(few.texts["numbers"])[-25:], np.uint8)
+        self.assertEqual((labels[0], labels[-1]), (0, 49 % 10))
+
+    def test_latents_that_say_nothing(self):
+        """The plane has the prior's size at least."""
+        encoder = MLPEncoder(hidden_dims=[], z_dim=3)
+        for weight in encoder.parameters():
+            weight.data.zero_()
+        data = json.loads(self.write(encoder, MLPDecoder(3, [])).texts["data"])
+        self.assertEqual((data["low"], data["high"]), ([-1, -1], [1, 1]))
+        self.assertEqual(data["axes"][0], "first principal component (0% of the variance)")
 
     def test_no_string_becomes_markup(self):
         networks = MLPEncoder(hidden_dims=[], z_dim=1), MLPDecoder(1, [])
@@ -183,6 +204,16 @@ class TestNetworks(ExplorerTest):
             words = r"the networks have [\d,]+ weights, more than 1,000"
             with self.assertRaisesRegex(ExplorerError, words):
                 self.write(MLPEncoder(), MLPDecoder())
+        encoder, decoder = CNNEncoder(img_size=(200, 200)), CNNDecoder(img_size=(200, 200))
+        with self.assertRaisesRegex(ExplorerError, r"encoder takes [\d,]+ multiplications, more than 40,000,000"):
+            self.write(encoder, decoder, num_images=2, size=(200, 200))
+        for layer, x, expected in [
+            (nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), torch.rand(1, 3, 5, 4), 54 * 20),
+            (nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.rand(1, 1, 5, 4), 18 * 6),
+            (nn.Linear(4, 3), torch.rand(1, 4), 12),
+            (nn.ReLU(), torch.rand(1, 4), 0),
+        ]:
+            self.assertEqual(explorer.products(layers_of(layer, x, layer(x), "layer")[0][0]), expected)
         decoder = MLPDecoder()
         decoder.net[0].weight.data[0, 0] = 1e5
         with self.assertRaisesRegex(ExplorerError, "too large for half precision"):
