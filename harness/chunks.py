@@ -34,6 +34,7 @@ from harness.cuda_graph import NO_TRAINER, CaptureError, Steps, explain
 from harness.program import note
 
 CHUNK = 8192  # images at most, unless a single minibatch has more
+PIXELS = CHUNK * 28 * 28  # at most of a chunk that validates, whose images are all decoded at once
 MAX_STEPS = 64  # in a graph, whatever the size of a minibatch
 STEPS_ON_CPU = 16  # in a chunk: so many that the Trainer hardly counts, so few that a progress bar moves
 BYTES_PER_STEP = 3 * 2**20  # of the GPU's memory that a graph keeps for a step's kernels, at most; by estimate
@@ -225,7 +226,10 @@ def train_in_chunks(trainer, model, train_loader, val_loader, undo):
     ]:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
-    in_order = torch.arange(len(val_loader.dataset)).split(CHUNK if by_graph else val_loader.batch_size)
+    num_images = val_loader.batch_size
+    if by_graph:
+        num_images = max(num_images, min(CHUNK, PIXELS // val_loader.dataset.images[0].numel()))
+    in_order = torch.arange(len(val_loader.dataset)).split(num_images)
     return (
         IndexChunks(train_loader, pin_memory=on_gpu, max_steps=MAX_STEPS if by_graph else STEPS_ON_CPU),
         DataLoader(val_loader.dataset, batch_size=None, sampler=in_order),

@@ -386,6 +386,14 @@ class TestParts(ChunksTest):
         self.assertIs(val_chunks.dataset, val_loader.dataset)
         self.assertEqual(torch.cat(list(val_chunks.sampler)).tolist(), list(range(50)))
 
+    def test_validation_of_large_images(self):
+        """A chunk has fewer of them, at least a minibatch."""
+        trainer = mock.Mock(**{"strategy.root_device": torch.device("meta")})
+        for most, expected in [(100, [50]), (45, [45, 5]), (1, [40, 10])]:
+            with mock.patch.object(chunks, "PIXELS", most * 28 * 28):
+                _, val_chunks = chunks.train_in_chunks(trainer, mock.Mock(), *loaders()[:2], contextlib.ExitStack())
+            self.assertEqual([len(indices) for indices in val_chunks.sampler], expected)
+
 
 if __name__ == "__main__":
     unittest.main()
