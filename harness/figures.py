@@ -10,8 +10,10 @@ import importlib
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from statistics import mean, stdev
 
@@ -118,7 +120,11 @@ def bpd_by_setting(path, bpds):
         path - The PNG file to write.
         bpds - Dict from setting to the list of its runs' test bpd.
     """
-    figure = Figure(figsize=(7, 1.3 + 0.45 * len(bpds)), layout="constrained")
+    # In a third of the width; a flag's name and its value are in one line, as if the space between were a letter.
+    lines = [textwrap.fill(re.sub("(?<!,) ", "\0", name), 40, break_on_hyphens=False) for name in bpds]
+    names = [name.replace("\0", " ") for name in lines]
+    lines_per_row = max(name.count("\n") for name in names) + 1
+    figure = Figure(figsize=(7, 1.3 + (0.25 + 0.2 * lines_per_row) * len(bpds)), layout="constrained")
     axes = figure.add_subplot()
     for row, values in enumerate(bpds.values()):
         axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.4, label="one run" if row == 0 else None)
@@ -132,7 +138,8 @@ def bpd_by_setting(path, bpds):
             capsize=4,
             label="mean, standard deviation" if row == 0 else None,
         )
-    axes.set(xlabel="test bpd, bits per dimension", yticks=range(len(bpds)), yticklabels=list(bpds))
+    axes.set(xlabel="test bpd, bits per dimension")
+    axes.set_yticks(range(len(bpds)), names, parse_math=False)
     axes.set_ylim(len(bpds) - 0.5, -0.5)  # the first one on top, as in a table
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)

@@ -217,8 +217,8 @@ class TestSlurm(unittest.TestCase):
             file.write(SLOW_START)
         flags = ["slurm/train.sbatch", "--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "2", "--epochs", "15"]
         undisturbed = self.submit("--nodelist=n1", *flags, **variables)
-        limit = ["--time=2", "--signal=B:USR1@60"]
-        limited = self.submit("--nodelist=n1", *limit, *flags, SLOW="1 5", **variables)
+        limit = ["--time=3", "--signal=B:USR1@60"]  # which SLURM may send 60 s too early
+        limited = self.submit("--nodelist=n1", *limit, *flags, SLOW="1 10", **variables)
         preempted = self.submit("--nodelist=n2", *flags, SLOW="1 5", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
         (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")

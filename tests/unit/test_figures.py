@@ -112,6 +112,20 @@ class TestFigures(FiguresTest):
         np.testing.assert_allclose(sorted(np.concatenate(marks)), [0.15, 0.22 - deviation, 0.22, 0.22 + deviation])
         self.assertGreater(*axes.get_ylim())  # the first one on top
 
+    def test_long_settings(self):
+        """They are whole in the picture, a flag beside its value, whatever their text is."""
+        names = ["dataset $a$.npz, " + ", ".join(f"flag_{number} 64 32" for number in range(9)), "b" * 99]
+        (axes,) = self.drawn(figures.bpd_by_setting, dict.fromkeys(names, [0.2]))
+        axes.figure.draw_without_rendering()
+        labels = axes.get_yticklabels()
+        upper, lower = (label.get_window_extent() for label in labels)
+        self.assertTrue(upper.x0 > 0 and lower.x0 > 0 and axes.bbox.width > 200)
+        self.assertTrue(axes.figure.bbox.height > upper.y1 > upper.y0 > lower.y1 > lower.y0 > 0)
+        lines = [label.get_text().splitlines() for label in labels]
+        self.assertEqual([" ".join(lines[0]), "".join(lines[1])], names)
+        self.assertEqual(lines[0][:2], ["dataset $a$.npz, flag_0 64 32,", "flag_1 64 32, flag_2 64 32,"])
+        self.assertFalse(labels[0].get_parse_math())
+
     def test_table(self):
         """Images in their rows and columns, with a grey gap between them."""
         (axes,) = self.drawn(self.table, gap=2)
