@@ -200,7 +200,7 @@ class TestSlurm(unittest.TestCase):
             for job_id in job_ids:
                 self.start_now(job_id)
             states = {self.job(job_id)["JobState"] for job_id in job_ids}
-            return not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"} & states
+            return not {"PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "REQUEUED"} & states
 
         self.wait_for(all_over, seconds)
 
