@@ -27,12 +27,13 @@ class TestDownload(CommandTest):
 
     def write(self, name, content, file):
         """The mirror stops in the middle of the test labels, until it may go on."""
-        file.write(content[:40])
+        half = len(content) // 2  # the labels are fewer than 40 bytes
+        file.write(content[:half])
         if "t10k-labels" in name:
             self.stalled.set()
             self.go_on.wait(60)
         with contextlib.suppress(ConnectionError):  # the client was killed
-            file.write(content[40:])
+            file.write(content[half:])
 
     def start_program(self):
         """A process that downloads."""
