@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import time
 
@@ -104,8 +103,12 @@ class Run:
             self.draw_figures(results["test_bpd"])
 
     def __exit__(self, kind, error, traceback):
-        if error is not None and hasattr(self.trainer.strategy.launcher, "kill"):
-            self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # processes of this one
+        launcher = self.trainer.strategy.launcher
+        if error is not None and hasattr(launcher, "procs"):  # the processes that this one has started
+            others = launcher.procs.copy()
+            launcher.procs.clear()  # Lightning watches them: it would kill this process, too, before it says why
+            for other in others:
+                other.kill()
         self.stack.__exit__(kind, error, traceback)
         if isinstance(error, UserError):
             return
