@@ -108,6 +108,7 @@ class Browser(contextlib.ExitStack):
 
     def resize(self, width, height):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.wait_for(f"innerWidth === {width}")
 
     def run(self, expression):
         """The value of a JavaScript expression, which JSON can hold; of a promise, what it gives."""
@@ -456,7 +457,9 @@ class TestExplorer(CommandTest):
         text = self.browser.run("document.body.innerText")
         for words in [
             f"Latent space of {run.name}",
-            "MLP, 3 latents",
+            "MLP, 3 latents, rendered, after 1 epoch: ",
+            "10,000 test images",
+            "nats (2 samples)",
             f"{results['test_bpd']:.4f} ± 0.00",
             f"{results['log_likelihood']:.2f} ± ",
         ]:
