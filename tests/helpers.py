@@ -121,6 +121,21 @@ def few_digits(folder, sizes=(300, 50, 50)):
     return {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
 
 
+def hold(folder, epoch):
+    """Makes the first process of few_digits wait, once it has trained so many epochs, until its folder has `go_on`."""
+    with open(folder / "sitecustomize.py", "a") as file:
+        file.write(
+            "import os, time\n"
+            "from harness import report\n"
+            "begin_epoch = report.EpochReport.begin_epoch\n"
+            "def begin_late(self, trainer):\n"
+            f"    while trainer.is_global_zero and trainer.current_epoch == {epoch} and not os.path.exists('go_on'):\n"
+            "        time.sleep(0.01)\n"
+            "    begin_epoch(self, trainer)\n"
+            "report.EpochReport.begin_epoch = begin_late\n"
+        )
+
+
 class TrainingTest(SeededTest):
     """A test that trains on few digits."""
 
@@ -376,7 +391,8 @@ class CommandTest(SeededTest):
 
     def start(self, *command, **variables):
         """A process of Python; its stdout and stderr are pipes."""
-        environment = {**os.environ, **variables}
+        # With several threads, a run would say on stderr if other programs kept it waiting.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         words = [sys.executable, *map(str, command)]
         return subprocess.Popen(
             words, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -37,7 +37,7 @@ class TestDownload(CommandTest):
 
     def start_program(self):
         """A process that downloads."""
-        return self.start("-c", self.program, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+        return self.start("-c", self.program, PYTHONPATH=str(REPOSITORY))
 
     def assert_complete(self):
         folder = self.folder / "data" / "MNIST" / "raw"

@@ -33,7 +33,7 @@ class TestCommand(CommandTest):
         for flags, code, *parts in [
             ([wrong], 1, wrong, "No such file"),
             ([checkpoint, "--iw_samples", "0"], 2, "--iw_samples"),
-            ([checkpoint, "--dataset", "mnist"], 1, "MNIST"),
+            ([checkpoint, "--dataset", "mnist", "--data_dir", "nowhere"], 1, "MNIST"),
             ([run / "results.json"], 1, "no checkpoint"),
             ([checkpoint, "--out", run / "results.json"], 1, "results.json (File exists): choose", "--out"),
             ([], 2, "checkpoint"),

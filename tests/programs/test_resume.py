@@ -15,7 +15,16 @@ from collections import Counter
 from statistics import median
 
 from harness.checkpoints import LAST, read_checkpoint
-from tests.helpers import REPOSITORY, CommandTest, Forked, assert_left_the_same, few_digits, metrics, use_few_digits
+from tests.helpers import (
+    REPOSITORY,
+    CommandTest,
+    Forked,
+    assert_left_the_same,
+    few_digits,
+    hold,
+    metrics,
+    use_few_digits,
+)
 
 KILLS = 20
 SIZES = (2000, 200, 200)  # an epoch is long enough to be hit, and so is the writing after it
@@ -110,7 +119,8 @@ class ResumeTest(CommandTest):
             self.assertEqual((stderr, process.returncode), ("", -signal.SIGKILL))
             if match := re.search(r"(continued after epoch (\d+))?\n", text):
                 continued = int(match[2] or 0)
-                self.assertGreaterEqual(continued, reported - 1)
+                # Where writing takes longer than an epoch, its line comes before the checkpoint of the one before.
+                self.assertGreaterEqual(continued, reported - 2)
                 print(continued, end=" ", flush=True)
             reported = max([reported, *map(int, re.findall(r"^epoch +(\d+)/", text, re.MULTILINE))])
             places[self.where_it_was(text)] += 1
@@ -129,13 +139,16 @@ class ResumeTest(CommandTest):
     def test_two_processes(self):
         """Killed once; the second process ends by itself, since it has lost the first."""
         words = [*FLAGS, "--accelerator", "cpu", "--devices", "2", "--epochs", "20", "--hidden_dims", "32"]
-        variables = {**few_digits(self.folder), "OMP_NUM_THREADS": "1"}
+        variables = few_digits(self.folder)
         outputs = []
         for where, line in [("undisturbed", None), ("killed", "epoch   2/20"), ("killed", None)]:
+            if line:
+                hold(self.folder, epoch=2)
             process = self.start(REPOSITORY / "train_pl.py", *words, "--log_dir", where, **variables)
             if line:
                 next(text for text in process.stdout if text.startswith(line))
                 process.kill()
+                (self.folder / "go_on").touch()
             outputs.append(process.communicate(timeout=120))
         self.assertEqual([stderr for _, stderr in [outputs[0], outputs[2]]], ["", ""])
         self.assertIn("continued after epoch", outputs[2][0])

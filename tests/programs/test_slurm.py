@@ -59,6 +59,8 @@ MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=2
+MessageTimeout=100
+BatchStartTimeout=100
 MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
@@ -95,7 +97,7 @@ def free_ports(count):
 def command(*words, **options):
     """What a command prints."""
     words = list(map(str, words))
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, **options).stdout
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=600, **options).stdout
 
 
 @unittest.skipIf(MISSING, f"there is no {', '.join(MISSING)} (Debian: apt-get install slurm-wlm munge)")

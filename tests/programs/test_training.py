@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 import bmnist
-from tests.helpers import NO_NETWORK, REPOSITORY, CommandTest, few_digits, load, metrics, use_few_digits
+from tests.helpers import NO_NETWORK, REPOSITORY, CommandTest, few_digits, hold, load, metrics, use_few_digits
 from train_pl import VAE
 
 ENDLESS = ["--dataset", "rendered", "--hidden_dims", "64", "--epochs", "10000"]  # a run that does not end by itself
@@ -57,7 +56,7 @@ class TestTraining(CommandTest):
         sizes = (5000, 500, 1000)
         ways = {
             "1": dict(setup=functools.partial(use_few_digits, sizes)),
-            "2": dict(run=self.run_command, OMP_NUM_THREADS="1", **few_digits(self.folder, sizes)),
+            "2": dict(run=self.run_command, **few_digits(self.folder, sizes)),
         }
         for seed, wish in [("1", ""), ("2", "--beta 2 --beta_warmup 3"), ("3", "--objective iwae --train_samples 3")]:
             flags = ["--accelerator", "cpu", "--hidden_dims", "64", "--epochs", "8", "--seed", seed, *wish.split()]
@@ -71,7 +70,7 @@ class TestTraining(CommandTest):
             "train_pl.train_vae(argparse.Namespace(dataset='rendered', epochs=1, accelerator='cpu', devices=2))\n"
             "print(f'connected: {torch.distributed.is_initialized()}\\n', end='')\n"  # in one piece, even if unbuffered
         )
-        process = self.start("script.py", OMP_NUM_THREADS="1", **few_digits(self.folder))
+        process = self.start("script.py", **few_digits(self.folder))
         stdout, stderr = process.communicate(timeout=600)
         self.assertEqual((process.returncode, stderr), (0, ""), stdout)
         self.assertEqual(re.findall("connected: .*", stdout), ["connected: False"] * 2, stdout)
@@ -83,6 +82,7 @@ class TestTraining(CommandTest):
         process = subprocess.Popen(
             [sys.executable, REPOSITORY / "train_pl.py", *ENDLESS],
             cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             text=True,
             stdin=terminal,
             stdout=subprocess.PIPE,
@@ -104,7 +104,8 @@ class TestTraining(CommandTest):
 
     def test_terminate(self):
         """kill sends SIGTERM: the same words as for Ctrl-C, and the exit code that a shell expects."""
-        process = self.start(REPOSITORY / "train_pl.py", *ENDLESS, OMP_NUM_THREADS="1", **few_digits(self.folder))
+        variables = few_digits(self.folder)
+        process = self.start(REPOSITORY / "train_pl.py", *ENDLESS, **variables)
         for line in process.stdout:
             if line.startswith("epoch   2/"):
                 process.terminate()
@@ -112,9 +113,11 @@ class TestTraining(CommandTest):
         stdout, stderr = process.communicate(timeout=120)
         self.assertEqual((process.returncode, stderr), (143, ""))
         self.assertRegex(stdout, r"Interrupted in epoch \d+. .* stays usable.* The same command and --run_name")
-        process = self.start(REPOSITORY / "train_pl.py", *ENDLESS, "--devices", "2", "--accelerator", "cpu")
+        process = self.start(
+            REPOSITORY / "train_pl.py", *ENDLESS, "--devices", "2", "--accelerator", "cpu", **variables
+        )
         for line in process.stdout:
-            if line.startswith("epoch   0/"):
+            if line.startswith("epoch   2/"):
                 process.terminate()
                 break
         stdout, stderr = process.communicate(timeout=120)
@@ -128,7 +131,7 @@ class TestTraining(CommandTest):
             variables = few_digits(self.folder)
             with open(self.folder / "sitecustomize.py", "a") as file:
                 file.write(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1))\n")
-            result = self.run_command("train_pl.py", *flags, OMP_NUM_THREADS="1", **variables)
+            result = self.run_command("train_pl.py", *flags, **variables)
             if code:
                 checkpoint = "VAE_logs/run/checkpoints/best.ckpt"
                 self.assert_one_line(result, 1, f"error: cannot write {checkpoint} (File too large); make room and")
@@ -139,9 +142,12 @@ class TestTraining(CommandTest):
     def test_a_pipe_that_is_closed(self):
         """As by `train_pl.py | head -1`: the run goes on without its lines."""
         flags = ["--dataset", "rendered", "--epochs", "1", "--run_name", "run"]
-        process = self.start(REPOSITORY / "train_pl.py", *flags, OMP_NUM_THREADS="1", **few_digits(self.folder))
+        variables = few_digits(self.folder)
+        hold(self.folder, epoch=0)
+        process = self.start(REPOSITORY / "train_pl.py", *flags, **variables)
         process.stdout.readline()
         process.stdout.close()
+        (self.folder / "go_on").touch()
         self.assertEqual(process.stderr.read().count("nothing more can be printed here (Broken pipe)"), 1)
         self.assertEqual((process.wait(120), process.stderr.close()), (0, None))
         self.assertTrue((self.folder / "VAE_logs" / "run" / "results.json").exists())
@@ -167,7 +173,7 @@ class TestTraining(CommandTest):
             "logged = trainer.callback_metrics['train_bpd'].item()\n"
             "print(f'logged and seen: {logged} {sum(seen) / len(seen)}\\n', end='')\n"  # in one piece
         )
-        process = self.start("script.py", OMP_NUM_THREADS="1", **few_digits(self.folder))
+        process = self.start("script.py", **few_digits(self.folder))
         stdout, stderr = process.communicate(timeout=600)
         lines = [line.split(": ")[1].split() for line in stdout.splitlines() if line.startswith("logged and seen")]
         self.assertEqual(len(lines), 2, (stdout, stderr))
@@ -176,25 +182,21 @@ class TestTraining(CommandTest):
 
     def test_tensorboard_shows_the_run(self):
         folder, results = self.train("--z_dim", "2", setup=use_few_digits)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        server = self.start("-m", "tensorboard.main", "--logdir", folder.parent, "--host", "127.0.0.1", "--port", port)
+        server = self.start("-m", "tensorboard.main", "--logdir", folder.parent, "--host", "127.0.0.1", "--port", "0")
         self.addCleanup(server.communicate)
         self.addCleanup(server.kill)
 
+        address = next(filter(None, (re.search(r"http://127\S+", line) for line in server.stderr)))[0]
+
         def ask(plugin):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/{plugin}") as answer:
+            with urllib.request.urlopen(f"{address}data/plugin/{plugin}", timeout=60) as answer:
                 return json.load(answer)
 
         end = time.monotonic() + 120
         while time.monotonic() < end:
             time.sleep(0.1)
-            try:
-                if "test_bpd" in ask("scalars/tags").get("version_0", {}):
-                    break
-            except OSError:
-                self.assertIsNone(server.poll(), "TensorBoard ended")
+            if "test_bpd" in ask("scalars/tags").get("version_0", {}):
+                break
         self.assertIn("val_bpd", ask("scalars/tags")["version_0"])
         self.assertEqual(set(ask("images/tags")["version_0"]), {"Samples", "Means", "Reconstructions", "Manifold"})
         curve = ask("scalars/scalars?tag=val_bpd&run=version_0")
