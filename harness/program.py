@@ -5,8 +5,10 @@ import contextlib
 import difflib
 import enum
 import errno
+import math
 import numbers
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -20,8 +22,13 @@ CHANGEABLE_FLAGS = {
     *("accelerator", "devices", "num_nodes", "plain", "threads"),
 }
 CHECKSUM = "dataset_sha256"  # a flag that no one gives: it tells a file of one's own from others
+MAX_INT, MAX_FLOAT = 2**32 - 1, 3.4e38  # of a flag: a seed's, and what 32 bits can hold of other numbers
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
 MAKE_ROOM = "make room and give the same command again"
+NO_MEMORY = (  # in what Python and torch say then
+    "OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|integer multiplication overflow|"
+    "Overflow when unpacking long"
+)
 
 
 class UserError(OSError):
@@ -154,9 +161,12 @@ def fitting(value, default, possible):
     """
     if value is default is None:
         return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    most = MAX_FLOAT if isinstance(default, float) else MAX_INT
+    if is_number and most < value < math.inf:
+        raise ValueError(f"at most {most:,}")
     if callable(possible):
         return possible(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
         if value in (False, True):  # 0 and 1, too
             return bool(value)
@@ -166,7 +176,7 @@ def fitting(value, default, possible):
             values = [fitting(item, default[0], possible) for item in (value if isinstance(value, list) else [value])]
             if values:
                 return values
-        raise ValueError(f"one or more numbers of at least {possible}")
+        raise ValueError(f"one or more numbers from {possible} to {MAX_INT:,}")
     if isinstance(default, int) and is_number and value == value // 1:
         value = int(value)
     if isinstance(possible, list):
@@ -175,7 +185,7 @@ def fitting(value, default, possible):
             return value
         raise ValueError(f"one of {', '.join(map(str, possible))}")
     if isinstance(default, float):
-        if is_number and possible < value <= sys.float_info.max:
+        if is_number and possible < value < math.inf:
             return float(value)
         raise ValueError(f"a finite number above {possible:g}")
     if isinstance(default, int):
@@ -199,7 +209,7 @@ def auto_or_number(value):
 
 def not_negative(value):
     """A flag's value as a float, from 0 on. Raises a ValueError that says what it must be."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
     raise ValueError("a finite number of at least 0")
 
@@ -238,6 +248,10 @@ def ending(parser):
     except OSError as error:
         remedy = "" if isinstance(error, UserError) or not has_no_room(error) else f"; {MAKE_ROOM}"
         sys.exit(f"{parser.prog}: error: {error}{remedy}")
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+        if not has_no_memory(error):
+            raise
+        sys.exit(f"{parser.prog}: error: the memory is too small ({one_line(error)})")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted")
     except Terminated as end:
@@ -326,6 +340,11 @@ def optional(what):
 def has_no_room(error):
     """Whether an error is of a full disk or a quota."""
     return isinstance(error, NoRoomError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
+
+
+def has_no_memory(error):
+    """Whether an error is of memory that is too small, a GPU's or the machine's."""
+    return re.search(NO_MEMORY, repr(error)) is not None
 
 
 def one_line(error):

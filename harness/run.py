@@ -28,6 +28,7 @@ from harness.program import (
     FlagError,
     NoRoomError,
     UserError,
+    has_no_memory,
     has_no_room,
     is_screen,
     note,
@@ -41,7 +42,6 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
 FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
 NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
 WORKERS_FAILED = r"DataLoader worker|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
-NO_MEMORY = r"OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|Overflow when unpacking long"
 
 
 class Run:
@@ -117,10 +117,11 @@ class Run:
             raise RunError(
                 f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}"
             ) from error
-        if re.search(NO_MEMORY, repr(error)):
+        if error is not None and has_no_memory(error):
+            sizes = {name: self.flags.get(name, 1) for name in ["batch_size", "train_samples"]}
+            what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items() if size > 1)])
             raise RunError(
-                f"the memory is too small for this model and --batch_size {self.args.batch_size} ({one_line(error)}): "
-                "make one of them smaller"
+                f"the memory is too small for {what} ({one_line(error)}): make one of them smaller"
             ) from error
         if has_no_room(error):
             raise NoRoomError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
@@ -400,5 +401,3 @@ def check_run_flags(args):
         raise FlagError(f"--run_name must be a folder inside the log directory, got {name!r}")
     if name is not None and not name.isprintable():
         raise FlagError(f"--run_name must be a name that can be printed, got {name!r}")
-    if args.seed >= 2**32:
-        raise FlagError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")

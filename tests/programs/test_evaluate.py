@@ -16,7 +16,7 @@ class TestCommand(CommandTest):
     def test_command(self):
         run, trained = self.train(
             *("--hidden_dims", "16", "--binarization", "stochastic", "--train_size", "55000"),
-            *("--lr_schedule", "cosine"),
+            *("--lr_schedule", "cosine", "--data_dir", "nowhere"),
         )
         checkpoint = run / "checkpoints" / "best.ckpt"
         code, stdout, stderr = self.run_command("evaluate.py", checkpoint, "--iw_samples", "2", "--progress_bar")
@@ -33,7 +33,7 @@ class TestCommand(CommandTest):
         for flags, code, *parts in [
             ([wrong], 1, wrong, "No such file"),
             ([checkpoint, "--iw_samples", "0"], 2, "--iw_samples"),
-            ([checkpoint, "--dataset", "mnist", "--data_dir", "nowhere"], 1, "MNIST"),
+            ([checkpoint, "--dataset", "mnist"], 1, "MNIST"),
             ([run / "results.json"], 1, "no checkpoint"),
             ([checkpoint, "--out", run / "results.json"], 1, "results.json (File exists): choose", "--out"),
             ([], 2, "checkpoint"),

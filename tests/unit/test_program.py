@@ -27,6 +27,7 @@ from harness.program import (
     Terminated,
     UserError,
     ending,
+    not_negative,
     note,
     optional,
     say,
@@ -43,6 +44,7 @@ FLAGS = {
     },
     "other": {
         "rate": (0.5, 0.0, "Rate of change"),
+        "weight": (1.0, not_negative, "Weight"),
         "seed": (0, 0, "Seed"),
         "side": (1, [1, 2], "Side"),
         "colour": (None, ["red", "blue"], "Colour, none by default"),
@@ -83,7 +85,7 @@ class TestParser(SeededTest):
         """The type of a flag is that of its default."""
         words = "--kind square --sizes 7 8 9 --number 2 --rate 1e-3 --side 2 --colour red --name 1 --count -4 --shiny"
         expected = dict(kind="square", sizes=[7, 8, 9], number=2, rate=0.001, seed=0, side=2, colour="red")
-        expected.update(name="1", count=-4, shiny=True)
+        expected.update(name="1", count=-4, shiny=True, weight=1.0)
         flags = self.parse(*words.split())
         self.assertEqual(flags, expected)
         self.assertEqual(
@@ -147,7 +149,7 @@ class TestComplete(SeededTest):
 
     def test_values_of_use(self):
         for flags in [
-            dict(kind="square", side=2, colour="blue", sizes=[1], number=1, rate=1e-9, seed=2**40),
+            dict(kind="square", side=2, colour="blue", sizes=[1], number=1, rate=1e-9, seed=2**32 - 1, weight=3.4e38),
             dict(sizes=[9, 1], rate=3.0, name="x", count=-5, shiny=True),
             dict(colour=None, name=None),
         ]:
@@ -188,24 +190,28 @@ class TestComplete(SeededTest):
             ("side", 3, "--side must be one of 1, 2, got 3"),
             ("side", "1", "--side must be one of 1, 2, got '1'"),
             ("colour", "green", "--colour must be one of red, blue, got 'green'"),
-            ("sizes", [], "--sizes must be one or more numbers of at least 1, got []"),
-            ("sizes", None, "--sizes must be one or more numbers of at least 1, got None"),
-            ("sizes", [3, 0], "--sizes must be one or more numbers of at least 1, got [3, 0]"),
+            ("sizes", [], "--sizes must be one or more numbers from 1 to 4,294,967,295, got []"),
+            ("sizes", None, "--sizes must be one or more numbers from 1 to 4,294,967,295, got None"),
+            ("sizes", [3, 0], "--sizes must be one or more numbers from 1 to 4,294,967,295, got [3, 0]"),
             ("rate", 0.0, "--rate must be a finite number above 0, got 0.0"),
             ("rate", -1, "--rate must be a finite number above 0, got -1"),
             ("rate", math.inf, "--rate must be a finite number above 0, got inf"),
             ("rate", math.nan, "--rate must be a finite number above 0, got nan"),
             ("rate", None, "--rate must be a finite number above 0, got None"),
             ("rate", "0.1", "--rate must be a finite number above 0, got '0.1'"),
-            ("rate", 10**400, "--rate must be a finite number above 0, got 100000000000000000...0000000000000000000"),
+            ("rate", 10**400, "--rate must be at most 3.4e+38, got 100000000000000000...0000000000000000000"),
+            ("rate", 3.5e38, "--rate must be at most 3.4e+38, got 3.5e+38"),
+            ("weight", 10**39, "--weight must be at most 3.4e+38, got 1000000000000000000000000000000000000000"),
+            ("number", 2**32, "--number must be at most 4,294,967,295, got 4294967296"),
+            ("sizes", [2**32], "--sizes must be one or more numbers from 1 to 4,294,967,295, got [4294967296]"),
             ("rate", torch.ones(2), "--rate must be a finite number above 0, got tensor([1., 1.])"),
             ("number", "3", "--number must be a whole number, got '3'"),
             ("number", 2.5, "--number must be a whole number, got 2.5"),
             ("number", math.nan, "--number must be a whole number, got nan"),
             ("number", True, "--number must be a whole number, got True"),
             ("side", True, "--side must be one of 1, 2, got True"),
-            ("sizes", "34", "--sizes must be one or more numbers of at least 1, got '34'"),
-            ("sizes", [[3]], "--sizes must be one or more numbers of at least 1, got [[3]]"),
+            ("sizes", "34", "--sizes must be one or more numbers from 1 to 4,294,967,295, got '34'"),
+            ("sizes", [[3]], "--sizes must be one or more numbers from 1 to 4,294,967,295, got [[3]]"),
             ("shiny", "no", "--shiny must be True or False, got 'no'"),
             ("name", 3, "--name must be a text, got 3"),
             ("name", "b\udcff", "--name must be a text that files and their names can hold, got 'b\\udcff'"),
@@ -254,6 +260,12 @@ class TestEnding(SeededTest):
             (OSError(28, "No space"), 1, f"draw.py: error: [Errno 28] No space; {MAKE_ROOM}\n"),
             (NoRoomError(f"no room; {MAKE_ROOM}"), 1, f"draw.py: error: no room; {MAKE_ROOM}\n"),
             (FileNotFoundError(2, "Not there", "a"), 1, "draw.py: error: [Errno 2] Not there: 'a'\n"),
+            (MemoryError("of 9 GiB"), 1, "draw.py: error: the memory is too small (MemoryError: of 9 GiB)\n"),
+            (
+                RuntimeError("can't allocate memory"),
+                1,
+                "draw.py: error: the memory is too small (RuntimeError: can't allocate memory)\n",
+            ),
             (KeyboardInterrupt(), 1, "draw.py: interrupted\n"),
         ]:
             self.assertEqual(self.end(error), (code, message))

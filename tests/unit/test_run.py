@@ -257,8 +257,13 @@ class TestNothingLost(NamedRunTest):
                     self.train(epochs=1)
 
     def test_too_little_memory(self):
-        for flags in [dict(hidden_dims=[2**50]), dict(z_dim=10**12), dict(z_dim=2**62)]:
+        most = 2**32 - 1
+        for flags in [dict(hidden_dims=[most]), dict(z_dim=most), dict(model="CNN", num_filters=most)]:
             with self.assertRaisesRegex(RunError, "memory is too small for this model and --batch_size 128 .*smaller"):
+                self.train(epochs=1, **flags)
+            shutil.rmtree(self.run_folder())
+        for flags in [dict(train_samples=most), dict(train_samples=most, objective="iwae")]:
+            with self.assertRaisesRegex(RunError, f"and --batch_size 128 and --train_samples {most} .*smaller"):
                 self.train(epochs=1, **flags)
             shutil.rmtree(self.run_folder())
 
