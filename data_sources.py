@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import hashlib
-import io
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,7 +68,16 @@ def complete_dataset(args):
 
 def checksum(path):
     """The SHA-256 checksum of a file. Raises a DataError where it cannot be read."""
-    return hashlib.sha256(read(path)).hexdigest()
+    with opened(path) as file:
+        return checksum_of(file)
+
+
+def checksum_of(file):
+    """The same of an open file, which is read in blocks: it may be larger than the memory."""
+    digest = hashlib.sha256()
+    for block in iter(functools.partial(file.read, 2**20), b""):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def find_file(paths, sha256):
@@ -96,7 +103,7 @@ def load_data(args, download=True, sampler=None):
     """
     train_size = args.train_size
     if is_file(args.dataset):
-        data = load_file(args.dataset)
+        data = load_file(args.dataset, vars(args).get("dataset_sha256"))
         train_size = train_size if len(data[0]) == 60_000 else None
     else:
         data = SOURCES[args.dataset](args, download)
@@ -104,33 +111,43 @@ def load_data(args, download=True, sampler=None):
     return data_loaders(*data, batch_size, args.num_workers, args.binarization, train_size, sampler)
 
 
-def read(path):
-    """The content of a file. Raises a DataError where it cannot be read."""
+@contextlib.contextmanager
+def opened(path):
+    """A file to read from. Raises a DataError where it cannot be read."""
     try:
-        return Path(os.path.expanduser(path)).read_bytes()
+        with open(os.path.expanduser(path), "rb") as file:
+            yield file
     except OSError as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"--dataset {path} cannot be read ({error.strerror}): give {NAMES}") from error
 
 
-def load_file(path):
+def load_file(path, sha256=None):
     """
     The images of an .npz file of NumPy's, as np.savez writes it.
     Inputs:
         path - Path of the file. It holds train_images and test_images, uint8 arrays of shape [N,H,W] with intensities
             from 0 to 255, and may hold train_labels and test_labels, whole numbers of shape [N] from 0 on.
+        sha256 - The checksum that it must have, see complete_dataset; None: any.
     Outputs:
         train_images, train_labels - uint8 tensor of shape [N,H,W], int64 tensor of shape [N]; labels that the file
             lacks are -1.
         test_images, test_labels - The same for the test images.
     Raises:
-        DataError - where the file is damaged or holds something else.
+        DataError - where the file is damaged, has changed, or holds something else.
     """
-    content = io.BytesIO(read(path))
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            arrays = {name: np.ascontiguousarray(file[name]) for name in PARTS if name in file.files}
-    except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"{path} is no .npz file of plain arrays ({' '.join(str(error).split())})") from error
+    with opened(path) as file:
+        if sha256 not in [None, checksum_of(file)]:
+            raise DataError(f"{path} has changed since the command began: give it again")
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                arrays = {name: np.ascontiguousarray(content[name]) for name in PARTS if name in content.files}
+        except MemoryError as error:
+            raise DataError(f"the memory is too small for {path}, or it is damaged ({error})") from error
+        except Exception as error:  # a damaged file may raise anything
+            raise DataError(f"{path} is no .npz file of plain arrays ({' '.join(str(error).split())})") from error
     if problem := what_is_wrong(arrays):
         raise DataError(f"{path} is of no use: {problem}")
     images = {name: torch.from_numpy(arrays[name]) for name in PARTS[::2]}

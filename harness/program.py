@@ -23,6 +23,7 @@ CHANGEABLE_FLAGS = {
 }
 CHECKSUM = "dataset_sha256"  # a flag that no one gives: it tells a file of one's own from others
 MAX_INT, MAX_FLOAT = 2**32 - 1, 3.4e38  # of a flag: a seed's, and what 32 bits can hold of other numbers
+MAX_THREADS = 1024  # with millions, OpenMP ends a program without a word
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
 MAKE_ROOM = "make room and give the same command again"
 NO_MEMORY = (  # in what Python and torch say then
@@ -202,8 +203,8 @@ def auto_or_number(value):
     """The value of --threads. Raises a ValueError that says what it must be."""
     if value == "auto":
         return value
-    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-        raise ValueError("auto, or a whole number of at least 1")
+    if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(value) <= MAX_THREADS:
+        raise ValueError(f"auto, or a whole number from 1 to {MAX_THREADS:,}")
     return int(value)
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import shutil
+import tracemalloc
 import unittest
 import zipfile
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 
 import train_pl
 from bmnist import DataError
-from data_sources import load_data, load_file
+from data_sources import checksum, load_data, load_file
 from evaluate import evaluate
 from harness import processes
 from harness.folder import RunError
@@ -59,11 +60,11 @@ class TestFile(FileTest):
         """The last tenth validates; as many images as MNIST's have its splits."""
         args = train_pl.complete_flags(self.namespace(dataset=str(self.write())))
         self.assertEqual([len(loader.dataset) for loader in load_data(args)], [180, 20, 100])
-        args.dataset = str(
-            self.write(
-                train_images=np.full((60_000, 2, 2), 200, np.uint8), test_images=np.full((100, 2, 2), 200, np.uint8)
-            )
-        )
+        white = {
+            "train_images": np.full((60_000, 2, 2), 200, np.uint8),
+            "test_images": np.full((100, 2, 2), 200, np.uint8),
+        }
+        args = train_pl.complete_flags(self.namespace(dataset=str(self.write(**white))))
         self.assertEqual([len(loader.dataset) for loader in load_data(args)], [45_000, 5_000, 100])
         args.train_size = 55_000
         self.assertEqual([len(loader.dataset) for loader in load_data(args)], [55_000, 5_000, 100])
@@ -111,6 +112,28 @@ class TestFile(FileTest):
         (self.folder / "array.npy").rename(path)
         with self.assertRaisesRegex(DataError, "own.npz is no .npz file"):
             load_file(str(path))
+
+    def test_a_file_that_changes_meanwhile(self):
+        """Between its checksum, which the run keeps, and its images."""
+        args = train_pl.complete_flags(self.namespace(dataset=str(self.write())))
+        load_data(args)
+        self.write(test_images=images(101))
+        with self.assertRaisesRegex(DataError, "own.npz has changed since the command began: give it again"):
+            load_data(args)
+
+    def test_a_file_larger_than_the_memory(self):
+        path = self.write()
+        with (
+            mock.patch.object(np, "ascontiguousarray", side_effect=MemoryError("Unable to allocate 9 GiB")),
+            self.assertRaisesRegex(DataError, "memory is too small for .*own.npz, or it is damaged .Unable to"),
+        ):
+            load_file(str(path))
+        with open(path, "r+b") as file:
+            file.truncate(3 * 2**20)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        checksum(path)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 2.5 * 2**20)
 
     def test_commands(self):
         """One line, exit code 1 or 2, and nothing is left."""
