@@ -24,14 +24,26 @@ from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoin
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
 from harness.explorer import Plane, write_explorer
 from harness.files import write_text
-from harness.program import CHECKSUM, FlagError, Parser, UserError, ending, is_screen, optional, plain_value, say
+from harness.program import (
+    CHECKSUM,
+    FlagError,
+    Parser,
+    UserError,
+    ending,
+    has_no_memory,
+    is_screen,
+    optional,
+    plain_value,
+    say,
+)
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
 
-BATCH_SIZE = 100  # test images at a time
-# Images that are decoded at a time: a GPU wants more work than the caches of a CPU hold. Halved where memory is short.
-CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}
+# Images of MNIST's size at a time; of larger ones fewer, see at_a_time.
+BATCH_SIZE = 100  # test images
+CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # decoded: a GPU wants more work than the caches of a CPU hold
+QUADRATURE_SIZE = 2048  # decoded for the quadrature
 RESULTS = "evaluation.json"
 EXPLORER = "explorer.html"
 PICTURES = ["reconstructions", "interpolations", "traversals", "samples", "sample_means", "manifold", "latent_space"]
@@ -279,9 +291,11 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     """
     device = model.device
     bar = progress_bar and is_screen(sys.stderr)
-    chunk_size = CHUNK_SIZE["cpu" if device.type == "cpu" else "gpu"]
+    num_pixels = test_set.images[0].numel()
+    chunk_size = at_a_time(CHUNK_SIZE["cpu" if device.type == "cpu" else "gpu"], num_pixels)
     neg_elbos, log_ps, means = [], [], []
-    for indices in tqdm(torch.arange(len(test_set)).split(BATCH_SIZE), "log p(x)", disable=not bar):
+    batches = torch.arange(len(test_set)).split(at_a_time(BATCH_SIZE, num_pixels))
+    for indices in tqdm(batches, "log p(x)", disable=not bar):
         imgs = test_set[indices][0].to(device)
         L_rec, L_reg = model.losses(imgs)
         neg_elbos.append(L_rec + L_reg)
@@ -289,8 +303,8 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
         while log_p is None:
             try:
                 log_p = log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size)
-            except torch.OutOfMemoryError:
-                if chunk_size <= len(imgs):
+            except RuntimeError as error:
+                if not has_no_memory(error) or chunk_size <= len(imgs):
                     raise
                 chunk_size //= 2
         log_ps.append(log_p)
@@ -312,9 +326,16 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     results["iw_samples"] = iw_samples
     if means.shape[1] == 2:
         all_imgs = test_set[torch.arange(len(test_set))][0].to(device)
-        add("log_likelihood_by_quadrature", quadrature_log_likelihood(all_imgs, model.decoder).cpu().double())
+        chunk_size = at_a_time(QUADRATURE_SIZE, num_pixels)
+        log_ps = quadrature_log_likelihood(all_imgs, model.decoder, chunk_size=chunk_size)
+        add("log_likelihood_by_quadrature", log_ps.cpu().double())
     results["active_units"] = int(active_units(means).sum())
     return results, means
+
+
+def at_a_time(num_images, num_pixels):
+    """How many images of that many pixels have as many pixels as num_images of MNIST's; never more, and at least 1."""
+    return max(min(num_images, num_images * 28 * 28 // num_pixels), 1)
 
 
 def pictures(folder, model, imgs, labels, means, legend="digit"):

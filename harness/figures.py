@@ -21,6 +21,10 @@ import numpy as np
 
 from harness.files import written_whole
 
+BPD_TICKS = [0.05, 0.07, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.5, 0.7, 1]  # where MNIST's curves are
+DPI = 150
+CELL = 0.45  # side of an image in a table, in inches
+MOST_IN_LEGEND = 50  # labels, in two columns
 SETTINGS = ["MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"]  # matplotlib's, in the environment
 
 
@@ -62,9 +66,11 @@ with unheard_settings():
     import_matplotlib()
 
 from matplotlib import colormaps, style  # noqa: E402
+from matplotlib.cm import ScalarMappable  # noqa: E402
+from matplotlib.colors import Normalize  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator  # noqa: E402
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
 plain = style.context("default")  # decorates whatever makes and saves a figure; the user's settings are back afterwards
 
@@ -84,16 +90,24 @@ def bpd_curves(path, train, val, test_bpd, title):
     axes.plot(list(train), list(train.values()), label="train")
     axes.plot(list(val), list(val.values()), label="validation")
     axes.axhline(test_bpd, color="black", linestyle="--", linewidth=1, label=f"test: {test_bpd:.4f}")
-    axes.set(xlabel="epoch", ylabel="bits per dimension", title=title)
+    axes.set(xlabel="epoch", ylabel="bits per dimension")
+    axes.set_title(title, parse_math=False)  # a file's name may have $ in it
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # On a linear axis, the 1 bit per pixel of the untrained model would flatten all that comes after the first epochs.
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator([0.05, 0.07, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.5, 0.7, 1]))
+    axes.yaxis.set_major_locator(bpd_locator(*axes.get_ylim()))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, path)
+
+
+def bpd_locator(low, high):
+    """What places some ticks on a logarithmic axis of bits per dimension."""
+    if sum(low <= tick <= high for tick in BPD_TICKS) > 2 and high < 25 * low:
+        return FixedLocator(BPD_TICKS)
+    return MaxNLocator(6) if high < 3 * low else LogLocator(subs=[1, 2, 3, 5, 7])
 
 
 @plain
@@ -165,7 +179,9 @@ def image_table(
     height, width = tiles.shape[-2:]
     picture = tiles.transpose(0, 2, 1, 3).reshape(num_rows * height, num_columns * width)
     picture = picture[: num_rows * height - gap, : num_columns * width - gap]
-    figure = Figure(figsize=(0.45 * num_columns + 1, 0.45 * num_rows + 0.8), layout="constrained")
+    side = max(height, width)
+    figsize = CELL * num_columns + 1, CELL * num_rows * height / side + 0.8  # wide enough for the title in any case
+    figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(
@@ -176,7 +192,7 @@ def image_table(
     axes.tick_params(axis="x", labelrotation=90 if columns_below else 0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
-    save_png_and_pdf(figure, name)
+    save_png_and_pdf(figure, name, dpi=max(DPI, math.ceil(side / CELL)))  # no pixel is left out
 
 
 @plain
@@ -194,27 +210,30 @@ def latent_space(name, points, labels, axis_names, title, legend="digit"):
     axes = figure.add_subplot()
     kinds = sorted({int(label) for label in labels})
     colors = [f"C{kind}" if 0 <= kind < 10 else "black" for kind in kinds]
+    scale = Normalize(kinds[0], kinds[-1])
     if kinds[-1] > 9:
-        colors = colormaps["turbo"](np.linspace(0, 1, len(kinds)))
+        colors = colormaps["turbo"](scale(kinds) if len(kinds) > MOST_IN_LEGEND else np.linspace(0, 1, len(kinds)))
     for kind, color in zip(kinds, colors):
         x, y = points[labels == kind].T
         axes.scatter(x, y, s=4, alpha=0.6, linewidths=0, color=color, label=str(kind), rasterized=True)
     axes.set(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
     axes.grid(alpha=0.3)
-    if kinds[-1] >= 0:
+    if len(kinds) > MOST_IN_LEGEND:
+        figure.colorbar(ScalarMappable(scale, "turbo"), ax=axes, label=legend)
+    elif kinds[-1] >= 0:
         columns = math.ceil(len(kinds) / 25)
         figure.legend(loc="outside right upper", title=legend, markerscale=3, ncols=columns)
     save_png_and_pdf(figure, name)
 
 
-def save_png_and_pdf(figure, name):
+def save_png_and_pdf(figure, name, **options):
     """Writes a figure as name.png and name.pdf."""
     for kind in ["png", "pdf"]:
-        save(figure, f"{name}.{kind}")
+        save(figure, f"{name}.{kind}", **options)
 
 
 def save(figure, path, **options):
     """Writes a figure as the kind of file that its name's end says, PNG where it says none."""
     kind = os.path.splitext(path)[1][1:] or "png"
     with written_whole(path) as unfinished:
-        figure.savefig(unfinished, format=kind, dpi=150, **options)
+        figure.savefig(unfinished, format=kind, **{"dpi": DPI, **options})

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -253,11 +254,14 @@ class TestEvaluation(SeededTest):
         """Fewer images are decoded at once, down to one sample of each."""
         test_set = small_loaders(argparse.Namespace(batch_size=50))[2].dataset
         model, sizes, most = VAE("MLP", [4], 4, 3, 1e-3), [], 0
+        errors = itertools.cycle(
+            [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+        )
 
         def log_likelihood(imgs, encoder, decoder, num_samples, chunk_size):
             sizes.append(chunk_size)
             if chunk_size > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise next(errors)
             return torch.zeros(len(imgs))
 
         with (
@@ -269,10 +273,28 @@ class TestEvaluation(SeededTest):
             evaluate.likelihoods(model, test_set, 5, progress_bar=False)
             self.assertEqual(sizes, [64, 32, 16, 16, 16, 16, 16])
             most = 1
-            with self.assertRaises(torch.OutOfMemoryError):
+            with self.assertRaisesRegex(RuntimeError, "memory"):
                 evaluate.likelihoods(model, test_set, 5, progress_bar=False)
         self.assertEqual(sizes[-1], 8)
         self.assertEqual(evaluate.CHUNK_SIZE["gpu"], 16_384)
+
+    def test_large_images(self):
+        """Fewer of them at a time, so that they take no more memory than MNIST's."""
+        numbers = []
+        for sides in [(28, 28), (56, 56), (7, 7), (280, 2800)]:
+            test_set = bmnist.BinaryImages(torch.zeros(7, *sides, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64))
+            model = VAE("MLP", [1], 4, 2, 1e-3, sides)
+            with (
+                mock.patch.multiple(evaluate, BATCH_SIZE=4, QUADRATURE_SIZE=16),
+                mock.patch.dict(evaluate.CHUNK_SIZE, cpu=8),
+                mock.patch.object(evaluate, "log_likelihood", return_value=torch.zeros(7)) as log_likelihood,
+                mock.patch.object(evaluate, "quadrature_log_likelihood", return_value=torch.zeros(7)) as quadrature,
+                torch.no_grad(),
+            ):
+                evaluate.likelihoods(model, test_set, 5, progress_bar=False)
+            imgs, *_, chunk_size = log_likelihood.call_args_list[0].args
+            numbers.append((len(imgs), chunk_size, quadrature.call_args.kwargs["chunk_size"]))
+        self.assertEqual(numbers, [(4, 8, 16), (1, 2, 4), (4, 8, 16), (1, 1, 1)])
 
 
 class TestQuiet(SeededTest):

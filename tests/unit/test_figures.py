@@ -97,6 +97,20 @@ class TestFigures(FiguresTest):
         self.assertEqual({y for _, y in curves.pop("test: 0.2400")}, {0.24})
         self.assertEqual((axes.get_title(), axes.get_yscale()), ("MLP", "log"))
 
+    def test_curves_of_other_data(self):
+        """Some numbers are on the axis, whatever the bpd are, and a file's name is no formula."""
+        for bpds in [(1.36, 1.31), (0.925, 0.921), (1.0, 0.004), (0.0031, 0.003), (40.0, 7.0), (1.0, 0.14)]:
+            title = "MLP on a$_$.npz"
+            (axes,) = self.drawn(figures.bpd_curves, {2: bpds[1]}, dict(enumerate(bpds)), bpds[1], title)
+            axes.figure.draw_without_rendering()
+            low, high = axes.get_ylim()
+            ticks = axes.get_yticks()
+            self.assertGreater(sum(low <= tick <= high for tick in ticks), 2, bpds)
+            boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+            boxes = [box for box, tick in zip(boxes, ticks) if low <= tick <= high]
+            self.assertTrue(all(above.y0 > below.y1 for below, above in zip(boxes, boxes[1:])), bpds)
+            self.assertEqual((axes.get_title(), axes.title.get_parse_math()), (title, False))
+
     def test_side_by_side(self):
         self.assertEqual([axes.get_title() for axes in self.drawn(self.pictures)], ["before", "after"])
         (axes,) = self.drawn(figures.side_by_side, {"alone": self.folder / "a.png"})
@@ -141,12 +155,33 @@ class TestFigures(FiguresTest):
         (axes,) = self.drawn(self.table, gap=0)
         self.assertEqual(axes.get_images()[0].get_array().shape, (8, 15))
 
+    def test_table_of_large_and_wide_images(self):
+        """No pixel is left out, nor is half of the picture empty."""
+        for size in [(200, 200), (300, 100), (40, 400)]:
+            stripes = np.indices((4, 4, *size)).sum(axis=0) % 2
+            figures.image_table(self.folder / "wide", stripes)
+            picture = imread(self.folder / "wide.png")[..., 0]
+            changes = (np.diff((picture > 0.5).astype(int), axis=1) != 0).sum(axis=1).max()
+            self.assertGreaterEqual(changes, 4 * (size[1] - 1))
+            self.assertGreater((picture < 1).mean(), 0.1, size)
+
     def test_latent_space(self):
         (axes,) = self.drawn(self.latents)
         points = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
         expected = {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]}
         self.assertEqual(points, expected)
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("first", "second"))
+
+    def test_many_labels(self):
+        """They are beside the points, and where a legend would be too long, there is a scale."""
+        for number in [12, 50, 51, 256]:
+            points, labels = np.random.default_rng(0).random((number, 2)), np.arange(number)
+            axes, *scale = self.drawn(figures.latent_space, points, labels, ["first", "second"], "Means")
+            axes.figure.draw_without_rendering()
+            self.assertGreater(axes.bbox.width, axes.figure.bbox.width / 2, number)
+            self.assertEqual((len(scale), len(axes.figure.legends)), (1, 0) if number > 50 else (0, 1))
+            if scale:
+                self.assertEqual((scale[0].get_ylabel(), scale[0].get_ylim()), ("digit", (0, number - 1)))
 
 
 class TestSettings(FiguresTest):
