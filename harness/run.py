@@ -151,8 +151,7 @@ class Run:
         sha256 = vars(self.args).get(CHECKSUM)
         if sha256 != processes.shared(self.trainer, sha256):
             raise RunError(f"--dataset {self.args.dataset} is another file here than in the first process")
-        if len(loaders[1].dataset) < self.trainer.world_size:
-            raise RunError(f"{len(loaders[1].dataset)} validation images are too few for --devices and --num_nodes")
+        processes.on_rank_zero(self.trainer, check_shares, len(loaders[1].dataset), self.trainer.world_size)
         if self.args.num_workers:
             check_shared_memory(self.args.num_workers, loaders[0])
         # Only now that nothing else can be wrong.
@@ -379,6 +378,14 @@ def check_shared_memory(num_workers, loader):
 def shows_bar(args):
     """Whether there is a progress bar."""
     return args.progress_bar and is_screen(sys.stdout)
+
+
+def check_shares(num_val, num_processes):
+    """Raises a RunError where there is no validation image for each process."""
+    if num_val < num_processes:
+        raise RunError(
+            f"{num_val} validation images are too few for {num_processes} processes: lower --devices or --num_nodes"
+        )
 
 
 def check_run_flags(args):
