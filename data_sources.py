@@ -117,9 +117,9 @@ def opened(path):
     try:
         with open(os.path.expanduser(path), "rb") as file:
             yield file
+    except DataError:
+        raise
     except OSError as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"--dataset {path} cannot be read ({error.strerror}): give {NAMES}") from error
 
 
@@ -138,14 +138,14 @@ def load_file(path, sha256=None):
         DataError - where the file is damaged, has changed, or holds something else.
     """
     with opened(path) as file:
-        if sha256 not in [None, checksum_of(file)]:
-            raise DataError(f"{path} has changed since the command began: give it again")
+        if sha256 is not None and checksum_of(file) != sha256:
+            raise DataError(f"{path} has changed since the command began: give the same command again")
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as content:
                 arrays = {name: np.ascontiguousarray(content[name]) for name in PARTS if name in content.files}
         except MemoryError as error:
-            raise DataError(f"the memory is too small for {path}, or it is damaged ({error})") from error
+            raise DataError(f"the memory is too small for {path}, or it is damaged ({error!r})") from error
         except Exception as error:  # a damaged file may raise anything
             raise DataError(f"{path} is no .npz file of plain arrays ({' '.join(str(error).split())})") from error
     if problem := what_is_wrong(arrays):

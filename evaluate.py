@@ -83,7 +83,7 @@ def evaluate(
 ):
     """
     Evaluates a checkpoint on its test set, and draws what the model has learned. The numbers depend on the checkpoint
-    and on iw_samples alone, and torch's random numbers are left as they were.
+    and on iw_samples alone (where memory is short, on that, too), and torch's random numbers are left as they were.
     Inputs:
         checkpoint - Path of a checkpoint of train_pl.py.
         dataset - As the flag of train_pl.py; if None, what the checkpoint was trained on.
@@ -482,7 +482,8 @@ def main():
 def print_results(results, folder):
     """Prints what evaluate returned."""
     say(
-        f"{results['model']}, {results['z_dim']} latents, after {results['epoch'] or 'some'} epochs, on "
+        f"{results['model']}, {results['z_dim']} latent{'s' * (results['z_dim'] != 1)}, after "
+        f"{results['epoch'] or 'some'} epoch{'s' * (results['epoch'] != 1)}, on "
         f"{results['test_images']:,} test images of {results['dataset']} ({results['binarization']}), "
         f"on {results['device']}"
     )

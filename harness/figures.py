@@ -23,6 +23,7 @@ from harness.files import written_whole
 
 BPD_TICKS = [0.05, 0.07, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.5, 0.7, 1]  # where MNIST's curves are
 DPI = 150
+MOST_PIXELS = 4000  # along a side of a table of large images
 CELL = 0.45  # side of an image in a table, in inches
 MOST_IN_LEGEND = 50  # labels, in two columns
 SETTINGS = ["MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"]  # matplotlib's, in the environment
@@ -192,7 +193,9 @@ def image_table(
     axes.tick_params(axis="x", labelrotation=90 if columns_below else 0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
-    save_png_and_pdf(figure, name, dpi=max(DPI, math.ceil(side / CELL)))  # no pixel is left out
+    # So many that each pixel of an image is there, also where labels take room; within limits.
+    dpi = max(DPI, min(math.ceil(1.15 * side / CELL), int(MOST_PIXELS / max(figsize))))
+    save_png_and_pdf(figure, name, dpi=dpi)
 
 
 @plain
@@ -232,8 +235,8 @@ def save_png_and_pdf(figure, name, **options):
         save(figure, f"{name}.{kind}", **options)
 
 
-def save(figure, path, **options):
+def save(figure, path, dpi=DPI, **options):
     """Writes a figure as the kind of file that its name's end says, PNG where it says none."""
     kind = os.path.splitext(path)[1][1:] or "png"
     with written_whole(path) as unfinished:
-        figure.savefig(unfinished, format=kind, **{"dpi": DPI, **options})
+        figure.savefig(unfinished, format=kind, dpi=dpi, **options)

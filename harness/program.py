@@ -28,7 +28,7 @@ NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  #
 MAKE_ROOM = "make room and give the same command again"
 NO_MEMORY = (  # in what Python and torch say then
     "OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|integer multiplication overflow|"
-    "Overflow when unpacking long"
+    "Overflow when unpacking long|out of memory|ALLOC_FAILED"
 )
 
 
@@ -163,7 +163,7 @@ def fitting(value, default, possible):
     if value is default is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    most = MAX_FLOAT if isinstance(default, float) else MAX_INT
+    most = {int: MAX_INT, float: MAX_FLOAT}.get(type(default), math.inf)
     if is_number and most < value < math.inf:
         raise ValueError(f"at most {most:,}")
     if callable(possible):

@@ -22,7 +22,7 @@ class TestCommand(CommandTest):
         code, stdout, stderr = self.run_command("evaluate.py", checkpoint, "--iw_samples", "2", "--progress_bar")
         self.assertEqual((code, stderr), (0, ""))  # a progress bar is for terminals
         results = json.loads((run / "evaluation" / "evaluation.json").read_text())
-        self.assertRegex(stdout, r"MLP, 20 latents, after 1 epochs, on 10,000 test images of rendered \(stochastic\)")
+        self.assertRegex(stdout, r"MLP, 20 latents, after 1 epoch, on 10,000 test images of rendered \(stochastic\)")
         self.assertRegex(stdout, rf"test bpd +{results['test_bpd']:.4f} \+- 0\.000\d\n")
         self.assertRegex(stdout, rf"log p\(x\) +{results['log_likelihood']:.2f} \+- 0\.\d\d nats, importance-weighted")
         self.assertRegex(stdout, r"active units +\d+ of 20\n")

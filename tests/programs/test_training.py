@@ -186,10 +186,11 @@ class TestTraining(CommandTest):
         self.addCleanup(server.communicate)
         self.addCleanup(server.kill)
 
-        address = next(filter(None, (re.search(r"http://127\S+", line) for line in server.stderr)))[0]
+        found = next(filter(None, (re.search(r"http://127\S+", line) for line in server.stderr)), None)
+        self.assertIsNotNone(found, "TensorBoard ended")
 
         def ask(plugin):
-            with urllib.request.urlopen(f"{address}data/plugin/{plugin}", timeout=60) as answer:
+            with urllib.request.urlopen(f"{found[0]}data/plugin/{plugin}", timeout=60) as answer:
                 return json.load(answer)
 
         end = time.monotonic() + 120

@@ -275,7 +275,11 @@ class TestEvaluation(SeededTest):
             most = 1
             with self.assertRaisesRegex(RuntimeError, "memory"):
                 evaluate.likelihoods(model, test_set, 5, progress_bar=False)
-        self.assertEqual(sizes[-1], 8)
+            others, errors = len(sizes), itertools.repeat(RuntimeError("something else"))
+            with self.assertRaisesRegex(RuntimeError, "something else"):
+                evaluate.likelihoods(model, test_set, 5, progress_bar=False)
+            self.assertEqual(sizes[others:], [64])
+        self.assertEqual(sizes[others - 1], 8)
         self.assertEqual(evaluate.CHUNK_SIZE["gpu"], 16_384)
 
     def test_large_images(self):

@@ -374,7 +374,7 @@ class TestChoices(EvaluateTest):
             self.assertEqual((results["binarization"], results["epoch"] == 1), ("threshold", "epoch" in parts))
             with printed_lines() as lines:
                 evaluate.print_results(results, self.folder)
-            self.assertIn(f"after {results['epoch'] or 'some'} epochs", lines[0])
+        self.assertIn(f"after {results['epoch'] or 'some'} epoch", lines[0])
         torch.save(saved["state_dict"], path)  # as train_torch.py does
         with self.assertRaisesRegex(CheckpointError, "size mismatch .*: give --model, --z_dim, .* it was trained with"):
             self.evaluate(path, dataset="rendered")

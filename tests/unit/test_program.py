@@ -214,6 +214,8 @@ class TestComplete(SeededTest):
             ("sizes", [[3]], "--sizes must be one or more numbers from 1 to 4,294,967,295, got [[3]]"),
             ("shiny", "no", "--shiny must be True or False, got 'no'"),
             ("name", 3, "--name must be a text, got 3"),
+            ("name", 2**40, "--name must be a text, got 1099511627776"),
+            ("shiny", 2**40, "--shiny must be True or False, got 1099511627776"),
             ("name", "b\udcff", "--name must be a text that files and their names can hold, got 'b\\udcff'"),
             ("name", "a\0b", "--name must be a text that files and their names can hold, got 'a\\x00b'"),
             ("name", b"x", "--name must be a number, a text, or a list of them, got b'x'"),
