@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import zipfile
 
 import numpy as np
 import torch
@@ -140,6 +141,9 @@ def load_file(path, sha256=None):
     with opened(path) as file:
         if sha256 is not None and checksum_of(file) != sha256:
             raise DataError(f"{path} has changed since the command began: give the same command again")
+        file.seek(0)
+        if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle
+            raise DataError(f"{path} is no .npz file of plain arrays, which np.savez writes")
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as content:

@@ -225,6 +225,8 @@ def trained_with(path, run, args):
         elif CHECKSUM in (kept.get("flags") or {}):
             places = [os.path.join(os.path.realpath(run), str(kept.get("dataset_from_run"))), flags.get("dataset")]
             flags["dataset"] = find_file(places, kept["flags"][CHECKSUM]) or places[-1]
+            if not os.path.exists(flags["dataset"]):
+                raise UserError(f"{places[-1]}, what it was trained on, is gone: give --dataset with where it is now")
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds flags of no use ({error})") from error
@@ -425,7 +427,7 @@ def pictures(folder, model, imgs, labels, means, legend="digit"):
 
     def latent_space(path):
         shown = plane(means, labels, legend)
-        title = f"Posterior means of the {len(labels):,} test images, {z_dim} latents"
+        title = f"Posterior means of the {len(labels):,} test images, {z_dim} latent{'s' * (z_dim != 1)}"
         figures.latent_space(path, shown.places, labels, shown.axes, title, legend)
 
     drawings = [reconstructions, interpolations, traversals, samples, sample_means, manifold, latent_space]

@@ -402,6 +402,11 @@ def check_run_flags(args):
             f"--devices {args.devices} x --num_nodes {args.num_nodes}"
         )
     name = args.run_name
+    log_dir = os.path.join(os.path.realpath(os.path.expanduser(args.log_dir)), "")
+    if name and os.path.isdir(name) and not os.path.isdir(os.path.join(log_dir, name)):
+        path = os.path.realpath(name)  # from the working directory, as a shell completes it
+        if path.startswith(log_dir):
+            raise FlagError(f"--run_name {name} is not found from the log directory: give {path.removeprefix(log_dir)}")
     if name is not None and (
         os.path.isabs(name) or os.path.splitdrive(name)[0] or os.path.normpath(name).split(os.sep)[0] in (".", "..")
     ):

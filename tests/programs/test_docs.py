@@ -114,7 +114,7 @@ class TestDocs(SeededTest):
         for number, image in enumerate(rendered_mnist(1_200, 1)[0]):
             Image.fromarray(image.numpy()).convert("RGB").resize((40, 30)).save(f"pictures/{number:04}.png")
         names = self.run_page("docs/runs.md")
-        self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(200, 28, 28), (1_000, 28, 28)])
+        self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(1_080, 28, 28), (120, 28, 28)])
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)
 

@@ -207,7 +207,7 @@ class TestRuns(FileTest):
         with self.assertRaisesRegex(UserError, r"images of \[20, 20\] pixels, .* is for those of \[20, 14\]"):
             self.evaluate(dataset=str(other))
         (self.folder / "own.npz").unlink()
-        with self.assertRaisesRegex(DataError, "own.npz cannot be read"):
+        with self.assertRaisesRegex(UserError, "own.npz, what it was trained on, is gone: give --dataset"):
             self.evaluate()
 
     def test_run_and_file_moved_together(self):

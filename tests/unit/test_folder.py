@@ -43,6 +43,17 @@ class TestFolder(NamedRunTest):
         self.assertEqual(os.listdir(self.folder), [])
         self.train(run_name="sweep/a", log_dir=str(logs), epochs=1)
         self.assertTrue((logs / "sweep" / "a" / "results.json").exists())
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.folder)
+        for name in ["logs/sweep/a", "./logs/sweep/a/"]:  # as a shell completes them
+            with self.assertRaisesRegex(ValueError, "not found from the log directory: give sweep/a$"):
+                self.train(run_name=name, log_dir="logs", epochs=1)
+        self.assertEqual([os.listdir(folder) for folder in [".", "logs"]], [["logs"], ["sweep"]])
+        os.chdir(logs)
+        for log_dir in [".", "../logs"]:
+            _, output = self.train(run_name="sweep/a", log_dir=log_dir, epochs=1)
+            self.assertIn("is finished", output)
 
     def test_one_process_at_a_time(self):
         with (
