@@ -193,7 +193,7 @@ def image_table(
     axes.tick_params(axis="x", labelrotation=90 if columns_below else 0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
-    # So many that each pixel of an image is there, also where labels take room; within limits.
+    # Enough dots for each pixel of an image, also where labels take room; within limits.
     dpi = max(DPI, min(math.ceil(1.15 * side / CELL), int(MOST_PIXELS / max(figsize))))
     save_png_and_pdf(figure, name, dpi=dpi)
 

@@ -344,7 +344,7 @@ def has_no_room(error):
 
 
 def has_no_memory(error):
-    """Whether an error is of memory that is too small, a GPU's or the machine's."""
+    """Whether an error, or None, is of memory that is too small, a GPU's or the machine's."""
     return re.search(NO_MEMORY, repr(error)) is not None
 
 

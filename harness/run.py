@@ -117,7 +117,7 @@ class Run:
             raise RunError(
                 f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}"
             ) from error
-        if error is not None and has_no_memory(error):
+        if has_no_memory(error):
             sizes = {name: self.flags.get(name, 1) for name in ["batch_size", "train_samples"]}
             what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items() if size > 1)])
             raise RunError(

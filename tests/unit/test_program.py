@@ -26,6 +26,7 @@ from harness.program import (
     Parser,
     Terminated,
     UserError,
+    auto_or_number,
     ending,
     not_negative,
     note,
@@ -233,6 +234,12 @@ class TestComplete(SeededTest):
                 self.complete(**{name: value})
             self.assertEqual(str(caught.exception), message)
 
+    def test_threads(self):
+        self.assertEqual([auto_or_number(value) for value in ["auto", "3", 1024]], ["auto", 3, 1024])
+        for value in [0, 1025, 10**9, 1.5, True, "many"]:
+            with self.assertRaisesRegex(ValueError, "auto, or a whole number from 1 to 1,024"):
+                auto_or_number(value)
+
 
 class TestEnding(SeededTest):
     def end(self, error=None):
@@ -271,6 +278,12 @@ class TestEnding(SeededTest):
             (KeyboardInterrupt(), 1, "draw.py: interrupted\n"),
         ]:
             self.assertEqual(self.end(error), (code, message))
+
+    def test_too_little_memory(self):
+        """Of a CPU, or of a GPU, in the words of its libraries."""
+        for text in ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "integer multiplication overflow"]:
+            message = f"draw.py: error: the memory is too small (RuntimeError: {text})\n"
+            self.assertEqual(self.end(RuntimeError(text)), (1, message))
 
     def test_faults_of_the_program_are_left_alone(self):
         for error in [ValueError, RuntimeError, TypeError]:
