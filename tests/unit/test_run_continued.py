@@ -132,7 +132,7 @@ class TestStopped(ContinuedRunTest):
             mock.patch.object(RecordWriter, "write", write_late),
             mock.patch.object(EventFileWriter, "flush", flush_all),
         ):
-            self.train(epochs=5, z_dim=2)
+            self.train(epochs=5, z_dim=2, plain=True)  # step by step, a checkpoint is saved at once
         tags = ["Samples", "Means", "Reconstructions", "Manifold"]
         self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in tags})
 
