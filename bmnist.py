@@ -23,7 +23,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 KINDS = {"mnist": MNIST, "fashion": FashionMNIST, "kmnist": KMNIST}  # torchvision's; the class names the folder, too
@@ -66,9 +66,8 @@ class BinaryImages(Dataset):
         return binarize(self.images[index]), self.labels[index]
 
     def __getitems__(self, indices):
-        """What DataLoader asks for: the images and labels of a batch, by the list of their indices."""
-        indices = torch.tensor(indices)
-        return binarize(self.images.index_select(0, indices)), self.labels.index_select(0, indices)
+        """The samples at a list of indices, as a list: torch's own DataLoader and Subset ask for a batch so."""
+        return list(zip(*self[torch.as_tensor(indices)]))
 
     def to(self, device):
         """Moves the data set to a device, and returns it."""
@@ -101,31 +100,54 @@ class SampledImages(BinaryImages):
         self.images.view(-1)[self.grey] = torch.where(numbers < self.intensities, 255, 0).to(torch.uint8)
 
 
-class RedrawingLoader(DataLoader):
+class ImageLoader(DataLoader):
     """
-    A DataLoader of SampledImages that draws them anew for each pass: from its sampler's `draw_seed()` where it has one,
-    else from torch's global random numbers.
+    A DataLoader of BinaryImages that indexes each minibatch at once, in the order of its sampler:
+    dataset[order[i : i + batch_size]]. Worker processes, a collate_fn and the like work as in any DataLoader.
     """
 
-    def __iter__(self):
+    def __init__(self, dataset, batch_size=1, redraws=False, **options):
+        """
+        Inputs:
+            dataset, batch_size, options - As in torch's DataLoader.
+            redraws - If True, the images of SampledImages are drawn anew for each pass: from the sampler's
+                `draw_seed()` if it has one, else from torch's global random numbers.
+        """
+        self.redraws = redraws
+        super().__init__(dataset, batch_size, **options)
+
+    @property
+    def indexes_at_once(self):
+        """Whether the minibatches are dataset[order[i : i + batch_size]], without anything else in between."""
+        is_plain = self.collate_fn is default_collate and type(self).__iter__ is ImageLoader.__iter__
+        return is_plain and self.batch_size is not None and not (self.num_workers or self.drop_last)
+
+    def order(self):
+        """Begins a pass: draws its images if they are to be drawn, and returns the order of all, int64 [N]."""
         self.redraw()
-        return super().__iter__()
+        order = self.sampler.order() if hasattr(self.sampler, "order") else torch.tensor(list(self.sampler))
+        return order.to(self.dataset.images.device)
 
     def redraw(self):
         """Draws the images of a pass."""
-        draw_seed = getattr(self.sampler, "draw_seed", None)
-        self.dataset.redraw(draw_seed() if draw_seed else torch.randint(2**62, ()).item())
+        if self.redraws:
+            draw_seed = getattr(self.sampler, "draw_seed", None)
+            self.dataset.redraw(draw_seed() if draw_seed else torch.randint(2**62, ()).item())
+
+    def __iter__(self):
+        if not self.indexes_at_once:
+            self.redraw()
+            return super().__iter__()
+        # A DataLoader draws a seed for its workers in each pass, also if it has none. So does this one: the random
+        # numbers that follow do not depend on num_workers.
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        return map(self.dataset.__getitem__, self.order().split(self.batch_size))
 
 
 def binarize(images):
     """Intensities uint8 [...,H,W] to pixels float32 [...,1,H,W]: 1 where intensity / 255 > 0.5, else 0."""
     pixels = torch.empty(images.shape, device=images.device)
     return torch.gt(images, 127, out=pixels).unsqueeze(-3)  # without zeros and ones of another type in between
-
-
-def already_a_batch(batch):
-    """Collate function for BinaryImages, which indexes whole batches (by name: a lambda cannot go to a worker)."""
-    return batch
 
 
 def data_loaders(
@@ -162,9 +184,7 @@ def data_loaders(
             f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}, got "
             f"{binarization!r} and {train_size!r}"
         )
-    Images, TrainLoader = BinaryImages, DataLoader
-    if binarization == "stochastic":
-        Images, TrainLoader = SampledImages, RedrawingLoader
+    Images = SampledImages if binarization == "stochastic" else BinaryImages
     batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # NumPy's or a tensor's
     num_val = NUM_VAL
     if train_size is None:
@@ -172,14 +192,21 @@ def data_loaders(
         train_size = len(train_images) - num_val
     val_end = train_size + num_val
     splits = [
-        (TrainLoader, Images(train_images[:train_size], train_labels[:train_size]), True),
-        (DataLoader, Images(train_images[train_size:val_end], train_labels[train_size:val_end]), False),
-        (DataLoader, Images(test_images, test_labels), False),
+        (Images(train_images[:train_size], train_labels[:train_size]), True),
+        (Images(train_images[train_size:val_end], train_labels[train_size:val_end]), False),
+        (Images(test_images, test_labels), False),
     ]
     loaders = []
-    for Loader, split, shuffle in splits:
-        order = {"shuffle": shuffle} if sampler is None else {"sampler": sampler(split, shuffle)}
-        loaders.append(Loader(split, batch_size, **order, num_workers=num_workers, collate_fn=already_a_batch))
+    for split, is_train in splits:
+        options = {"num_workers": num_workers, "redraws": is_train and binarization == "stochastic"}
+        if sampler is None:
+            options["shuffle"] = is_train
+        else:
+            options["sampler"] = sampler(split, is_train)
+            # The first pass of a Trainer begins before its epoch does, the others after: if they drew from the global
+            # random numbers, an epoch would differ between a run that was interrupted and one that was not.
+            options["generator"] = torch.Generator() if is_train else None
+        loaders.append(ImageLoader(split, batch_size, **options))
     return tuple(loaders)
 
 

@@ -299,8 +299,8 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
     batches = torch.arange(len(test_set)).split(at_a_time(BATCH_SIZE, num_pixels))
     for indices in tqdm(batches, "log p(x)", disable=not bar):
         imgs = test_set[indices][0].to(device)
-        L_rec, L_reg = model.losses(imgs)
-        neg_elbos.append(L_rec + L_reg)
+        terms = model.terms(imgs)
+        neg_elbos.append(terms.L_rec + terms.L_reg)
         log_p = None
         while log_p is None:
             try:

@@ -1,38 +1,60 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 
 import math
-import os
+from pathlib import Path
+from typing import NamedTuple
 
 import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.seed import isolate_rng
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from data_sources import DATA_FLAGS, complete_dataset, load_data
 from harness.checkpoints import load_model
-from harness.chunks import knows_chunks
+from harness.means import EpochMeans
 from harness.program import RUN_FLAGS, FlagError, Parser, ending, not_negative, optional
+from harness.report import log_picture
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
-from objectives import OBJECTIVES, multi_sample_losses, schedules
-from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
+from utils import (
+    KLD,
+    decode,
+    elbo_to_bpd,
+    eval_mode,
+    importance_weighted_bound,
+    log_prior_ratio,
+    sample_reparameterize,
+    visualize_manifold,
+)
 
-# What is logged of every epoch, as train_NAME and val_NAME: name and title of each mean over the images.
-QUANTITIES = {
+# Titles of TensorBoard's charts of training and validation, by what VAE.quantities logs. Without one, a quantity has
+# its curves among the scalars alone.
+TITLES = {
     "reconstruction_loss": "reconstruction loss, nats",
     "regularization_loss": "regularization loss (KL divergence), nats",
     "ELBO": "negative ELBO, nats",
     "bpd": "bits per dimension",
 }
+# What else each objective logs.
+OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}
+
+
+class Terms(NamedTuple):
+    """What the loss of B images is made of, with K samples of each posterior: see VAE.terms."""
+
+    L_rec: torch.Tensor  # [B], reconstruction losses -log p(x|z), means over the samples, in nats
+    L_reg: torch.Tensor  # [B], regularisation losses KL(q(z|x) || p(z)), in nats
+    loss: torch.Tensor  # [B], what training minimises, in nats
+    mean: torch.Tensor  # [B,D], of the posterior q(z|x)
+    log_std: torch.Tensor  # [B,D]
+    z: torch.Tensor  # [B,K,D], the samples
+    logits: torch.Tensor | None  # [B,K,C,H,W], of the pixels; None if so many samples are decoded in parts
 
 
 class VAE(pl.LightningModule):
-    _ddp_params_and_buffers_to_ignore = ["train_sums", "val_sums", "epoch_beta"]  # each process has its own
-
     def __init__(
         self,
         model_name,
@@ -69,37 +91,49 @@ class VAE(pl.LightningModule):
             self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim, img_size=img_size)
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
-        self.randn_like = torch.randn_like  # the source of noise
-        self.quantities = {**QUANTITIES, **OBJECTIVES[objective]}
-        # Of the current epoch, in this process: number of images, and sums of the quantities over them.
-        self.register_buffer("train_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
-        self.register_buffer("val_sums", torch.zeros(1 + len(self.quantities)), persistent=False)
-        self.register_buffer("epoch_beta", torch.tensor(float(beta)), persistent=False)  # the current epoch's
+        self.beta = beta  # of the current epoch, see BetaWarmup
+        self.train_means, self.val_means = EpochMeans(), EpochMeans()
 
-    def losses(self, imgs, reduction="none"):
+    def terms(self, imgs, num_samples=1):
         """
-        The two parts of the negative ELBO of images, with one sample of the posterior per image.
+        The terms of the loss, per image: L_rec + beta * L_reg, or minus the importance-weighted bound (Burda et al.
+        2016, eq. 8).
         Inputs:
             imgs - Images of shape [B,C,H,W], zeros and ones.
-            reduction - "none", or "mean": the means over the batch.
+            num_samples - K, the number of samples of each posterior.
         Outputs:
-            L_rec - Reconstruction losses, -log p(x|z) summed over the pixels, in nats: shape [B], or a scalar.
-            L_reg - Regularisation losses, KL(q(z|x) || p(z)), in nats: shape [B], or a scalar.
+            terms - See Terms.
         """
-        mean, log_std = (output.to(imgs.dtype) for output in self.encoder(imgs))  # the sums are not in bf16
-        z = sample_reparameterize(mean, log_std.exp(), self.randn_like)
-        pixels = F.binary_cross_entropy_with_logits(self.decoder(z).to(imgs.dtype), imgs, reduction="none")
-        L_reg = KLD(mean, log_std)
-        if reduction == "mean":
-            return pixels.sum() / len(imgs), L_reg.mean()
-        return pixels.flatten(start_dim=1).sum(dim=-1), L_reg
+        mean, log_std = self.encoder(imgs)
+        eps = torch.randn_like(mean.unsqueeze(1).expand(-1, num_samples, -1))
+        z = sample_reparameterize(mean.unsqueeze(1), log_std.unsqueeze(1).exp(), eps)
+        logits, L_recs = decode(self.decoder, z, imgs)
+        L_rec, L_reg = L_recs.mean(dim=1), KLD(mean, log_std)
+        if self.hparams.objective == "iwae" and num_samples > 1:
+            loss = -importance_weighted_bound(log_prior_ratio(z, eps, log_std.unsqueeze(1)) - L_recs)
+        else:  # the bound of a single sample is the ELBO
+            loss = L_rec + self.beta * L_reg
+        return Terms(L_rec, L_reg, loss, mean, log_std, z, logits)
 
-    def training_losses(self, imgs):
-        """L_rec and L_reg as of forward, and what is minimised, in nats, see objectives.multi_sample_losses."""
-        if self.hparams.train_samples > 1:
-            return multi_sample_losses(self, imgs)
-        L_rec, L_reg = self.losses(imgs, reduction="mean")
-        return L_rec, L_reg, L_rec + self.epoch_beta * L_reg  # with one sample, the bound is the ELBO, and beta is 1
+    def quantities(self, terms, imgs):
+        """
+        What is logged of every epoch, as train_NAME and val_NAME: the mean over its images.
+        Inputs:
+            terms - The Terms of a minibatch.
+            imgs - Its images [B,C,H,W].
+        Outputs:
+            quantities - Dict from name to a value per image, shape [B], or one of the minibatch.
+        """
+        neg_elbo = terms.L_rec + terms.L_reg
+        quantities = {
+            "reconstruction_loss": terms.L_rec,
+            "regularization_loss": terms.L_reg,
+            "ELBO": neg_elbo,
+            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),
+        }
+        if self.hparams.objective == "iwae":
+            quantities["IWAE"] = terms.loss
+        return quantities
 
     def forward(self, imgs):
         """
@@ -109,7 +143,8 @@ class VAE(pl.LightningModule):
         Outputs:
             L_rec, L_reg, bpd - Means of the losses over the batch, in nats, and of their sum in bits per dimension.
         """
-        L_rec, L_reg = self.losses(imgs, reduction="mean")
+        terms = self.terms(imgs)
+        L_rec, L_reg = terms.L_rec.mean(), terms.L_reg.mean()
         return L_rec, L_reg, elbo_to_bpd(L_rec + L_reg, imgs.shape)
 
     @torch.no_grad()
@@ -138,50 +173,69 @@ class VAE(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         imgs, _ = batch
-        losses = self.training_losses(imgs)
-        loss = elbo_to_bpd(losses[-1], imgs.shape)  # what is minimised; what is logged is apart from it
-        return {"loss": loss, "bpd": self.add_to(self.train_sums, imgs, *losses)["bpd"]}
-
-    @knows_chunks
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
-            self.log_means("train", self.train_sums)
+        terms = self.terms(imgs, self.hparams.train_samples)
+        quantities = self.quantities(terms, imgs)
+        self.train_means.add(quantities, len(imgs))
+        return {"loss": elbo_to_bpd(terms.loss.mean(), imgs.shape), "bpd": quantities["bpd"].mean()}
 
     def validation_step(self, batch, batch_idx):
-        self.add_to(self.val_sums, batch[0], *self.training_losses(batch[0]))
-
-    def on_validation_epoch_end(self):
-        self.log_means("val", self.val_sums)
+        imgs, _ = batch
+        self.val_means.add(self.quantities(self.terms(imgs, self.hparams.train_samples), imgs), len(imgs))
 
     def test_step(self, batch, batch_idx):
         self.log("test_bpd", self.forward(batch[0])[2], batch_size=len(batch[0]), sync_dist=True)
 
-    @torch.no_grad()
-    def add_to(self, sums, imgs, L_rec, L_reg, objective=None):
-        """
-        Adds the quantities of a minibatch, from its mean losses, to the sums of an epoch, and returns them. They are
-        logged once per epoch: self.log in every step would cost a third of the time.
-        """
-        neg_elbo = L_rec + L_reg
-        quantities = {
-            "reconstruction_loss": L_rec,
-            "regularization_loss": L_reg,
-            "ELBO": neg_elbo,
-            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),
-            "IWAE": objective,
-        }
-        kept = [quantities[name] for name in self.quantities]
-        sums.add_(torch.stack([torch.ones_like(L_rec), *kept]), alpha=len(imgs))
-        return quantities
+    def predict_step(self, batch, batch_idx):
+        """Mean and log_std, each [B,D], of the posterior q(z|x) of a batch of images and, if any, labels."""
+        return self.encoder(batch[0])
 
-    def log_means(self, stage, sums):
+    def on_train_epoch_start(self):
+        self.train_means.reset()
+
+    def on_train_epoch_end(self):
+        self.log_means("train", self.train_means)
+
+    def on_validation_epoch_start(self):
+        self.val_means.reset()
+
+    def on_validation_epoch_end(self):
+        self.log_means("val", self.val_means)
+
+    def log_means(self, stage, means):
         """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
-        means = dict(zip(self.quantities, sums[1:] / sums[0]))
-        means["ELBO"] = means["reconstruction_loss"] + means["regularization_loss"]  # so that the curves add up
-        options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": int(sums[0])}
-        sums.zero_()
-        for name, mean in means.items():
-            self.log(f"{stage}_{name}", mean, prog_bar=name == "bpd", **options)
+        values, num_images = means.compute()
+        means.reset()
+        for name, value in values.items():  # once per epoch: self.log in every step would cost a third of the time
+            options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images, "prog_bar": name == "bpd"}
+            self.log(f"{stage}_{name}", value, **options)
+
+
+class CosineLearningRate(pl.Callback):
+    """Lowers the learning rate, epoch by epoch, along half a cosine from lr towards 0 (Loshchilov & Hutter 2017)."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        lr = pl_module.hparams.lr * (1 + math.cos(math.pi * trainer.current_epoch / trainer.max_epochs)) / 2
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = lr
+
+
+class BetaWarmup(pl.Callback):
+    """
+    Raises the weight of the KL divergence, epoch by epoch, linearly from 0 to the module's hyperparameter beta, and
+    logs it (Bowman et al. 2016).
+    """
+
+    def __init__(self, num_epochs):
+        """
+        Inputs:
+            num_epochs - Number of epochs in which the weight is less than beta; with 0 it is beta from the first on.
+        """
+        self.num_epochs = num_epochs
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        share = min(trainer.current_epoch / self.num_epochs, 1) if self.num_epochs else 1
+        pl_module.beta = pl_module.hparams.beta * share
+        self.log("train_beta", pl_module.beta, sync_dist=True)  # the same in all processes
 
 
 class GenerateCallback(pl.Callback):
@@ -215,22 +269,21 @@ class GenerateCallback(pl.Callback):
             epoch - Number of epochs trained so far, for the x axis and the files' names.
         """
         # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
-        # numbers of the training, so that the pictures do not change its course.
-        with isolate_rng():
+        # numbers of the training or in what BatchNorm keeps, so that the pictures do not change its course.
+        writer = trainer.logger.experiment
+        with isolate_rng(), eval_mode(pl_module):
             torch.manual_seed(0)
             samples, means = pl_module.sample(self.batch_size)
-        pictures = {"Samples": samples, "Means": means}
-        if self.imgs is not None:
-            imgs = self.imgs.to(pl_module.device)
-            pictures["Reconstructions"] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
-        writer = trainer.logger.experiment
-        for name, imgs in pictures.items():
-            grid = make_grid(imgs, nrow=8, pad_value=0.5).cpu()
-            writer.add_image(name, grid, epoch)
-            if self.save_to_disk:
-                save_image(grid, os.path.join(trainer.logger.log_dir, f"epoch_{epoch}_{name.lower()}.png"))
-        if pl_module.hparams.z_dim == 2:
-            writer.add_image("Manifold", visualize_manifold(pl_module.decoder).cpu(), epoch)
+            pictures = {"Samples": samples, "Means": means}
+            if self.imgs is not None:
+                imgs = self.imgs.to(pl_module.device)
+                pictures["Reconstructions"] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
+            for name, imgs in pictures.items():
+                png = log_picture(writer, name, make_grid(imgs, nrow=8, pad_value=0.5), epoch)
+                if self.save_to_disk:
+                    Path(trainer.logger.log_dir, f"epoch_{epoch}_{name.lower()}.png").write_bytes(png)
+            if pl_module.hparams.z_dim == 2:
+                log_picture(writer, "Manifold", visualize_manifold(pl_module.decoder), epoch)
 
 
 def train_vae(args):
@@ -245,23 +298,33 @@ def train_vae(args):
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
-    quantities = {**QUANTITIES, **OBJECTIVES[args.objective]}
-    with Run(args, make_parser().defaults, quantities, [generate, *schedules(args)]) as run:
+    titles = {**TITLES, **OBJECTIVES[args.objective]}
+    with Run(args, make_parser().defaults, titles, [generate, *schedules(args)]) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load_data)
             generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
             pl.seed_everything(args.seed)
-            model = make_vae(args, generate.imgs.shape[-2:])
+            model = run.prepare(make_vae(args, train_loader.dataset.images.shape[1:]))
             if run.is_new:
                 generate.sample_and_save(run.trainer, model, epoch=0)
                 run.trainer.validate(model, val_loader, verbose=False)
             run.fit(model, train_loader, val_loader)
-            run.finish(run.trainer.test(VAE.load_from_checkpoint(run.best_checkpoint), test_loader, verbose=False))
+            best = run.prepare(VAE.load_from_checkpoint(run.best_checkpoint))
+            run.finish(run.trainer.test(best, test_loader, verbose=False))
         if args.z_dim == 2:
             run.save_image(
-                "vae_manifold.png", lambda: visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).decoder)
+                "vae_manifold.png",
+                lambda: visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder),
             )
     return run.test_result
+
+
+def schedules(args):
+    """The callbacks that the flags lr_schedule, beta and beta_warmup ask for."""
+    callbacks = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
+    if args.beta != 1 or args.beta_warmup:
+        callbacks.append(BetaWarmup(args.beta_warmup))
+    return callbacks
 
 
 def make_vae(args, img_size=(28, 28)):

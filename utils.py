@@ -3,7 +3,7 @@ The mathematics of the VAE: reparameterisation, KL divergence, bits per dimensio
 latent manifold.
 """
 
-import functools
+import contextlib
 import math
 
 import torch
@@ -12,18 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.utils import make_grid
 
 
-def sample_reparameterize(mean, std, randn_like=torch.randn_like):
+def sample_reparameterize(mean, std, eps=None):
     """
     Draws one sample per Gaussian with the reparameterisation trick, z = mean + std * eps with eps ~ N(0, 1)
     (Kingma & Welling 2014, section 2.4), so that gradients reach the mean and the standard deviation.
     Inputs:
         mean - Tensor of arbitrary shape, the means.
         std - Tensor of the same shape, the standard deviations (not their logarithms), none negative.
-        randn_like - The source of the noise: function that returns eps of the shape of a tensor.
+        eps - The noise, a tensor of the same shape or, for several samples, of one to which it broadcasts; by default
+            it is drawn here.
     Outputs:
-        z - Tensor of the same shape, one sample of each Gaussian.
+        z - Tensor of the same shape, one sample of each Gaussian, or of the shape of eps.
     """
-    return mean + std * randn_like(std)
+    return mean + std * (torch.randn_like(std) if eps is None else eps)
 
 
 def KLD(mean, log_std):
@@ -34,9 +35,9 @@ def KLD(mean, log_std):
         mean - Tensor of shape [..., D], the means.
         log_std - Tensor of the same shape, the natural logarithms of the standard deviations.
     Outputs:
-        KLD - Tensor of shape [...], in nats.
+        KLD - Tensor of shape [...], in nats, in float32 also if the latents are in a shorter type.
     """
-    log_var = 2 * log_std
+    mean, log_var = full_precision(mean), 2 * full_precision(log_std)
     # expm1 keeps the digits that exp(x) - 1 loses for a posterior close to the prior.
     return 0.5 * (torch.expm1(log_var) - log_var + mean**2).sum(dim=-1)
 
@@ -67,6 +68,50 @@ def sum_softplus(logits):
     return logits.clamp_min(0).sum(dim=-1) + products.log_().sum(dim=-1)
 
 
+def full_precision(tensor):
+    """A tensor as float32 if its type is shorter, such as bfloat16, in which a sum over an image has three digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def bernoulli_loss(logits, imgs):
+    """
+    The reconstruction loss -log p(x|z) of independent Bernoulli pixels.
+    Inputs:
+        logits - Decoder outputs of shape [...,C,H,W].
+        imgs - Images of a shape that broadcasts to it, zeros and ones.
+    Outputs:
+        L_rec - Tensor of shape [...], sums over the pixels, in nats, in float32 also if logits are in a shorter type.
+    """
+    logits = full_precision(logits)
+    x = imgs.to(logits.dtype).expand_as(logits)
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(start_dim=-3).sum(dim=-1)
+
+
+def decode(decoder, z, imgs, max_pixels=2**23):
+    """
+    Decodes K samples of the posterior per image, for training: with gradients, in memory that does not grow with K.
+    Inputs:
+        decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
+        z - Latents of shape [B,K,D].
+        imgs - Images of shape [B,C,H,W], zeros and ones.
+        max_pixels - Number of pixels to decode at once, at least those of B images. More are decoded one part after the
+            other, and again for the gradients.
+    Outputs:
+        logits - Tensor of shape [B,K,C,H,W]; None if they are decoded in parts.
+        L_rec - Tensor of shape [B,K], see bernoulli_loss.
+    """
+
+    def decode_part(z):
+        logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return logits, bernoulli_loss(logits, imgs.unsqueeze(1))
+
+    parts = z.split(max(max_pixels // imgs.numel(), 1), dim=1)
+    if len(parts) == 1:
+        return decode_part(z)
+    losses = [checkpoint(lambda part: decode_part(part)[1], part, use_reentrant=False) for part in parts]
+    return None, torch.cat(losses, dim=1)
+
+
 def log_prior_ratio(z, eps, log_std):
     """
     log p(z) - log q(z|x) of samples z = mean + std * eps of a diagonal Gaussian q, for a unit Gaussian p.
@@ -74,43 +119,10 @@ def log_prior_ratio(z, eps, log_std):
         z, eps - Tensors of shape [...,D].
         log_std - Tensor of a shape that broadcasts to it.
     Outputs:
-        log_ratio - Tensor of shape [...], in nats.
+        log_ratio - Tensor of shape [...], in nats, in float32 also if the latents are in a shorter type.
     """
+    z, eps, log_std = map(full_precision, [z, eps, log_std])
     return ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)  # their factors of 2 pi cancel
-
-
-def sampled_losses(imgs, mean, log_std, decoder, num_samples, randn_like=torch.randn_like, chunk_size=2**23):
-    """
-    The terms of bounds of log p(x) with K samples z_k of the posterior per image, for training: with gradients.
-    Inputs:
-        imgs - Images of shape [B,C,H,W], zeros and ones.
-        mean, log_std - Tensors of shape [B,D], those of q(z|x).
-        decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
-        num_samples - K.
-        randn_like - The source of the noise, see sample_reparameterize.
-        chunk_size - Number of pixels that are decoded at once, at least those of B images. Where there are more, they
-            are decoded again for the gradients, one chunk after the other: it bounds the memory, whatever K is.
-    Outputs:
-        L_rec - Tensor of shape [B,K], -log p(x|z_k), in nats.
-        log_ratio - Tensor of shape [B,K], log p(z_k) - log q(z_k|x), in nats.
-    """
-    mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
-    eps = randn_like(mean.expand(-1, num_samples, -1))
-    z = mean + log_std.exp() * eps
-
-    def reconstruction_losses(z):
-        logits = decoder(z.flatten(0, 1)).to(imgs.dtype).unflatten(0, z.shape[:2])
-        x = imgs.unsqueeze(1).expand_as(logits)
-        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(start_dim=2).sum(dim=-1)
-
-    chunks = z.split(max(chunk_size // imgs.numel(), 1), dim=1)
-    if len(chunks) > 1:
-        # A CUDA graph under capture does not tell the state of its random numbers; our decoders draw none.
-        is_captured = z.is_cuda and torch.cuda.is_current_stream_capturing()
-        reconstruction_losses = functools.partial(
-            checkpoint, reconstruction_losses, use_reentrant=False, preserve_rng_state=not is_captured
-        )
-    return torch.cat([reconstruction_losses(chunk) for chunk in chunks], dim=1), log_prior_ratio(z, eps, log_std)
 
 
 def importance_weighted_bound(log_weights):
@@ -225,3 +237,15 @@ def visualize_manifold(decoder, grid_size=20):
     """
     logits = decoder(manifold_latents(grid_size).to(decoder.device))
     return make_grid(torch.sigmoid(logits), nrow=grid_size)
+
+
+@contextlib.contextmanager
+def eval_mode(module):
+    """A context in which a module is in eval mode; afterwards it and each of its parts are in the mode of before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

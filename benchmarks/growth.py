@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
 import speed
-from bmnist import BinaryImages, already_a_batch
+from bmnist import BinaryImages, ImageLoader
 from rendered_digits import rendered_digits
 
 
@@ -44,7 +43,7 @@ def load(num_images):
     """
     rendered_digits(10_000)  # warm: the fonts, torch's own memory
     before = speed.memory_mib("VmRSS")
-    loader = DataLoader(BinaryImages(*rendered_digits(num_images)), 128, shuffle=True, collate_fn=already_a_batch)
+    loader = ImageLoader(BinaryImages(*rendered_digits(num_images)), 128, shuffle=True)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -13,11 +13,14 @@ import shutil
 import textwrap
 import types
 import zipfile
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import yaml
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from pytorch_lightning.utilities import rank_zero_warn
 
@@ -307,25 +310,66 @@ def flags_of_run(folder):
     return None
 
 
+class BestAndLast(ModelCheckpoint):
+    """Keeps best.ckpt, that of the lowest value of a metric, and last.ckpt, that of the last epoch."""
+
+    def __init__(self, monitor):
+        super().__init__(filename="best", monitor=monitor, mode="min", enable_version_counter=False)
+        # Under the name of older runs; kept, since Lightning asks for it several times in each step.
+        self.key = super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    @property
+    def state_key(self):
+        return self.key
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        trainer.save_checkpoint(os.path.join(self.dirpath, LAST))  # after the best one, whose score it remembers
+
+
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes each checkpoint whole, keeps the last but one, and reads without running anything."""
+    """
+    Writes each checkpoint atomically, in the background, keeps the last but one, and reads without running anything.
+
+    A checkpoint is copied into the CPU's memory at once, and written to disk while training goes on, up to the time
+    when the same file is to be written again. An error of the writing is raised by the next one, or at the end.
+    """
+
+    def __init__(self):
+        self.thread = None
+        self.jobs = {}  # by path
+        self.best = None  # path and moment of the best.ckpt that was saved last
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        keep_as = os.path.join(folder, PREVIOUS) if name == LAST else None
-        with written_whole(path, keep_as, sync=True) as unfinished:
-            try:
-                torch.save(checkpoint, unfinished)  # by name: Ctrl-C in a Python file's write would be a RuntimeError
-            except RuntimeError:
-                with open(unfinished, "ab") as file:  # torch does not tell why; on a full disk this does
-                    file.write(bytes(2**26))
-                raise
+        path, moment = os.fspath(path), (checkpoint.get("epoch"), checkpoint.get("global_step"))
+        for earlier, job in self.jobs.items():
+            if earlier == path or job.done():
+                job.result()
+        self.thread = self.thread or ThreadPoolExecutor(max_workers=1)
+        best = os.path.join(os.path.dirname(path), BEST)
+        if os.path.basename(path) == LAST and self.best == (best, moment):
+            self.jobs[path] = self.thread.submit(copy_checkpoint, best, path, after=self.jobs[best])
+        else:
+            self.jobs[path] = self.thread.submit(write_checkpoint, copied(checkpoint), path)
+        if path == best:
+            self.best = path, moment
+
+    def teardown(self):
+        if self.thread is not None:
+            self.thread.shutdown()
+        jobs, self.thread, self.jobs = self.jobs, None, {}
+        for job in jobs.values():
+            job.result()
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
         checkpoint = read_run_checkpoint(path)
         folder = os.path.dirname(path)
-        for state in checkpoint["callbacks"].values():
+        # Runs of older versions have a second ModelCheckpoint, without a metric, for last.ckpt.
+        states = {
+            key: state for key, state in checkpoint["callbacks"].items() if state.get("monitor", True) is not None
+        }
+        checkpoint["callbacks"] = states
+        for state in states.values():
             if "dirpath" in state:  # a ModelCheckpoint's, whose folder may have been moved since
                 for name in ["best_model_path", "kth_best_model_path"]:
                     state[name] = os.path.join(folder, os.path.basename(state[name])) if state[name] else ""
@@ -335,3 +379,42 @@ class CheckpointFiles(TorchCheckpointIO):
                 }
                 state["dirpath"] = folder
         return checkpoint
+
+
+def write_checkpoint(checkpoint, path):
+    """Writes a checkpoint atomically; the last.ckpt of before is kept as previous.ckpt."""
+    with place_for(path) as unfinished:
+        try:
+            torch.save(checkpoint, unfinished)  # by name: Ctrl-C in a Python file's write would be a RuntimeError
+        except RuntimeError:
+            with open(unfinished, "ab") as file:  # torch does not tell why; on a full disk this does
+                file.write(bytes(2**26))
+            raise
+
+
+def copy_checkpoint(source, path, after):
+    """
+    Writes the copy of a checkpoint as write_checkpoint does, unless the job that wrote it, `after`, has failed. It is
+    no link, so that damage to one of the files leaves the other.
+    """
+    after.result()
+    with place_for(path) as unfinished:
+        shutil.copyfile(source, unfinished)
+
+
+def place_for(path):
+    """The context in which a checkpoint is written, see written_whole."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    return written_whole(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
+
+
+def copied(value):
+    """What a checkpoint holds, tensors on the CPU, in dicts and lists of its own, which training does not change."""
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    if type(value) in [dict, OrderedDict]:
+        return type(value)((name, copied(part)) for name, part in value.items())
+    if type(value) in [list, tuple]:
+        return type(value)(map(copied, value))
+    return value

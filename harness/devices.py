@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from pytorch_lightning import Callback
 from pytorch_lightning.utilities import rank_zero_only
 
 from harness.program import UserError, note
@@ -115,17 +114,24 @@ def use_fast_layout(model):
     return model
 
 
-class FastLayout(Callback):
-    """Training, validation and test with use_fast_layout, on a CPU."""
+@contextlib.contextmanager
+def matmul_precision(precision):
+    """A context in which torch.set_float32_matmul_precision has set a precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    def setup(self, trainer, pl_module, stage):
-        if trainer.strategy.root_device.type == "cpu":
-            use_fast_layout(pl_module)
 
-    def on_train_start(self, trainer, pl_module):
-        # Those of a checkpoint may have another layout, and fused Adam takes them in the order of the memory.
-        for optimizer in trainer.optimizers:
-            for param, state in optimizer.state.items():
-                for name, value in state.items():
-                    if torch.is_tensor(value) and value.shape == param.shape:
-                        state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+def match_layout(optimizers):
+    """
+    Lays the state of optimizers out in memory as their parameters are: fused Adam takes both in the order of the
+    memory, and a checkpoint may have another one.
+    """
+    for optimizer in optimizers:
+        for param, state in optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
+                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)

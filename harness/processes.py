@@ -1,6 +1,7 @@
 """The processes of a run: their start, their shares of each minibatch and its noise, the seeds, SIGTERM."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -14,9 +15,11 @@ from pytorch_lightning.plugins.environments import (
     MPIEnvironment,
     TorchElasticEnvironment,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils.data.distributed import DistributedSampler
 
 from harness import slurm
+from harness.devices import match_layout
 
 # What torchrun sets in each process, besides what Lightning sets in those that it starts, as does who starts them by
 # hand (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
@@ -179,8 +182,19 @@ def sampler(dataset, shuffle, trainer, seed):
 class EpochSampler(DistributedSampler):
     """A sampler whose order, and images where they are drawn, depend on seed and epoch alone; see set_epoch."""
 
+    def order(self):
+        """The indices of the epoch, as __iter__ gives them one by one: int64 tensor [N]."""
+        order = torch.arange(len(self.dataset))
+        if self.shuffle:
+            order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        repeats = math.ceil(self.total_size / len(order))  # 2 if the number of processes does not divide N, else 1
+        return order.repeat(repeats)[self.rank : self.total_size : self.num_replicas]
+
+    def __iter__(self):
+        return iter(self.order().tolist())
+
     def draw_seed(self):
-        """Seed of the images of this epoch, for bmnist.RedrawingLoader."""
+        """Seed of the images of this epoch, for a data set that draws them anew for each."""
         return derived_seed(self.seed, self.epoch)
 
 
@@ -189,65 +203,62 @@ def derived_seed(*numbers, dtype=np.uint64):
     return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
 
 
-class SeedEpochs(pl.Callback):
+class RunHooks(pl.Callback):
     """
-    Begins every epoch, the validation before the first one, and the test with random numbers that depend on seed and
-    epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
+    What a run does when its training, its validation or its test begins:
+
+    - Every epoch, the validation before the first one, and the test begin with random numbers that depend on seed and
+      epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
+    - SIGTERM is left to the handler that it had before, slurm's too: Lightning's would end the training with code 0.
+    - The optimizer's state gets the layout of the weights, see devices.match_layout.
     """
 
     def __init__(self, seed):
         super().__init__()
         self.seed = seed
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 0:  # only now, since the data loader has drawn a number, in the first epoch of a fit earlier
-            torch.manual_seed(derived_seed(self.seed, trainer.current_epoch + 1))  # than in others
-
-    def on_validation_start(self, trainer, pl_module):
-        if trainer.state.fn == "validate":
-            torch.manual_seed(derived_seed(self.seed))
-
-    def on_test_start(self, trainer, pl_module):
-        torch.manual_seed(derived_seed(self.seed))
-
-
-class KeepSigterm(pl.Callback):
-    """Leaves SIGTERM to the handler that it had before, slurm's too: Lightning's would end the training with code 0."""
-
     def setup(self, trainer, pl_module, stage):
         self.handler = signal.getsignal(signal.SIGTERM)
 
-    def restore(self, *_):
+    def restore_handler(self):
+        """Gives SIGTERM its handler back."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handler)
 
-    on_train_start = on_validation_start = on_test_start = restore
+    def on_train_start(self, trainer, pl_module):
+        self.restore_handler()
+        match_layout(trainer.optimizers)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        torch.manual_seed(derived_seed(self.seed, trainer.current_epoch + 1))
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def on_test_start(self, trainer, pl_module):
+        self.restore_handler()
+        torch.manual_seed(derived_seed(self.seed))
 
 
-class SharedNoise(pl.Callback):
+class SharedNoise(TorchFunctionMode):
     """
-    Gives the module its source of noise, `randn_like`. Of several processes, each draws the noise of the whole
-    minibatch and takes its share, so that their number changes nothing but the rounding.
+    A context in which each of several processes draws, by torch.randn_like, the noise of the whole minibatch and takes
+    its share, so that their number changes nothing but the rounding.
     """
 
-    def setup(self, trainer, pl_module, stage):
-        pl_module.randn_like = share_of_noise(trainer.global_rank, trainer.world_size)
+    def __init__(self, rank, world_size):
+        """
+        Inputs:
+            rank, world_size - Number of this process, and number of processes. Its tensors hold every world_size-th
+                image of a minibatch, from number `rank` on.
+        """
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
 
-
-def share_of_noise(rank, world_size):
-    """
-    The source of noise of one process among several.
-    Inputs:
-        rank, world_size - Number of the process, and number of processes.
-    Outputs:
-        randn_like - Function of a tensor of the process's share of a minibatch, [B / world_size, ...]: its rows of
-            the standard normal noise that a single process would draw for the whole minibatch.
-    """
-    if world_size == 1:
-        return torch.randn_like
-
-    def randn_like(share):
-        noise = torch.randn(len(share) * world_size, *share.shape[1:], dtype=share.dtype, device=share.device)
-        return noise[rank::world_size]
-
-    return randn_like
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.randn_like:
+            return function(*args, **(kwargs or {}))
+        share = args[0]
+        shape = len(share) * self.world_size, *share.shape[1:]
+        return torch.randn(shape, dtype=share.dtype, device=share.device)[self.rank :: self.world_size]

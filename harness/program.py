@@ -19,7 +19,7 @@ from collections.abc import Mapping
 # Flags that say where and how a run is computed, not what: another value continues the same run.
 CHANGEABLE_FLAGS = {
     *("run_name", "log_dir", "data_dir", "num_workers", "progress_bar"),
-    *("accelerator", "devices", "num_nodes", "plain", "threads"),
+    *("accelerator", "devices", "num_nodes", "no_cuda_graph", "threads"),
 }
 CHECKSUM = "dataset_sha256"  # a flag that no one gives: it tells a file of one's own from others
 MAX_INT, MAX_FLOAT = 2**32 - 1, 3.4e38  # of a flag: a seed's, and what 32 bits can hold of other numbers
@@ -228,7 +228,7 @@ RUN_FLAGS = {
         "num_nodes": (1, 1, "Number of nodes"),
         "precision": ("32", ["32", "bf16"], "Of the networks' arithmetic: float32, or bfloat16 where it is safe"),
         "threads": ("auto", auto_or_number, "Of a CPU: a number, or auto, as many as there are idle cores"),
-        "plain": (False, None, "Train step by step, instead of in chunks of steps, on a GPU as CUDA graphs"),
+        "no_cuda_graph": (False, None, "On a GPU, train without CUDA graphs, in ordinary steps"),
     },
 }
 

@@ -13,13 +13,14 @@ import time
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchvision.utils import save_image
 
-from harness import checkpoints, chunks, processes, report, slurm, threads
-from harness.devices import FastLayout, has_bf16, pick_device, prepare_cpu
+from harness import checkpoints, graphs, processes, report, slurm, threads
+from harness.devices import has_bf16, matmul_precision, pick_device, prepare_cpu, use_fast_layout
 from harness.files import write_text, written_whole
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
@@ -159,6 +160,8 @@ class Run:
         self.folder, self.is_new = self.place.folder, not self.place.checkpoint
         if self.args.threads != "auto" or (self.device.type == "cpu" and self.trainer.world_size == 1):
             self.stack.enter_context(threads.threads_of_run(self.args.threads, self.place.device, self.cores))
+        if self.trainer.world_size > 1:
+            self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
         self.report.device = self.device_name
         self.trainer.logger = report.EpochLogger(self.folder)
         self.trainer.logger.set_up_dashboard(self.flags, self.quantities)
@@ -203,16 +206,22 @@ class Run:
         """Path of the checkpoint with the lowest validation bpd."""
         return os.path.join(self.folder, "checkpoints", checkpoints.BEST)
 
+    def prepare(self, model):
+        """Lays the weights of a module out as the device computes fastest. Returns the module."""
+        return use_fast_layout(model) if self.device.type == "cpu" else model
+
     def fit(self, model, train_loader, val_loader):
         """Trains a model, from the epoch on that the run has reached."""
         trainer = self.trainer
-        trainer.log_every_n_steps = len(train_loader)
         train_loader.sampler.set_epoch(self.place.epoch)  # Lightning does so once it has begun to read
         loaders = train_loader, val_loader
         fit_start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            if not self.args.plain and chunks.has_chunks(self.device):
-                loaders = stack.enter_context(chunks.fast_path(trainer, model, *loaders))
+            if self.device.type == "cuda":
+                stack.enter_context(matmul_precision("high"))  # TF32
+            if graphs.has_graphs(self.device) and not self.args.no_cuda_graph and trainer.world_size == 1:
+                loaders = stack.enter_context(graphs.graphed(trainer, model, *loaders))
+            trainer.log_every_n_steps = len(loaders[0])
             trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
         if trainer.interrupted:
             raise RunError("training was interrupted")
@@ -276,7 +285,7 @@ class Run:
             "test_bpd": test_bpd,
             "best_val_bpd": val_bpd[best_epoch],
             "best_epoch": best_epoch,
-            "final_train_bpd": self.report.history[-1]["train_bpd"],
+            "final_train_bpd": self.report.history[-1].get("train_bpd"),
             "first_step_bpd": self.report.first_step_bpd,
             "dataset": self.args.dataset,
             "seed": self.args.seed,
@@ -292,6 +301,13 @@ class Run:
         }
 
 
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing, as Lightning's default, whose new context for each of a step's 45 actions takes longer."""
+
+    def profile(self, action_name):
+        return contextlib.nullcontext()
+
+
 def make_trainer(args, root_dir, callbacks):
     """
     The Trainer that the flags ask for, without a logger as long as the run has no folder.
@@ -305,15 +321,11 @@ def make_trainer(args, root_dir, callbacks):
         RunError - where the flags do not fit the machine, or the processes that were started.
     """
     callbacks = [
-        processes.SeedEpochs(args.seed),
-        processes.SharedNoise(),
-        FastLayout(),
-        processes.KeepSigterm(),
-        slurm.StayInQueue(),
+        processes.RunHooks(args.seed),
+        *([slurm.StayInQueue()] if slurm.job_id() else []),
         *callbacks,
         *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, where that is installed
-        ModelCheckpoint(filename="best", monitor="val_bpd", mode="min"),
-        ModelCheckpoint(filename="last", enable_version_counter=False),
+        checkpoints.BestAndLast(monitor="val_bpd"),
     ]
     try:
         kind = pick_device(args.accelerator, args.devices * args.num_nodes)
@@ -335,6 +347,7 @@ def make_trainer(args, root_dir, callbacks):
                 ],
                 use_distributed_sampler=False,
                 logger=False,
+                profiler=NoProfiler(),
                 enable_progress_bar=shows_bar(args),
                 enable_model_summary=False,
                 num_sanity_val_steps=0,

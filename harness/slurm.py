@@ -85,7 +85,7 @@ class StayInQueue(pl.Callback):
         super().__init__()
         self.job_id = job_id()
         self.has_advanced = False  # whether there is a checkpoint of an epoch since this life of the job started
-        if self.job_id and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, self.requeue)
             signal.signal(signal.SIGTERM, ignore)
 
@@ -97,7 +97,7 @@ class StayInQueue(pl.Callback):
             self.on_train_end()
 
     def on_train_end(self, *_):
-        if self.job_id and not self.has_advanced:
+        if not self.has_advanced:
             self.has_advanced = True
             with contextlib.suppress(OSError):
                 os.unlink(os.environ.get(NO_EPOCH_YET, ""))

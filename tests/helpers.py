@@ -24,7 +24,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
@@ -33,7 +32,7 @@ sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)
 
 import bmnist  # noqa: E402
 import train_pl  # noqa: E402
-from harness import chunks, cuda_graph, run  # noqa: E402
+from harness import graphs, run  # noqa: E402
 from harness.program import CHANGEABLE_FLAGS  # noqa: E402
 from rendered_digits import rendered_digits  # noqa: E402
 
@@ -182,37 +181,47 @@ class TrainingTest(SeededTest):
         return (1, code) if isinstance(code, str) else (code, error.getvalue())
 
 
-class ChunksTest(TrainingTest):
-    """A test that trains by graphs, in chunks of 80, 80, 80 and 60 images; a graph's stand-in runs a function again."""
+class GraphTest(TrainingTest):
+    """A test that trains by a stand-in for graphs, on a CPU, in Lightning batches of at most 2 minibatches."""
 
     def setUp(self):
         super().setUp()
-        self.captures, self.replays = [], []  # the number of images of each chunk that was captured, or replayed
-        for patch in [
-            mock.patch.object(chunks, "CHUNK", 100),
-            mock.patch.object(chunks, "has_graphs", lambda device: True),
-            mock.patch.object(chunks, "free_memory", lambda device: 2**40),
-            mock.patch.object(cuda_graph, "run_and_capture", self.run_and_capture),
+        self.captures, self.replays = [], []  # the number of images of each minibatch
+        for name, value in [
+            ("MINIBATCHES", 2),
+            ("has_graphs", lambda device: True),
+            ("side_stream", lambda device: contextlib.nullcontext()),
+            ("capture", self.capture),
         ]:
+            patch = mock.patch.object(graphs, name, value)
             patch.start()
             self.addCleanup(patch.stop)
 
-    def run_and_capture(self, function, indices):
-        """A replay runs the function again and leaves its result in the same tensors."""
-        self.captures.append(len(indices))
-        result = function(indices)
-        replay_result = apply_to_collection(result, torch.Tensor, torch.zeros_like)
+    def capture(self, function, previous):
+        """
+        In place of graphs.capture, runs a step and undoes what it did to tensors and random numbers, since capturing
+        runs nothing. A replay runs it again.
+        """
+        steps = function.__self__
+        model, optimizer = steps.model, steps.trainer.optimizers[0]
+        tensors = [*model.parameters(), *model.buffers(), model.train_means.sums]
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [tensor for tensor in tensors if tensor is not None]
+        kept, random_numbers = [tensor.detach().clone() for tensor in tensors], torch.get_rng_state()
+        try:
+            function()
+        finally:
+            torch.set_rng_state(random_numbers)
+            with torch.no_grad():
+                for tensor, value in zip(tensors, kept):
+                    tensor.copy_(value)
+        self.captures.append(len(steps.indices))
 
         def replay():
-            self.replays.append(len(indices))
-            output = function(indices)
-            if isinstance(output, dict):
-                for name, value in output.items():
-                    replay_result[name].copy_(value)
-            else:
-                replay_result.copy_(output)
+            self.replays.append(len(steps.indices))
+            function()
 
-        return result, replay, replay_result
+        return argparse.Namespace(replay=replay)
 
 
 class NamedRunTest(TrainingTest):

@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
 
 import bmnist
 from tests.helpers import SeededTest
@@ -108,7 +109,7 @@ class TestLoaders(SeededTest):
         class Sampler(list):
             draw_seed = mock.Mock(side_effect=[5, 6, 5])
 
-        loader = bmnist.RedrawingLoader(dataset, 9, sampler=Sampler(range(9)), collate_fn=bmnist.already_a_batch)
+        loader = bmnist.ImageLoader(dataset, 9, redraws=True, sampler=Sampler(range(9)))
         passes = []
         for seed in range(3):
             torch.manual_seed(seed)
@@ -163,11 +164,56 @@ class TestImages(SeededTest):
         self.assertTrue(torch.equal(images, before))
 
     def test_a_batch_is_indexed_at_once(self):
-        """As the loader asks for it, by a list, and as others do, by a tensor."""
+        """As the loader does it, by a tensor; torch's own classes get a list of samples."""
         dataset = bmnist.BinaryImages(*grey_images()[:2])
-        for imgs, labels in [dataset.__getitems__([5, 2, 9]), dataset[torch.tensor([5, 2, 9])]]:
-            self.assertEqual(labels.tolist(), [5, 2, 9])
-            self.assertTrue(torch.equal(imgs, bmnist.binarize(dataset.images[[5, 2, 9]])))
+        imgs, labels = dataset[torch.tensor([5, 2, 9])]
+        self.assertEqual(labels.tolist(), [5, 2, 9])
+        self.assertTrue(torch.equal(imgs, bmnist.binarize(dataset.images[[5, 2, 9]])))
+        samples = dataset.__getitems__([5, 2, 9])
+        self.assertTrue(all(map(torch.equal, torch.utils.data.default_collate(samples), [imgs, labels])))
+        self.assertEqual((samples[0][0].shape, samples[0][1]), ((1, 2, 2), 5))
+
+    def test_in_other_hands(self):
+        """Wherever torchvision's MNIST can be given, so can a data set of ours."""
+        for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
+            dataset = Images(torch.full((10, 2, 2), 200, dtype=torch.uint8), torch.arange(10))
+            parts = random_split(dataset, [6, 4])
+            for data in [dataset, Subset(dataset, range(7)), *parts, ConcatDataset(parts)]:
+                for num_workers in [0, 1]:
+                    batches = list(DataLoader(data, batch_size=4, num_workers=num_workers))
+                    self.assertEqual(batches[0][0].shape, (4, 1, 2, 2))
+                    self.assertEqual(sum(len(labels) for _, labels in batches), len(data))
+
+    def test_loaders_are_torchs(self):
+        """Options that a loader does not index at once for give the same batches; and so does torch's own class."""
+        data = [part[:100] for part in grey_images()]
+        images = bmnist.BinaryImages(*data[:2])
+        expected = [labels for _, labels in bmnist.ImageLoader(images, 30)]
+        self.assertEqual([len(labels) for labels in expected], [30, 30, 30, 10])
+        for options in [
+            dict(num_workers=1),
+            dict(collate_fn=lambda samples: torch.utils.data.default_collate(samples)),
+            dict(drop_last=True),
+        ]:
+            loader = bmnist.ImageLoader(images, 30, **options)
+            self.assertFalse(loader.indexes_at_once)
+            self.assertEqual([*map(len, loader)], [*map(len, DataLoader(images, 30, **options))])
+            for (_, labels), others in zip(loader, expected):
+                self.assertTrue(torch.equal(labels, others))
+        by_batches = bmnist.ImageLoader(images, batch_sampler=[[3, 1], [2]])
+        self.assertEqual([labels.tolist() for _, labels in by_batches], [[3, 1], [2]])
+
+    def test_the_random_numbers_of_torchs_loader(self):
+        """The same order, and the same state afterwards, as of torch's DataLoader: with workers or without."""
+        images = bmnist.BinaryImages(*[part[:50] for part in grey_images()][:2])
+        orders, states = [], []
+        for Loader, workers in [(DataLoader, 0), (bmnist.ImageLoader, 0), (bmnist.ImageLoader, 1)]:
+            torch.manual_seed(1)
+            loader = Loader(images, batch_size=20, shuffle=True, num_workers=workers)
+            orders.append(torch.cat([labels_of(loader), labels_of(loader)]).tolist())
+            states.append(torch.get_rng_state().tolist())
+        self.assertEqual(orders, orders[:1] * 3)
+        self.assertEqual(states, states[:1] * 3)
 
     def test_to_moves_in_place(self):
         """Every tensor of it; whoever holds the data set has it moved, too."""

@@ -224,7 +224,9 @@ class TestFiles(SeededTest):
     def write(self, path, epoch):
         """A checkpoint as it is after `epoch` epochs."""
         checkpoint = {**EMPTY, "epoch": epoch - 1, "state_dict": {"x": torch.rand(5_000)}}
-        checkpoints.CheckpointFiles().save_checkpoint(checkpoint, str(path))
+        files = checkpoints.CheckpointFiles()
+        files.save_checkpoint(checkpoint, str(path))
+        files.teardown()
 
     def epochs(self):
         """The number of epochs of each checkpoint that is there; all of them are whole."""
@@ -343,7 +345,9 @@ class TestFiles(SeededTest):
         state = {"dirpath": "/there", "best_model_path": "/there/best.ckpt", "kth_best_model_path": ""}
         state.update(best_k_models={"/there/best.ckpt": torch.tensor(0.5)}, best_model_score=torch.tensor(0.5))
         content = {**EMPTY, "callbacks": {"A": state, "B": {"x": "/there"}}}
-        checkpoints.CheckpointFiles().save_checkpoint(content, str(self.last))
+        files = checkpoints.CheckpointFiles()
+        files.save_checkpoint(content, str(self.last))
+        files.teardown()
         loaded = checkpoints.CheckpointFiles().load_checkpoint(str(self.last))["callbacks"]
         best = str(self.best)
         expected = {**state, "dirpath": str(self.checkpoints), "best_model_path": best}

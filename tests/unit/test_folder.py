@@ -16,7 +16,7 @@ from harness.checkpoints import CheckpointError
 from harness.folder import RunError
 from harness.program import UserError
 from tests.helpers import NamedRunTest, assert_left_the_same, load, metrics, printed_lines, results
-from train_pl import QUANTITIES, VAE, train_vae
+from train_pl import TITLES, VAE, train_vae
 
 
 class TestFolder(NamedRunTest):
@@ -25,7 +25,7 @@ class TestFolder(NamedRunTest):
     def open_folder(self, name="run", **flags):
         """The context of a run's folder."""
         flags = {**train_pl.make_parser().defaults, **vars(self.namespace(**flags))}
-        return folder.open_folder(str(self.folder), name, flags, train_pl.make_parser().defaults, QUANTITIES)
+        return folder.open_folder(str(self.folder), name, flags, train_pl.make_parser().defaults, TITLES)
 
     def test_runs_are_numbered(self):
         folders = []

@@ -1,5 +1,6 @@
-"""Tests of objectives.py and of the bounds in utils.py: `python -m unittest tests/unit/test_objectives.py`."""
+"""Tests of what a VAE minimises, and of the bounds in utils.py: `python -m unittest tests/unit/test_objectives.py`."""
 
+import functools
 import itertools
 import math
 import shutil
@@ -11,24 +12,29 @@ import torch
 import torch.distributions as D
 from torch import nn
 
-from harness import chunks
-from harness.processes import share_of_noise
+import train_pl
+from harness.processes import SharedNoise
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
-from objectives import multi_sample_losses
-from tests.helpers import ChunksTest, NamedRunTest, SeededTest, load, metrics, results
+from tests.helpers import GraphTest, NamedRunTest, SeededTest, load, metrics, results
 from train_pl import VAE
-from utils import importance_weighted_bound, quadrature_log_likelihood, sampled_losses
+from utils import decode, importance_weighted_bound, log_prior_ratio, quadrature_log_likelihood
 
 
 def small_vae(objective, train_samples, beta=1.0):
-    """What multi_sample_losses takes for a VAE: of 2 latents, for images of 6 pixels, in double precision."""
+    """What VAE.terms takes for a VAE: of 2 latents, for images of 6 pixels, in double precision."""
     decoder = MLPDecoder(z_dim=2, hidden_dims=[8], output_shape=[1, 1, 6])
     nn.init.normal_(decoder.net[-1].weight)
     vae = nn.Module()
     vae.encoder, vae.decoder = MLPEncoder(input_dim=6, hidden_dims=[8], z_dim=2), decoder
     vae.hparams = types.SimpleNamespace(objective=objective, train_samples=train_samples)
-    vae.randn_like, vae.epoch_beta = torch.randn_like, torch.tensor(beta, dtype=torch.float64)
+    vae.beta = beta
     return vae.double()
+
+
+def mean_losses(vae, imgs):
+    """L_rec, L_reg and what is minimised, means over a batch."""
+    terms = VAE.terms(vae, imgs, vae.hparams.train_samples)
+    return terms.L_rec.mean(), terms.L_reg.mean(), terms.loss.mean()
 
 
 def all_images():
@@ -42,7 +48,7 @@ def gradients(loss, vae):
 
 
 class TestLosses(SeededTest):
-    def test_one_sample_is_the_elbo_to_the_bit(self):
+    def test_one_sample_is_the_elbo(self):
         imgs, labels = torch.rand(6, 1, 28, 28).round(), None
         for objective, model_name in itertools.product(["elbo", "iwae"], ["MLP", "CNN"]):
             model = VAE(model_name, [32], 4, 5, 1e-3, objective=objective)
@@ -50,14 +56,14 @@ class TestLosses(SeededTest):
             expected = model(imgs)[2]
             torch.manual_seed(1)
             output = model.training_step((imgs, labels), 0)
-            self.assertTrue(torch.equal(output["loss"], expected) and torch.equal(output["bpd"], expected))
-            self.assertTrue(torch.equal(gradients(output["loss"], model), gradients(expected, model)))
+            torch.testing.assert_close((output["loss"], output["bpd"]), (expected, expected))
+            torch.testing.assert_close(gradients(output["loss"], model), gradients(expected, model))
 
     def test_importance_weighted_gradient(self):
         """Each log w_k by itself, image by image; the gradient is the mean of theirs with the normalised weights."""
         vae, imgs = small_vae("iwae", train_samples=5), all_images()[:7]
         torch.manual_seed(1)
-        L_rec, L_reg, objective = multi_sample_losses(vae, imgs)
+        L_rec, L_reg, objective = mean_losses(vae, imgs)
         torch.manual_seed(1)
         noise = torch.randn(7, 5, 2, dtype=torch.float64)
         bound, gradient, recs, regs = 0, 0, [], []
@@ -85,19 +91,20 @@ class TestLosses(SeededTest):
         """Their mean: the same in expectation, with less noise; beta weighs the KL divergence."""
         imgs = all_images()[:7]
         vae = small_vae("elbo", train_samples=2_000, beta=3.0)
-        L_rec, L_reg, objective = multi_sample_losses(vae, imgs)
-        self.assertEqual(objective, L_rec + 3 * L_reg)
+        L_rec, L_reg, objective = mean_losses(vae, imgs)
+        torch.testing.assert_close(objective, L_rec + 3 * L_reg)
         vae.hparams.train_samples = 2
-        one = torch.stack([multi_sample_losses(vae, imgs)[0] for _ in range(1_000)])
+        one = torch.stack([mean_losses(vae, imgs)[0] for _ in range(1_000)])
         self.assertAlmostEqual(L_rec.item(), one.mean().item(), delta=5 * one.std().item() / math.sqrt(500))
 
     def test_the_bound_never_falls_with_the_number_of_samples(self):
         """In expectation; and it comes close to log p(x), which quadrature knows."""
         vae, imgs = small_vae("iwae", train_samples=None), all_images()
         with torch.no_grad():
-            mean, log_std = vae.encoder(imgs)
-            L_rec, log_ratio = sampled_losses(imgs, mean, log_std, vae.decoder, num_samples=12_800)
-            log_weights = log_ratio - L_rec
+            mean, log_std = (output.unsqueeze(1) for output in vae.encoder(imgs))
+            eps = torch.randn(64, 12_800, 2, dtype=torch.float64)
+            z = mean + log_std.exp() * eps
+            log_weights = log_prior_ratio(z, eps, log_std) - decode(vae.decoder, z, imgs)[1]
             bounds = [
                 importance_weighted_bound(log_weights.unflatten(1, (-1, num_samples))).mean().item()
                 for num_samples in [1, 2, 5, 20, 12_800]
@@ -111,36 +118,39 @@ class TestLosses(SeededTest):
         """By a chunk, whatever the number of samples; the losses and their gradients are the same."""
         vae, imgs = small_vae("iwae", train_samples=None), all_images()[:10]
 
-        def losses(num_samples, chunk_size):
+        def losses(max_pixels):
             """A bound, its gradient, the bytes that are kept for that, and the most images that are decoded at once."""
             torch.manual_seed(1)
             kept, decoded = [], []
             handle = vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+            mock_decode = functools.partial(decode, max_pixels=max_pixels)
+            with (
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+                ),
+                mock.patch.object(train_pl, "decode", mock_decode),
             ):
-                mean, log_std = vae.encoder(imgs)
-                L_rec, log_ratio = sampled_losses(imgs, mean, log_std, vae.decoder, num_samples, chunk_size=chunk_size)
-                loss = importance_weighted_bound(log_ratio - L_rec).mean()
-            gradient = gradients(loss, vae)
+                terms = VAE.terms(vae, imgs, 100)
+            gradient = gradients(terms.loss.mean(), vae)
             handle.remove()
-            return loss, gradient, sum(kept), max(decoded)
+            return terms, gradient, sum(kept), max(decoded)
 
-        whole, chunked = (losses(100, chunk_size=number * imgs[0].numel()) for number in [1_000, 64])
-        torch.testing.assert_close(whole[:2], chunked[:2])
-        self.assertEqual((whole[3], chunked[3]), (1_000, 60))
-        self.assertLess(chunked[2], whole[2] / 3)  # latents and weights are left, of each sample 8 numbers
+        whole, in_parts = (losses(number * imgs[0].numel()) for number in [1_000, 64])
+        torch.testing.assert_close([whole[0].L_rec, whole[1]], [in_parts[0].L_rec, in_parts[1]])
+        self.assertEqual((whole[3], in_parts[3]), (1_000, 60))
+        self.assertEqual((whole[0].logits.shape, in_parts[0].logits), ((10, 100, 1, 1, 6), None))
+        self.assertLess(in_parts[2], whole[2] / 3)  # latents and weights are left, of each sample 8 numbers
 
     def test_processes_share_the_noise(self):
         """The images of a minibatch, each process having every other one, get the samples that one process draws."""
         vae, imgs = small_vae("iwae", train_samples=3), all_images()[:8]
         torch.manual_seed(1)
-        expected = multi_sample_losses(vae, imgs)
+        expected = mean_losses(vae, imgs)
         shares = []
         for rank in range(2):
             torch.manual_seed(1)
-            vae.randn_like = share_of_noise(rank, 2)
-            shares.append(torch.stack(multi_sample_losses(vae, imgs[rank::2])))
+            with SharedNoise(rank, 2):
+                shares.append(torch.stack(mean_losses(vae, imgs[rank::2])))
         torch.testing.assert_close(torch.stack(expected), sum(shares) / 2)
 
 
@@ -177,7 +187,7 @@ class TestRuns(NamedRunTest):
         torch.manual_seed(1)
         output = model.training_step((imgs, None), 0)
         torch.testing.assert_close(output["loss"], (L_rec + 4 * L_reg) * math.log2(math.e) / 784)
-        self.assertTrue(torch.equal(output["bpd"], bpd))
+        torch.testing.assert_close(output["bpd"], bpd)
 
     def test_iwae_is_logged_under_its_own_name(self):
         folder, _ = self.train(epochs=2, objective="iwae", train_samples=5)
@@ -215,22 +225,19 @@ class TestRuns(NamedRunTest):
             self.assertEqual(list(self.folder.iterdir()), [])
 
 
-class TestInChunks(ChunksTest):
-    def test_chunks_and_graphs_train_alike(self):
+class TestGraphs(GraphTest):
+    def test_graphs_train_alike(self):
         for wish in WISHES:
             runs = []
-            for plain, by_graph in [(True, False), (False, False), (False, True)]:
-                with mock.patch.object(chunks, "has_graphs", lambda device, by_graph=by_graph: by_graph):
-                    folder, output = self.train(z_dim=16, batch_size=40, epochs=3, plain=plain, **wish)
-                self.assertNotIn("step by step", output)
+            for no_cuda_graph in [True, False]:
+                folder, output = self.train(batch_size=40, z_dim=16, epochs=3, no_cuda_graph=no_cuda_graph, **wish)
+                self.assertNotIn("CUDA graphs", output)
                 runs.append((load(folder, "last")["state_dict"], metrics(folder)))
-            for (weights, rows), tolerance in zip(runs[1:], [0, 1e-4]):
-                torch.testing.assert_close(weights, runs[0][0], rtol=tolerance, atol=tolerance)
-                for row, other in zip(rows, runs[0][1], strict=True):
-                    for name in row.keys() - {"seconds"}:
-                        self.assertAlmostEqual(float(row[name] or 0), float(other[name] or 0), places=3, msg=name)
-            # The rehearsal, and two sizes of chunks: beta changes in place, which is no reason to capture anew.
-            self.assertEqual(self.captures[-3:], [80, 80, 60])
+            torch.testing.assert_close(*(weights for weights, _ in runs), rtol=0, atol=0)
+            for row, other in zip(*(rows[1:] for _, rows in runs), strict=True):
+                for name, value in row.items():
+                    if not name.startswith("val"):  # validation has larger minibatches there, and other noise
+                        self.assertAlmostEqual(float(value), float(other[name]), places=5, msg=name)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,7 @@ class TestSampler(SeededTest):
                         sampler = self.sampler(shuffle, world_size, rank)
                         if shuffle:
                             sampler.set_epoch(epoch)
-                        loader = DataLoader(
-                            self.dataset, 8 // world_size, sampler=sampler, collate_fn=bmnist.already_a_batch
-                        )
+                        loader = DataLoader(self.dataset, 8 // world_size, sampler=sampler)
                         labels_of.append([labels.tolist() for _, labels in loader])
                     batches[world_size] = [sorted(sum(parts, [])) for parts in zip(*labels_of, strict=True)]
                 orders.add(str(batches[1]))
@@ -159,20 +157,21 @@ class TestRandomNumbers(SeededTest):
     def test_each_epoch_begins_with_its_own(self):
         """And validation before the first one, and the test, whatever was drawn before."""
 
-        def drawn(hook, *args, seed=3, epoch=0, fn="fit"):
+        def drawn(hook, seed=3, epoch=0, fn="fit"):
             torch.rand(seed)
             trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(fn=fn))
-            getattr(processes.SeedEpochs(seed), hook)(trainer, None, *args)
+            hooks = processes.RunHooks(seed)
+            hooks.setup(trainer, None, fn)
+            getattr(hooks, hook)(trainer, None)
             return torch.rand(()).item()
 
-        start = "on_train_batch_start", None, 0
-        epochs = [drawn(*start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)]
-        self.assertEqual(epochs, [drawn(*start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)])
+        start = "on_train_epoch_start"
+        epochs = [drawn(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)]
+        self.assertEqual(epochs, [drawn(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)])
         others = [drawn("on_validation_start", fn="validate", seed=seed) for seed in [3, 4]]
         self.assertEqual(others, [drawn("on_test_start", fn="test", seed=seed) for seed in [3, 4]])
         self.assertEqual(len({*epochs, *others}), 8)
-        for hook, *args in [("on_train_batch_start", None, 1), ("on_validation_start",)]:  # within an epoch
-            self.assertNotEqual(drawn(hook, *args), drawn(hook, *args))
+        self.assertNotEqual(drawn("on_validation_start"), drawn("on_validation_start"))  # within an epoch
 
     def test_shares_of_the_noise(self):
         mean, std = torch.randn(2, 12, 5)
@@ -180,18 +179,16 @@ class TestRandomNumbers(SeededTest):
         expected = sample_reparameterize(mean, std)
         for world_size in [1, 2, 3]:
             for rank in range(world_size):
-                module = SimpleNamespace()
-                trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
-                processes.SharedNoise().setup(trainer, module, "fit")
                 torch.manual_seed(1)
-                z = sample_reparameterize(mean[rank::world_size], std[rank::world_size], module.randn_like)
+                with processes.SharedNoise(rank, world_size):
+                    z = sample_reparameterize(mean[rank::world_size], std[rank::world_size])
                 torch.testing.assert_close(z, expected[rank::world_size], rtol=0, atol=0)
 
     def test_noise_is_like_the_share(self):
         for share in [torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(4, device="meta")]:
-            noise = processes.share_of_noise(1, 2)(share)
+            with processes.SharedNoise(1, 2):
+                noise = torch.randn_like(share)
             self.assertEqual((noise.shape, noise.dtype, noise.device), (share.shape, share.dtype, share.device))
-        self.assertIs(processes.share_of_noise(0, 1), torch.randn_like)
 
 
 class TestRankZero(SeededTest):

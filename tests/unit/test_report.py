@@ -13,9 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from harness import figures, report
 from tests.helpers import Killed, NamedRunTest, SeededTest, assert_left_the_same, metrics, scalars_and_images, summaries
-from train_pl import QUANTITIES, VAE, GenerateCallback
+from train_pl import TITLES, VAE, GenerateCallback
 
-COLUMNS = [f"{stage}_{name}" for stage in ["train", "val"] for name in QUANTITIES]
+COLUMNS = [f"{stage}_{name}" for stage in ["train", "val"] for name in TITLES]
 
 
 class TestMetrics(SeededTest):
@@ -144,7 +144,7 @@ class TestFigures(SeededTest):
                 (self.folder / f"epoch_{epoch}_{name}.png").touch()
         (self.folder / "epoch_x_samples.png").touch()
         flags = {"model": "MLP", "z_dim": 20, "dataset": "mnist"}
-        epoch_report = report.EpochReport(flags, list(QUANTITIES))
+        epoch_report = report.EpochReport(flags, list(TITLES))
         epoch_report.first_step_bpd = first_step_bpd
         epoch_report.history = [
             {"epoch": 0, "val_bpd": 1.0, "seconds": 1.0},
@@ -196,7 +196,7 @@ class TestFurtherMetrics(NamedRunTest):
         return sorted(step for tag, step, _ in scalars_and_images(self.run_folder()).elements() if tag == name)
 
     def test_every_hook(self):
-        training_step, log_means = VAE.training_step, VAE.on_validation_epoch_end
+        training_step, log_means, log_train = VAE.training_step, VAE.on_validation_epoch_end, VAE.on_train_epoch_end
 
         def log_in_step(model, batch, batch_idx):
             value = len(batch[0]) + 1000.0 * model.current_epoch
@@ -208,9 +208,13 @@ class TestFurtherMetrics(NamedRunTest):
             model.log("val_e_validation", model.current_epoch + 0.5)
             log_means(model)
 
+        def log_at_the_end(model):
+            model.log("train_c_end", model.current_epoch / 4)
+            log_train(model)
+
         hooks = {
             (VAE, "training_step"): log_in_step,
-            (VAE, "on_train_epoch_end"): lambda model: model.log("train_c_end", model.current_epoch / 4),
+            (VAE, "on_train_epoch_end"): log_at_the_end,
             (VAE, "on_validation_epoch_end"): log_in_validation,
             (GenerateCallback, "on_train_epoch_end"): lambda callback, trainer, model: model.log("train_d_callback", 7),
         }
@@ -228,7 +232,7 @@ class TestFurtherMetrics(NamedRunTest):
 
     def test_not_in_every_epoch(self):
         """An epoch that did not log a metric has none, not that of an epoch before."""
-        log_means = VAE.on_validation_epoch_end
+        log_means, log_train = VAE.on_validation_epoch_end, VAE.on_train_epoch_end
 
         def log_in_validation(model):
             if model.current_epoch in [1, 4]:
@@ -238,6 +242,7 @@ class TestFurtherMetrics(NamedRunTest):
         def log_at_the_end(model):
             if model.current_epoch in [0, 3]:
                 model.log("train_slow", model.current_epoch + 0.25)
+            log_train(model)
 
         hooks = {(VAE, "on_validation_epoch_end"): log_in_validation, (VAE, "on_train_epoch_end"): log_at_the_end}
         rows = self.compare_with_a_run_that_stopped(hooks)

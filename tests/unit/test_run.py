@@ -22,7 +22,7 @@ from harness import checkpoints, report, run
 from harness.folder import RunError
 from harness.program import CHANGEABLE_FLAGS, NoRoomError
 from tests.helpers import NamedRunTest, TrainingTest, load, metrics, printed_lines, results, summaries
-from train_pl import QUANTITIES, VAE, complete_flags, train_vae
+from train_pl import TITLES, VAE, complete_flags, train_vae
 
 
 class TestWholeRun(TrainingTest):
@@ -81,7 +81,7 @@ class TestWholeRun(TrainingTest):
         events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
         scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         self.assertEqual(len(scalars), 9)
-        for name in QUANTITIES:
+        for name in TITLES:
             self.assertEqual(sorted(scalars[f"train_{name}"]), list(range(1, 7)))
             self.assertEqual(sorted(scalars[f"val_{name}"]), list(range(7)))  # begins with the untrained model
         for row in rows[1:]:
@@ -101,7 +101,7 @@ class TestWholeRun(TrainingTest):
         layout = Layout.FromString(by_tag["custom_scalars__config__"].tensor.string_val[0])
         charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
         self.assertEqual(charts[0], ["train_bpd", "val_bpd"])
-        self.assertCountEqual(charts, [[f"train_{name}", f"val_{name}"] for name in QUANTITIES])
+        self.assertCountEqual(charts, [[f"train_{name}", f"val_{name}"] for name in TITLES])
         experiment, session = (
             HParamsPluginData.FromString(by_tag[f"_hparams_/{tag}"].metadata.plugin_data.content)
             for tag in ["experiment", "session_start_info"]
@@ -139,7 +139,7 @@ class TestInterrupt(TrainingTest):
 class TestProcesses(TrainingTest):
     def test_one_that_fails_ends_the_others(self):
         """And says why: Lightning's watch over them, which would kill it as well, finds none to watch any more."""
-        a_run = run.Run(complete_flags(self.namespace()), {}, QUANTITIES, [])
+        a_run = run.Run(complete_flags(self.namespace()), {}, TITLES, [])
         a_run.trainer.strategy._launcher = launcher = mock.Mock(procs=[other := mock.Mock()])
         other.kill.side_effect = lambda: self.assertEqual(launcher.procs, [])
         with self.assertRaises(ValueError), a_run:
@@ -280,7 +280,7 @@ class TestNothingLost(NamedRunTest):
         """It ends the run, in one line, and with room again it goes on."""
         full = OSError(28, "No space left on device")
         for owner, name in [
-            (train_pl, "save_image"),
+            (train_pl, "log_picture"),
             (report.TensorBoardLogger, "log_metrics"),
             (checkpoints.torch, "save"),
             (report.csv, "DictWriter"),

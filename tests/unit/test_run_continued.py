@@ -4,7 +4,6 @@ Tests of runs that stop somewhere and are given again: `python -m unittest tests
 Each leaves the same, to the bit, as a run that never stopped.
 """
 
-import contextlib
 import math
 import os
 import tempfile
@@ -18,7 +17,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
-from harness import checkpoints, chunks, report, run
+from harness import checkpoints, report, run
 from harness.program import CHANGEABLE_FLAGS
 from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load, scalars_and_images
 from train_pl import VAE
@@ -31,20 +30,13 @@ def setUpModule():
     UNDISTURBED = Path(folder.name)  # of the runs that never stop, one for all tests with the same flags
 
 
-@contextlib.contextmanager
-def in_chunks():
-    """A context in which runs train in chunks, whatever is mocked."""
-    with mock.patch.multiple(chunks, check=mock.Mock(), rehearse=mock.Mock()):
-        yield
-
-
 class ContinuedRunTest(NamedRunTest):
     def undisturbed(self, **flags):
-        """Folder of a run that never stopped, on the plain path."""
+        """Folder of a run that never stopped."""
         flags = {name: value for name, value in flags.items() if name not in CHANGEABLE_FLAGS}
         name = "-".join(["run", *(f"{name}={value}" for name, value in sorted(flags.items()))])
         if not (UNDISTURBED / name).exists():
-            self.train(**flags, log_dir=str(UNDISTURBED), run_name=name, plain=True)
+            self.train(**flags, log_dir=str(UNDISTURBED), run_name=name)
         return UNDISTURBED / name
 
     def check(self, **flags):
@@ -132,7 +124,7 @@ class TestStopped(ContinuedRunTest):
             mock.patch.object(RecordWriter, "write", write_late),
             mock.patch.object(EventFileWriter, "flush", flush_all),
         ):
-            self.train(epochs=5, z_dim=2, plain=True)  # step by step, a checkpoint is saved at once
+            self.train(epochs=5, z_dim=2)
         tags = ["Samples", "Means", "Reconstructions", "Manifold"]
         self.assertEqual(pictures[5] - pictures[4], {(tag, 5) for tag in tags})
 
@@ -141,19 +133,17 @@ class TestFlags(ContinuedRunTest):
     """Runs of several kinds."""
 
     def test_other_models_and_paths(self):
-        """A CNN, that begins in chunks with their checkpoints in the background, and goes on without, with workers."""
+        """A CNN, that goes on with worker processes."""
         flags = dict(model="CNN", num_filters=2)
-        with in_chunks():
-            for epoch in [2, 4]:
-                self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
+        for epoch in [2, 4]:
+            self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.check(**flags, num_workers=1)
 
     def test_drawn_images_and_learning_rate(self):
-        """Of each epoch, whenever the run stops, in chunks and with workers, too."""
+        """Of each epoch, whenever the run stops, with worker processes, too."""
         flags = dict(binarization="stochastic", lr_schedule="cosine", lr=0.01)
-        with in_chunks():
-            for epoch in [2, 4]:
-                self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
+        for epoch in [2, 4]:
+            self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.check(**flags, num_workers=1)
 
     def test_each_epoch_has_its_images_and_learning_rate(self):

@@ -1,6 +1,8 @@
 """Tests of train_pl.py: `python -m unittest tests/unit/test_train_pl.py`."""
 
+import argparse
 import contextlib
+import copy
 import inspect
 import io
 import math
@@ -9,13 +11,16 @@ import types
 import unittest
 from unittest import mock
 
+import pytorch_lightning as pl
 import torch
 import torch.distributions as D
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from pytorch_lightning.tuner import Tuner
+from torch.utils.data import DataLoader, TensorDataset
 
 import bmnist
 import train_pl
 from harness import processes, report, run
+from harness.report import quiet_libraries
 from tests.helpers import (
     REPOSITORY,
     SeededTest,
@@ -25,12 +30,15 @@ from tests.helpers import (
     results,
     scalars_and_images,
     small_loaders,
-    summaries,
 )
-from train_pl import QUANTITIES, VAE, GenerateCallback, train_vae
-from utils import elbo_to_bpd
+from train_pl import TITLES, VAE, GenerateCallback, Terms, train_vae
 
 BPD = 1 / math.log(2) / 784  # bits per dimension in a nat of an image
+
+
+def known_terms(L_rec, L_reg):
+    """What VAE.terms returns for losses [B]."""
+    return Terms(L_rec, L_reg, L_rec + L_reg, *[None] * 4)
 
 
 class TestVAE(SeededTest):
@@ -44,15 +52,29 @@ class TestVAE(SeededTest):
         imgs = torch.rand(6, 1, 28, 28).round()
         for model in self.models():
             torch.manual_seed(1)
-            L_rec, L_reg = model.losses(imgs)
+            terms = model.terms(imgs)
             torch.manual_seed(1)
             mean, log_std = model.encoder(imgs)
             posterior = D.Normal(mean, log_std.exp())
-            log_likelihood = D.Bernoulli(logits=model.decoder(posterior.rsample())).log_prob(imgs).sum(dim=(1, 2, 3))
-            torch.testing.assert_close(L_rec, -log_likelihood)
-            torch.testing.assert_close(L_reg, D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1))
-            torch.manual_seed(1)
-            torch.testing.assert_close(model.losses(imgs, reduction="mean"), (L_rec.mean(), L_reg.mean()))
+            z = posterior.rsample()
+            logits = model.decoder(z)
+            log_likelihood = D.Bernoulli(logits=logits).log_prob(imgs).sum(dim=(1, 2, 3))
+            kl = D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1)
+            expected = known_terms(-log_likelihood, kl)[:3]
+            torch.testing.assert_close(terms[:3], expected)
+            torch.testing.assert_close(terms[3:], (mean, log_std, z.unsqueeze(1), logits.unsqueeze(1)))
+
+    def test_predict(self):
+        """The posterior of a batch, by Lightning's predict, of the loaders and of images alone."""
+        loader = small_loaders(argparse.Namespace(batch_size=20))[2]
+        images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        quiet_libraries()
+        for model in self.models():
+            expected = model.encoder(images.dataset[:][0])
+            for data in [loader, images]:
+                found = map(torch.cat, zip(*trainer.predict(model, data)))
+                torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))
 
     def test_forward_is_the_negative_elbo(self):
         imgs = torch.rand(6, 1, 28, 28).round()
@@ -152,13 +174,35 @@ class TestGenerateCallback(SeededTest):
         pictures = self.pictures()
         self.assertTrue(torch.equal(pictures["Samples", 1], pictures["Samples", 2]))
 
+    def test_in_eval_mode_and_the_modes_put_back(self):
+        """Of layers that behave differently in training: what they keep stays, and the pictures repeat themselves."""
+        model = VAE("CNN", [8], 4, 2, 1e-3)
+        for net in [model.encoder.net, model.decoder.net]:
+            net.insert(1, torch.nn.BatchNorm2d(net[0].out_channels) if net is model.encoder.net else torch.nn.Dropout())
+        model.encoder(torch.rand(9, 1, 28, 28))  # some statistics
+        model.decoder.net.eval()
+        kept, modes = copy.deepcopy(model.state_dict()), [part.training for part in model.modules()]
+        self.assertEqual({*modes}, {True, False})
+        callback = GenerateCallback(save_to_disk=False)
+        callback.imgs = torch.rand(4, 1, 28, 28).round()
+        for epoch in [1, 2]:
+            callback.sample_and_save(self.trainer, model, epoch)
+        torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
+        self.assertEqual([part.training for part in model.modules()], modes)
+        pictures = self.pictures()
+        for name in ["Samples", "Means", "Reconstructions", "Manifold"]:
+            self.assertTrue(torch.equal(pictures[name, 1], pictures[name, 2]), name)
+        with mock.patch.object(VAE, "sample", side_effect=ZeroDivisionError), contextlib.redirect_stderr(io.StringIO()):
+            callback.sample_and_save(self.trainer, model, 3)
+        self.assertEqual([part.training for part in model.modules()], modes)
+
 
 class TestFlags(TrainingTest):
     def test_flags_and_defaults(self):
         defaults = dict(model="MLP", z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80)
         defaults.update(seed=42, num_workers=0, log_dir="VAE_logs", progress_bar=False, dataset="mnist", init="pytorch")
         defaults.update(data_dir="../data/", binarization="threshold", train_size=45_000, lr_schedule="constant")
-        defaults.update(accelerator="auto", plain=False, run_name=None, devices=1, num_nodes=1)
+        defaults.update(accelerator="auto", no_cuda_graph=False, run_name=None, devices=1, num_nodes=1)
         defaults.update(precision="32", threads="auto", beta=1.0, beta_warmup=0, objective="elbo", train_samples=1)
         self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
 
@@ -201,11 +245,11 @@ class TestTraining(TrainingTest):
     def test_epoch_means_weigh_every_image_alike(self):
         """The last minibatch of an epoch is smaller: 44 of 300 images."""
 
-        def losses(model, imgs, reduction):
-            loss = model.decoder.net[0].bias[0] * 0 + len(imgs) * (model.current_epoch + 1)
-            return loss, 3 * loss
+        def terms(model, imgs, num_samples=1):
+            loss = model.decoder.net[0].bias[0] * 0 + torch.full((len(imgs),), len(imgs) * (model.current_epoch + 1.0))
+            return known_terms(loss, 3 * loss)
 
-        with mock.patch.object(VAE, "losses", losses):
+        with mock.patch.object(VAE, "terms", terms):
             folder, _ = self.train(epochs=2)
         for epoch, row in enumerate(metrics(folder)[1:], start=1):  # of its own images alone
             for stage, mean in [("train", epoch * (2 * 128**2 + 44**2) / 300), ("val", epoch * 50)]:
@@ -239,25 +283,21 @@ class TestTraining(TrainingTest):
 
     def test_the_loss_is_apart_from_the_metrics(self):
         """Four times the KL divergence is minimised; what is logged, selects and is tested is the ELBO."""
-        losses, seen = VAE.losses, {}
+        terms, seen = VAE.terms, {}
 
-        def watched_losses(model, imgs, reduction):
-            L_rec, L_reg = losses(model, imgs, reduction)
+        def watched_terms(model, imgs, num_samples=1):
+            found = terms(model, imgs)
+            L_rec, L_reg = found.L_rec, found.L_reg
             stage, epoch = "train" if model.training else model.trainer.state.fn.value, model.current_epoch + 1
             if stage == "fit":  # validation: by the ELBO epoch 2 is the best, with four times the divergence epoch 3
                 L_rec, L_reg = L_rec + [6000, 0, 3000][epoch - 1], L_reg + [0, 2000, 0][epoch - 1]
-            seen.setdefault((stage, epoch), []).append(torch.tensor([1, L_rec, L_reg]) * len(imgs))
-            return L_rec, L_reg
-
-        def beta_step(model, batch, batch_idx):
-            imgs, _ = batch
-            L_rec, L_reg = model.losses(imgs, reduction="mean")
-            loss = elbo_to_bpd(L_rec + 4 * L_reg, imgs.shape)
-            return {"loss": loss, "bpd": model.add_to(model.train_sums, imgs, L_rec, L_reg)["bpd"]}
+            sums = torch.tensor([len(imgs), L_rec.sum(), L_reg.sum()])
+            seen.setdefault((stage, epoch), []).append(sums)
+            return found._replace(L_rec=L_rec, L_reg=L_reg, loss=L_rec + 4 * L_reg)
 
         flags = dict(epochs=3, lr=0.01)
         plain_folder, _ = self.train(**flags)
-        with mock.patch.object(VAE, "losses", watched_losses), mock.patch.object(VAE, "training_step", beta_step):
+        with mock.patch.object(VAE, "terms", watched_terms):
             folder, _ = self.train(**flags)
         for epoch, row in enumerate(metrics(folder)[1:], start=1):
             for logged, stage in [("train", "train"), ("val", "fit")]:
@@ -274,42 +314,80 @@ class TestTraining(TrainingTest):
         self.assertLess(divergences[0], divergences[1] / 2)
 
     def test_one_more_quantity(self):
-        """An entry in QUANTITIES and its line in add_to, as the README says; it is logged like the others."""
+        """A line in VAE.quantities, as the README says, which may use anything of the step."""
         source = (REPOSITORY / "train_pl.py").read_text()
-        for line, new in [
-            ('    "bpd": "bits per dimension",\n', '    "squared_loss": "squares",\n'),
-            ('            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),\n', '            "squared_loss": L_rec**2,\n'),
-        ]:
-            self.assertEqual(source.count(line), 1)
-            source = source.replace(line, line + new)
+        line = '            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),\n'
+        self.assertEqual(source.count(line), 1)
+        new = '            "squared_loss": terms.L_rec**2,\n            "batch": len(imgs),\n'
+        new += '            "KL_of_z0": KLD(terms.mean[:, :1], terms.log_std[:, :1]),\n'
+        new += '            "active": (terms.mean.var(dim=0) > 0.01).sum(),\n'
+        source = source.replace(line, line + new)
         changed = types.ModuleType("changed")
         exec(compile(source, "changed", "exec"), vars(changed))
         changed.load_data = small_loaders
 
-        def losses(model, imgs, reduction):
-            L_rec = model.decoder.net[0].bias[0] * 0 + len(imgs) / 10
-            return L_rec, L_rec
+        terms = changed.VAE.terms
 
-        changed.VAE.losses = losses
+        def known_losses(model, imgs, num_samples=1):
+            L_rec = model.decoder.net[0].bias[0] * 0 + torch.full((len(imgs),), len(imgs) / 10)
+            return terms(model, imgs)._replace(L_rec=L_rec, loss=L_rec)
+
+        changed.VAE.terms = known_losses
         with contextlib.redirect_stdout(io.StringIO()):
             changed.train_vae(self.namespace(accelerator="cpu", epochs=1))
         folder = self.run_folder()
         row = metrics(folder)[1]
         self.assertAlmostEqual(float(row["train_squared_loss"]), (256 * 12.8**2 + 44 * 4.4**2) / 300, places=3)
+        self.assertAlmostEqual(float(row["train_batch"]), (256 * 128 + 44 * 44) / 300, places=3)
         self.assertAlmostEqual(float(row["val_squared_loss"]), 25, places=3)
+        self.assertTrue(0 < float(row["val_KL_of_z0"]) < float(row["val_regularization_loss"]))
+        self.assertTrue(0 <= float(row["val_active"]) <= 3)
+        new = ["KL_of_z0", "active", "batch", "squared_loss"]
         self.assertEqual(
-            list(row)[1:], [f"{stage}_{name}" for stage in ["train", "val"] for name in changed.QUANTITIES]
+            list(row)[1:],
+            [f"{stage}_{name}" for names in [TITLES, new] for stage in ["train", "val"] for name in names],
         )
         steps = {step for tag, step, _ in scalars_and_images(folder) if tag == "val_squared_loss"}
         self.assertEqual(steps, {0, 1})
-        (layout,) = (
-            Layout.FromString(summary.tensor.string_val[0])
-            for _, summary in summaries(folder)
-            if summary.tag == "custom_scalars__config__"
-        )
-        charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-        self.assertEqual(charts["squares"], ["train_squared_loss", "val_squared_loss"])
-        self.assertEqual(len(charts), 5)
+
+    def test_a_quantity_of_another_shape(self):
+        def quantities(model, terms, imgs):
+            return {"mean": terms.mean}
+
+        with (
+            mock.patch.object(VAE, "quantities", quantities),
+            self.assertRaisesRegex(ValueError, r"the quantity mean must .* shape \[50\], .* got shape \[50, 3\]"),
+        ):
+            self.train(epochs=1)
+
+    def test_metrics_of_an_epoch_are_its_own(self):
+        """Whatever came before in this process: Lightning's search for a learning rate, or a fit that was stopped."""
+        loader = small_loaders(self.namespace(batch_size=50))[0]
+        options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
+        options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)
+        quiet_libraries()
+
+        def stop(*args):
+            raise KeyError
+
+        logged = []
+        for before in ["nothing", "lr_find", "a fit that failed"]:
+            torch.manual_seed(1)
+            model = VAE("MLP", [16], 4, 3, 1e-3)
+            if before == "lr_find":
+                with contextlib.redirect_stderr(io.StringIO()):
+                    Tuner(pl.Trainer(**options)).lr_find(model, loader, num_training=10, update_attr=False)
+            elif before == "a fit that failed":
+                weights = copy.deepcopy(model.state_dict())
+                with mock.patch.object(VAE, "on_train_epoch_end", stop), self.assertRaises(KeyError):
+                    pl.Trainer(**options).fit(model, loader)
+                model.load_state_dict(weights)
+            trainer = pl.Trainer(**options)
+            torch.manual_seed(2)
+            trainer.fit(model, loader)
+            logged.append(trainer.callback_metrics["train_bpd"].item())
+        for value in logged[1:]:
+            self.assertAlmostEqual(value, logged[0], delta=0.01)
 
     def test_initial_weights(self):
         with mock.patch.object(train_pl, "he_init") as init:
@@ -329,15 +407,15 @@ class TestTraining(TrainingTest):
         self.assertFalse(all(map(torch.equal, first, weights(seed=43))))
 
     def test_loss_that_is_not_finite(self):
-        losses = VAE.losses
+        terms = VAE.terms
         for value in [float("nan"), float("inf")]:
 
-            def diverge(model, imgs, reduction, value=value):
-                L_rec, L_reg = losses(model, imgs, reduction)
-                return L_rec + (value if model.training and model.current_epoch == 2 else 0), L_reg
+            def diverge(model, imgs, num_samples=1, value=value):
+                found = terms(model, imgs)
+                return found._replace(L_rec=found.L_rec + (value if model.training and model.current_epoch == 2 else 0))
 
             with (
-                mock.patch.object(VAE, "losses", diverge),
+                mock.patch.object(VAE, "terms", diverge),
                 self.assertRaisesRegex(report.TrainingDiverged, r"^train_bpd became \w+ in epoch 3.* --lr"),
             ):
                 self.train()
@@ -353,7 +431,7 @@ class TestTraining(TrainingTest):
         _, _, bpd = model(imgs)
         torch.manual_seed(1)
         outputs = model.training_step((imgs, None), 0)
-        self.assertEqual((outputs["loss"].item(), outputs["bpd"].item()), (bpd.item(), bpd.item()))
+        torch.testing.assert_close((outputs["loss"], outputs["bpd"]), (bpd, bpd))
         outputs["loss"].backward()
         self.assertTrue(all(parameter.grad.any() for parameter in model.parameters()))
 
@@ -367,7 +445,7 @@ class TestTraining(TrainingTest):
 
         with mock.patch.object(VAE, "log", count):
             self.train(epochs=2)  # of three minibatches each; validated before the first one, too
-        for name in QUANTITIES:
+        for name in TITLES:
             self.assertEqual((logged.count(f"train_{name}"), logged.count(f"val_{name}")), (2, 3))
 
     def test_progress_bar(self):

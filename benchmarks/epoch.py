@@ -1,0 +1,74 @@
+"""
+Milliseconds of an epoch outside of its steps: pictures, checkpoints, logs, and the Trainer's loops around them.
+
+    python benchmarks/epoch.py --data_dir ../data/      # or --dataset rendered; --model CNN
+
+Trains with large minibatches, of which an epoch has few, and counts with Lightning's profiler what lies outside of
+training and validation steps and of the data loaders. Pictures are made every fifth epoch, as in any run. Prints the
+mean of an epoch and the actions that take most of it.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytorch_lightning as pl
+from pytorch_lightning.profilers import SimpleProfiler
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_pl
+from data_sources import SOURCES
+from harness import run
+
+# How the profiler calls the steps and what the loaders do.
+STEPS = ("run_training_batch", "validation_step", "dataloader_next", "val_next")
+# What the steps consist of, and what the epochs do.
+WITHIN = (*STEPS, "training_step", "optimizer_step", "backward", "zero_grad", "run_training_epoch", "evaluate")
+
+
+class Epochs(pl.Callback):
+    """Notes, whenever an epoch begins, the time and the seconds of each action so far."""
+
+    def __init__(self, profiler):
+        self.profiler, self.starts = profiler, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        seconds = Counter({action: sum(values) for action, values in self.profiler.recorded_durations.items()})
+        self.starts.append((time.perf_counter(), seconds))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
+    parser.add_argument("--dataset", default="mnist", choices=SOURCES)
+    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
+    parser.add_argument("--batch_size", default=4096, type=int, help="Images per minibatch (default: %(default)s)")
+    parser.add_argument("--epochs", default=22, type=int, help="Two more than are counted (default: %(default)s)")
+    args = parser.parse_args()
+    profiler = SimpleProfiler()
+    epochs = Epochs(profiler)
+    with (
+        tempfile.TemporaryDirectory() as log_dir,
+        mock.patch.object(train_pl, "schedules", lambda args: [epochs]),
+        mock.patch.object(run, "NoProfiler", lambda: profiler),
+    ):
+        train_pl.train_vae(argparse.Namespace(log_dir=log_dir, **vars(args)))
+    num_epochs = len(epochs.starts) - 2  # the first one warms up, and the last one has no end here
+    (start, before), (end, after) = epochs.starts[1], epochs.starts[-1]
+    milliseconds = {action: 1e3 * (after[action] - before[action]) / num_epochs for action in after}
+    total = 1e3 * (end - start) / num_epochs
+    steps = sum(value for action, value in milliseconds.items() if action.endswith(STEPS))
+    print(
+        f"\n{total:.1f} ms per epoch, {total - steps:.1f} ms of them outside of the steps; means of {num_epochs} epochs"
+    )
+    outside = [action for action in milliseconds if not action.endswith(WITHIN)]
+    for action in sorted(outside, key=milliseconds.get, reverse=True)[:10]:
+        print(f"{milliseconds[action]:7.2f} ms {action.partition('{')[0]}")
+
+
+if __name__ == "__main__":
+    main()
