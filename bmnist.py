@@ -109,9 +109,10 @@ class ImageLoader(DataLoader):
     def __init__(self, dataset, batch_size=1, redraws=False, **options):
         """
         Inputs:
-            dataset, batch_size, options - As in torch's DataLoader.
-            redraws - If True, the images of SampledImages are drawn anew for each pass: from the sampler's
+            dataset, batch_size - As in torch's DataLoader.
+            redraws - If True, the images of SampledImages are drawn again for each pass: from the sampler's
                 `draw_seed()` if it has one, else from torch's global random numbers.
+            options - As in torch's DataLoader.
         """
         self.redraws = redraws
         super().__init__(dataset, batch_size, **options)

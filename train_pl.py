@@ -30,16 +30,14 @@ from utils import (
     visualize_manifold,
 )
 
-# Titles of TensorBoard's charts of training and validation, by what VAE.quantities logs. Without one, a quantity has
-# its curves among the scalars alone.
+# Titles of TensorBoard's charts of training and validation, for the names in VAE.quantities; others are scalars alone.
 TITLES = {
     "reconstruction_loss": "reconstruction loss, nats",
     "regularization_loss": "regularization loss (KL divergence), nats",
     "ELBO": "negative ELBO, nats",
     "bpd": "bits per dimension",
 }
-# What else each objective logs.
-OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}
+OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}  # titles of what each adds
 
 
 class Terms(NamedTuple):
@@ -143,8 +141,7 @@ class VAE(pl.LightningModule):
         Outputs:
             L_rec, L_reg, bpd - Means of the losses over the batch, in nats, and of their sum in bits per dimension.
         """
-        terms = self.terms(imgs)
-        L_rec, L_reg = terms.L_rec.mean(), terms.L_reg.mean()
+        L_rec, L_reg = (loss.mean() for loss in self.terms(imgs)[:2])
         return L_rec, L_reg, elbo_to_bpd(L_rec + L_reg, imgs.shape)
 
     @torch.no_grad()
@@ -205,9 +202,9 @@ class VAE(pl.LightningModule):
         """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
         values, num_images = means.compute()
         means.reset()
+        options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images}
         for name, value in values.items():  # once per epoch: self.log in every step would cost a third of the time
-            options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images, "prog_bar": name == "bpd"}
-            self.log(f"{stage}_{name}", value, **options)
+            self.log(f"{stage}_{name}", value, prog_bar=name == "bpd", **options)
 
 
 class CosineLearningRate(pl.Callback):
@@ -221,15 +218,11 @@ class CosineLearningRate(pl.Callback):
 
 class BetaWarmup(pl.Callback):
     """
-    Raises the weight of the KL divergence, epoch by epoch, linearly from 0 to the module's hyperparameter beta, and
-    logs it (Bowman et al. 2016).
+    Raises the weight of the KL divergence linearly from 0, in the first epoch, to the module's hyperparameter beta,
+    after num_epochs epochs, and logs it (Bowman et al. 2016).
     """
 
     def __init__(self, num_epochs):
-        """
-        Inputs:
-            num_epochs - Number of epochs in which the weight is less than beta; with 0 it is beta from the first on.
-        """
         self.num_epochs = num_epochs
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -270,7 +263,6 @@ class GenerateCallback(pl.Callback):
         """
         # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
         # numbers of the training or in what BatchNorm keeps, so that the pictures do not change its course.
-        writer = trainer.logger.experiment
         with isolate_rng(), eval_mode(pl_module):
             torch.manual_seed(0)
             samples, means = pl_module.sample(self.batch_size)
@@ -279,11 +271,11 @@ class GenerateCallback(pl.Callback):
                 imgs = self.imgs.to(pl_module.device)
                 pictures["Reconstructions"] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
             for name, imgs in pictures.items():
-                png = log_picture(writer, name, make_grid(imgs, nrow=8, pad_value=0.5), epoch)
+                png = log_picture(trainer.logger.experiment, name, make_grid(imgs, nrow=8, pad_value=0.5), epoch)
                 if self.save_to_disk:
                     Path(trainer.logger.log_dir, f"epoch_{epoch}_{name.lower()}.png").write_bytes(png)
             if pl_module.hparams.z_dim == 2:
-                log_picture(writer, "Manifold", visualize_manifold(pl_module.decoder), epoch)
+                log_picture(trainer.logger.experiment, "Manifold", visualize_manifold(pl_module.decoder), epoch)
 
 
 def train_vae(args):
@@ -298,8 +290,8 @@ def train_vae(args):
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
-    titles = {**TITLES, **OBJECTIVES[args.objective]}
-    with Run(args, make_parser().defaults, titles, [generate, *schedules(args)]) as run:
+    callbacks, titles = [generate, *schedules(args)], {**TITLES, **OBJECTIVES[args.objective]}
+    with Run(args, make_parser().defaults, titles, callbacks) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load_data)
             generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
@@ -321,10 +313,8 @@ def train_vae(args):
 
 def schedules(args):
     """The callbacks that the flags lr_schedule, beta and beta_warmup ask for."""
-    callbacks = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
-    if args.beta != 1 or args.beta_warmup:
-        callbacks.append(BetaWarmup(args.beta_warmup))
-    return callbacks
+    lr = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
+    return lr + ([BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else [])
 
 
 def make_vae(args, img_size=(28, 28)):

@@ -15,7 +15,7 @@ from bmnist import bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from rendered_digits import rendered_mnist
-from utils import KLD, elbo_to_bpd, sample_reparameterize, visualize_manifold
+from utils import KLD, elbo_to_bpd, eval_mode, sample_reparameterize, visualize_manifold
 
 
 class VAE(torch.nn.Module):
@@ -54,7 +54,9 @@ class VAE(torch.nn.Module):
 
 def sample_and_save(model, epoch, summary_writer, batch_size=64):
     """Draws images; they and their means go to TensorBoard and, as PNG files, into its folder, as 8x8 grids."""
-    for name, imgs in zip(["samples", "means"], model.sample(batch_size)):
+    with eval_mode(model):
+        pictures = zip(["samples", "means"], model.sample(batch_size))
+    for name, imgs in pictures:
         grid = make_grid(imgs, nrow=8, pad_value=0.5)
         summary_writer.add_image(name, grid, epoch)
         save_image(grid, os.path.join(summary_writer.log_dir, f"epoch_{epoch}_{name}.png"))
@@ -62,6 +64,7 @@ def sample_and_save(model, epoch, summary_writer, batch_size=64):
 
 def train_vae(model, train_loader, optimizer):
     """Minimises the bpd for an epoch of minibatches (imgs, labels); returns averages as test_vae does."""
+    model.train()
     device, num_images, sums = model.device, 0, 0
     for imgs, _ in train_loader:
         L_rec, L_reg, bpd = model(imgs.to(device))
@@ -76,6 +79,7 @@ def train_vae(model, train_loader, optimizer):
 @torch.no_grad()
 def test_vae(model, data_loader):
     """Averages over the images, as numbers: (average_bpd, average_rec_loss, average_reg_loss), the losses in nats."""
+    model.eval()
     device, num_images, sums = model.device, 0, 0
     for imgs, _ in data_loader:
         L_rec, L_reg, bpd = model(imgs.to(device))

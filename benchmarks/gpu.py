@@ -3,7 +3,7 @@ What a GPU can show: whole runs, evaluations, speed, and tests/programs/test_gpu
 
     python benchmarks/gpu.py --data_dir ../data/      # without it, on rendered digits
 
-Runs of 80 epochs (MLP and CNN, by graphs and step by step), their evaluation with 1,000 samples per image, the seconds
+Runs of 80 epochs (MLP and CNN, with graphs and without), their evaluation with 1,000 samples per image, the seconds
 per epoch of the package, of a plain loop and of the template's way (see speed.py), then the tests. What does not fit
 into the minutes is left out, and so is, on a CPU, what needs a GPU; each time a line says so. Prints a table with the
 bars that there are, and writes gpu.json with all that was measured.
@@ -26,7 +26,7 @@ from speed import WAYS, machine, measure_epochs, measure_whole_run, summary
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ["MLP", "CNN"]
 BARS = {"fit": {"MLP": 6, "CNN": 20}, "process": {"MLP": 25, "CNN": 25}}  # most seconds of 80 epochs
-WAYS_OF_A_GPU = ["package", "package --plain", "bare loop", "template"]
+WAYS_OF_A_GPU = ["package", "package --no_cuda_graph", "bare loop", "template"]
 EVALUATION = """
 import sys
 sys.path.insert(0, {repository!r})
@@ -72,20 +72,20 @@ class Benchmark:
         print(f"left out: {name} ({why})", flush=True)
         self.measured["left_out"].append({"name": name, "why": why})
 
-    def whole_run(self, model, folder, *plain):
-        """A run of the package by graphs, with an evaluation, or step by step."""
-        name = " ".join(["run", model, *plain])
+    def whole_run(self, model, folder, *no_graph):
+        """A run of the package with graphs, with an evaluation, or without."""
+        name = " ".join(["run", model, *no_graph])
         log_dir = str(folder / name)
-        with self.part(name, needs_gpu=bool(plain)) as found:
+        with self.part(name, needs_gpu=bool(no_graph)) as found:
             if found is not None:
-                flags = [*self.data, "--model", model, "--epochs", str(self.args.epochs), *plain]
+                flags = [*self.data, "--model", model, "--epochs", str(self.args.epochs), *no_graph]
                 found.update(measure_whole_run(flags, log_dir, timeout=self.seconds_left))
                 print(
                     "{name}: process {process:.1f} s, fit {fit:.1f} s, test bpd {test_bpd:.4f}, "
                     "GPU {gpu_mib:.0f} MiB, of which tensors {tensors_mib:.0f}".format(name=name, **found),
                     flush=True,
                 )
-        if found and not plain:
+        if found and not no_graph:
             self.evaluation(model, folder, log_dir)
 
     def evaluation(self, model, folder, log_dir):
@@ -178,7 +178,7 @@ def main():
         benchmark.tests("TestGPU")
         benchmark.tests("TestManyEpochs")
         for model in args.models:
-            benchmark.whole_run(model, Path(folder), "--plain")
+            benchmark.whole_run(model, Path(folder), "--no_cuda_graph")
         for model in args.models[1:]:
             benchmark.speed(model)
     benchmark.print_bars()

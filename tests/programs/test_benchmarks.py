@@ -42,13 +42,24 @@ class TestBenchmarks(CommandTest):
             self.assertAlmostEqual(sum(shares.values()), 100, delta=len(shares))
             self.assertIn("convolutions" if model == "CNN" else "matrix products", shares)
 
+    def test_epoch(self):
+        """What lies outside of the steps is less than the epoch, and more than its largest part."""
+        variables = few_digits(self.folder, (2000, 200, 200))
+        flags = ["--dataset", "rendered", "--epochs", "3", "--batch_size", "500"]
+        code, stdout, stderr = self.run_command("benchmarks/epoch.py", *flags, **variables)
+        self.assertEqual((code, stderr), (0, ""))
+        total, outside = map(float, re.search(r"\n(\S+) ms per epoch, (\S+) ms of them outside", stdout).groups())
+        parts = re.findall(r"^ *(\S+) ms \[", stdout, re.MULTILINE)
+        self.assertTrue(total > outside > float(parts[0]) > 0, stdout)
+        self.assertIn("[Callback]EpochReport.on_train_epoch_end", stdout)
+
     def test_gpu(self):
         """Here, of a machine without one: what needs it is left out, with a word."""
         variables = {"CUDA_VISIBLE_DEVICES": "", **few_digits(self.folder, (6400, 200, 200))}
         code, stdout, stderr = self.run_command("benchmarks/gpu.py", "--models", "MLP", **variables)
         self.assertEqual((code, stderr), (0, ""))
         measured = json.loads((self.folder / "gpu.json").read_text())
-        for name in ["run MLP --plain", "speed MLP", "TestGPU"]:
+        for name in ["run MLP --no_cuda_graph", "speed MLP", "TestGPU"]:
             self.assertIn({"name": name, "why": "there is no CUDA device"}, measured["left_out"])
             self.assertIn(f"left out: {name} (there is no CUDA device)\n", stdout)
         self.assertGreater(measured["run MLP"]["process"], measured["run MLP"]["fit"])

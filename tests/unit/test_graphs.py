@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import operator
 import random
-import threading
 import unittest
 from collections import deque
 from unittest import mock
@@ -86,40 +85,28 @@ class TestTraining(TrainingTest):
     def test_what_changes_between_epochs(self):
         """Each epoch captures again: numbers, globals, what is frozen, settings of the optimizer, another one."""
 
-        def number(model, epoch, optimizer):
-            model.weight = 0.5 * epoch
-
-        def a_global(model, epoch, optimizer):
-            globals()["WEIGHT"] = 0.5 * epoch
-
-        def frozen(model, epoch, optimizer):
-            model.encoder.requires_grad_(epoch != 1)
-
-        def setting(model, epoch, optimizer):
-            optimizer.param_groups[0]["weight_decay"] = optimizer.param_groups[0]["lr"] = 0.1 * epoch
-
-        def listed(model, epoch, optimizer):
-            model.kept = {"weight": [0.5 * epoch, threading.Lock()]}
-
-        def another(model, epoch, optimizer):
-            if epoch == 1:
-                model.trainer.optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, fused=True)]
-
         def training_step(model, batch, batch_idx):
             output = TRAINING_STEP(model, batch, batch_idx)
             weight = getattr(model, "weight", 1.0) * WEIGHT * getattr(model, "kept", {"weight": [1.0]})["weight"][0]
             return {**output, "loss": weight * output["loss"]}
 
         on_train_epoch_start = VAE.on_train_epoch_start
-        for change in [number, a_global, frozen, setting, listed, another]:
+        for change in [
+            "model.weight = 0.5 * epoch",
+            "global WEIGHT; WEIGHT = 0.5 * epoch",
+            "model.encoder.requires_grad_(epoch != 1)",
+            "optimizer.param_groups[0]['weight_decay'] = optimizer.param_groups[0]['lr'] = 0.1 * epoch",
+            "model.kept = {'weight': [0.5 * epoch, iter([])]}",
+            "if epoch == 1: model.trainer.optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, fused=True)]",
+        ]:
 
             def changed(model, change=change):
                 on_train_epoch_start(model)
-                change(model, model.current_epoch, model.trainer.optimizers[0])
+                scope = dict(model=model, epoch=model.current_epoch, optimizer=model.trainer.optimizers[0])
+                exec(change, globals(), scope)
 
-            self.addCleanup(globals().update, WEIGHT=1.0)
             patches = dict(on_train_epoch_start=changed, training_step=training_step)
-            with self.subTest(change.__name__), mock.patch.multiple(VAE, **patches):
+            with self.subTest(change), mock.patch.multiple(VAE, **patches):
                 ordinary, replayed = self.train(by_graph=False, epochs=3), self.train(epochs=3)
                 self.assertNotIn("without CUDA graphs", self.printed)
                 self.compare(replayed, ordinary)
@@ -201,78 +188,35 @@ class TestNoGraph(TrainingTest):
                 self.train()
 
     def test_what_a_step_does_in_python(self):
-        def log(model, loss, batch_idx):
-            model.log("train_own", loss, on_step=False, on_epoch=True)
-
-        def epoch(model, loss, batch_idx):
-            return loss * min(1.0, model.current_epoch / 10)
-
-        def step(model, loss, batch_idx):
-            return loss if model.global_step > 10 else 2 * loss
-
-        def every_second(model, loss, batch_idx):
-            return loss if batch_idx % 2 else 2 * loss
-
-        def counts(model, loss, batch_idx):
-            model.count = getattr(model, "count", 0) + 1
-            return loss * model.count
-
-        def keeps(model, loss, batch_idx):
-            model.last = loss.detach()
-
-        def appends(model, loss, batch_idx):
-            model.kept["outputs"].append(loss.detach())
-
-        def in_a_list(model, loss, batch_idx):
-            model.kept["numbers"][0] += 1
-
-        def in_an_array(model, loss, batch_idx):
-            model.kept["array"][0] += 1
-
-        def in_an_object(model, loss, batch_idx):
-            model.kept["object"].count += 1
-
-        def in_a_layer(model, loss, batch_idx):
-            model.encoder.net.seen = batch_idx + 1
-
-        def of_a_generator(model, loss, batch_idx):
-            return loss * torch.rand((), generator=model.kept["generator"])
-
-        def drops(model, loss, batch_idx):
-            return loss * (random.random() < 0.5)
-
-        def draws(model, loss, batch_idx):
-            return loss * float(np.random.rand())
-
         for act, words in [
-            *((act, "uses self.trainer, as self.log") for act in [log, epoch, step]),
-            (every_second, "uses batch_idx"),
-            (counts, "sets self.count anew"),
-            (keeps, "sets self.last anew"),
-            (appends, r"sets self.kept\['outputs'\]\[\d+\] anew"),
-            (in_a_list, r"sets self.kept\['numbers'\]\[0\] anew"),
-            (in_an_array, r"sets self.kept\['array'\] anew"),
-            (in_an_object, r"sets self.kept\['object'\].count anew"),
-            (in_a_layer, "sets self.encoder.net.seen anew"),
-            (of_a_generator, r"sets self.kept\['generator'\] anew"),
-            *((act, "random numbers that are not the GPU's") for act in [drops, draws]),
+            ("model.log('train_own', loss, on_step=False, on_epoch=True)", "uses self.trainer, as self.log"),
+            ("loss = loss * min(1.0, model.current_epoch / 10)", "uses self.trainer, as self.log"),
+            ("loss = loss if model.global_step > 10 else 2 * loss", "uses self.trainer, as self.log"),
+            ("loss = loss if batch_idx % 2 else 2 * loss", "uses batch_idx"),
+            ("model.count = getattr(model, 'count', 0) + 1; loss = model.count * loss", "sets self.count anew"),
+            ("model.last = loss.detach()", "sets self.last anew"),
+            ("model.kept['outputs'].append(loss.detach())", r"sets self.kept\['outputs'\]\[\d+\] anew"),
+            ("model.kept['numbers'][0] += 1", r"sets self.kept\['numbers'\]\[0\] anew"),
+            ("model.kept['array'][0] += 1", r"sets self.kept\['array'\] anew"),
+            ("model.kept['object'].count += 1", r"sets self.kept\['object'\].count anew"),
+            ("model.encoder.net.seen = batch_idx + 1", "sets self.encoder.net.seen anew"),
+            ("loss = loss * torch.rand((), generator=model.kept['generator'])", r"sets self.kept\['generator'\] anew"),
+            ("loss = loss * (random.random() < 0.5)", "random numbers that are not the GPU's"),
+            ("loss = loss * float(np.random.rand())", "random numbers that are not the GPU's"),
         ]:
 
             def training_step(model, batch, batch_idx, act=act):
-                if not hasattr(model, "kept"):
-                    model.kept = None
-                if model.kept is None:
-                    raise AssertionError("on_train_start sets it")
                 output = TRAINING_STEP(model, batch, batch_idx)
-                loss = act(model, output["loss"], batch_idx)
-                return output if loss is None else {**output, "loss": loss}
+                scope = dict(model=model, loss=output["loss"], batch_idx=batch_idx)
+                exec(act, globals(), scope)
+                return {**output, "loss": scope["loss"]}
 
             def on_train_start(model):
                 random.seed(1), np.random.seed(1)
                 model.kept = {"numbers": [1, 2], "array": np.zeros(2), "object": argparse.Namespace(count=1)}
                 model.kept |= {"generator": torch.Generator().manual_seed(1), "outputs": deque(), "itself": model}
 
-            with self.subTest(act.__name__):
+            with self.subTest(act):
                 self.assert_ordinary(words, training_step=training_step, on_train_start=on_train_start)
 
     def test_modules(self):

@@ -14,14 +14,13 @@ GROUND_FLOOR = {"utils", "mlp_encoder_decoder", "cnn_encoder_decoder", "bmnist"}
 MAY_IMPORT = {
     **dict.fromkeys([*GROUND_FLOOR, "rendered_digits"], set()),
     "data_sources": {"bmnist", "rendered_digits"},
-    "objectives": {"utils"},
-    "train_pl": {*GROUND_FLOOR, "data_sources", "objectives", "harness"},
+    "train_pl": {*GROUND_FLOOR, "data_sources", "harness"},
     "train_torch": {*GROUND_FLOOR, "rendered_digits"},
     "evaluate": {"data_sources", "train_pl", "utils", "harness"},
     "summary": {"train_pl", "utils", "harness"},
     "unittests": {*GROUND_FLOOR, "train_pl", "train_torch"},  # the contract of any solution of the assignment
 }
-MAX_LINES = {"train_pl.py": 330, "tests/unit/*.py": 400}
+MAX_LINES = {"train_pl.py": 380, "harness/graphs.py": 250, "tests/unit/*.py": 440}
 SECTIONS = ["Inputs:", "Attributes:", "Outputs:", "Raises:"]
 # What other formats of docstrings have, and ours with something else on the line.
 OTHER_SECTION = re.compile(
@@ -106,6 +105,10 @@ class TestImports(LayoutTest):
             self.assertNotIn("torch.distributions", (REPOSITORY / file).read_text(), file)
             self.assertNotIn("torch.distributions", set(self.names(file)), file)
 
+    def test_the_lesson_knows_nothing_of_graphs(self):
+        for file in ["utils.py", "train_pl.py"]:
+            self.assertIsNone(re.search("graph|captur", (REPOSITORY / file).read_text(), re.IGNORECASE), file)
+
 
 class TestSizes(LayoutTest):
     def test_lines(self):
@@ -114,7 +117,7 @@ class TestSizes(LayoutTest):
                 self.assertLessEqual(len(path.read_text().splitlines()), most, path.name)
 
     def test_readme(self):
-        self.assertLessEqual((REPOSITORY / "README.md").stat().st_size, 10_000)
+        self.assertLessEqual((REPOSITORY / "README.md").stat().st_size, 14_000)
 
 
 class TestDocstrings(LayoutTest):

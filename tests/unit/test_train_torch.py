@@ -80,6 +80,27 @@ class TestAgreement(SeededTest):
                 model.load_state_dict(torch.load(path, weights_only=True))
 
 
+class TestModes(SeededTest):
+    def test_layers_that_behave_differently_in_training(self):
+        """BatchNorm and Dropout: trained in train mode, tested and drawn in eval mode."""
+        model = train_torch.VAE("CNN", **SIZES)
+        model.encoder.net.insert(1, norm := torch.nn.BatchNorm2d(4))
+        model.decoder.net.append(dropout := torch.nn.Dropout())
+        loader = DataLoader([(torch.rand(9, 1, 28, 28).round(), torch.zeros(9))], batch_size=None)
+        train_torch.train_vae(model, loader, torch.optim.Adam(model.parameters()))
+        self.assertEqual((norm.num_batches_tracked, dropout.training), (1, True))
+        writer = mock.Mock(log_dir=str(self.folder))
+        train_torch.sample_and_save(model, 1, writer)
+        self.assertTrue(norm.training and dropout.training)
+        train_torch.test_vae(model, loader)
+        self.assertEqual((norm.num_batches_tracked, norm.training, dropout.training), (1, False, False))
+        modes = []
+        dropout.register_forward_hook(lambda *_: modes.append(dropout.training))
+        model.train()
+        train_torch.sample_and_save(model, 2, writer)
+        self.assertEqual(modes, [False])
+
+
 class TestMain(SeededTest):
     def main(self, **flags):
         """The test bpd, what was printed, and the run's folder, of a run on few digits."""
