@@ -223,6 +223,7 @@ class Run:
                 loaders = stack.enter_context(graphs.graphed(trainer, model, *loaders))
             trainer.log_every_n_steps = len(loaders[0])
             trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
+        trainer.strategy.barrier()  # the first process has written the checkpoints that all read
         if trainer.interrupted:
             raise RunError("training was interrupted")
         self.fit_seconds = time.perf_counter() - fit_start
