@@ -124,20 +124,19 @@ class ImageLoader(DataLoader):
         return is_plain and self.batch_size is not None and not (self.num_workers or self.drop_last)
 
     def order(self):
-        """Begins a pass: draws its images if they are to be drawn, and returns the order of all, int64 [N]."""
-        self.redraw()
+        """The order of the images in a pass, int64 [N]."""
         order = self.sampler.order() if hasattr(self.sampler, "order") else torch.tensor(list(self.sampler))
         return order.to(self.dataset.images.device)
 
     def redraw(self):
-        """Draws the images of a pass."""
+        """Begins a pass: draws its images, if they are to be drawn again."""
         if self.redraws:
             draw_seed = getattr(self.sampler, "draw_seed", None)
             self.dataset.redraw(draw_seed() if draw_seed else torch.randint(2**62, ()).item())
 
     def __iter__(self):
+        self.redraw()
         if not self.indexes_at_once:
-            self.redraw()
             return super().__iter__()
         # A DataLoader draws a seed for its workers in each pass, also if it has none. So does this one: the random
         # numbers that follow do not depend on num_workers.
@@ -200,13 +199,7 @@ def data_loaders(
     loaders = []
     for split, is_train in splits:
         options = {"num_workers": num_workers, "redraws": is_train and binarization == "stochastic"}
-        if sampler is None:
-            options["shuffle"] = is_train
-        else:
-            options["sampler"] = sampler(split, is_train)
-            # The first pass of a Trainer begins before its epoch does, the others after: if they drew from the global
-            # random numbers, an epoch would differ between a run that was interrupted and one that was not.
-            options["generator"] = torch.Generator() if is_train else None
+        options |= {"shuffle": is_train} if sampler is None else {"sampler": sampler(split, is_train)}
         loaders.append(ImageLoader(split, batch_size, **options))
     return tuple(loaders)
 

@@ -24,6 +24,7 @@ from utils import (
     decode,
     elbo_to_bpd,
     eval_mode,
+    full_precision,
     importance_weighted_bound,
     log_prior_ratio,
     sample_reparameterize,
@@ -48,7 +49,7 @@ class Terms(NamedTuple):
     loss: torch.Tensor  # [B], what training minimises, in nats
     mean: torch.Tensor  # [B,D], of the posterior q(z|x)
     log_std: torch.Tensor  # [B,D]
-    z: torch.Tensor  # [B,K,D], the samples
+    z: torch.Tensor  # [B,K,D], its samples
     logits: torch.Tensor | None  # [B,K,C,H,W], of the pixels; None if so many samples are decoded in parts
 
 
@@ -102,7 +103,7 @@ class VAE(pl.LightningModule):
         Outputs:
             terms - See Terms.
         """
-        mean, log_std = self.encoder(imgs)
+        mean, log_std = map(full_precision, self.encoder(imgs))
         eps = torch.randn_like(mean.unsqueeze(1).expand(-1, num_samples, -1))
         z = sample_reparameterize(mean.unsqueeze(1), log_std.unsqueeze(1).exp(), eps)
         logits, L_recs = decode(self.decoder, z, imgs)
@@ -239,7 +240,6 @@ class GenerateCallback(pl.Callback):
             batch_size, every_n_epochs - Number of images to generate, and after every how many epochs.
             save_to_disk - If True, they are also written as PNG files into the run's log directory.
         """
-        super().__init__()
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.save_to_disk = save_to_disk

@@ -35,9 +35,9 @@ def KLD(mean, log_std):
         mean - Tensor of shape [..., D], the means.
         log_std - Tensor of the same shape, the natural logarithms of the standard deviations.
     Outputs:
-        KLD - Tensor of shape [...], in nats, in float32 also if the latents are in a shorter type.
+        KLD - Tensor of shape [...], in nats.
     """
-    mean, log_var = full_precision(mean), 2 * full_precision(log_std)
+    log_var = 2 * log_std
     # expm1 keeps the digits that exp(x) - 1 loses for a posterior close to the prior.
     return 0.5 * (torch.expm1(log_var) - log_var + mean**2).sum(dim=-1)
 
@@ -92,7 +92,7 @@ def decode(decoder, z, imgs, max_pixels=2**23):
     Decodes K samples of the posterior per image, for training: with gradients, in memory that does not grow with K.
     Inputs:
         decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
-        z - Latents of shape [B,K,D].
+        z - Latents of shape [B,K,D], in any precision.
         imgs - Images of shape [B,C,H,W], zeros and ones.
         max_pixels - Number of pixels to decode at once, at least those of B images. More are decoded one part after the
             other, and again for the gradients.
@@ -105,6 +105,7 @@ def decode(decoder, z, imgs, max_pixels=2**23):
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         return logits, bernoulli_loss(logits, imgs.unsqueeze(1))
 
+    z = z.to(next((param.dtype for param in decoder.parameters()), z.dtype))
     parts = z.split(max(max_pixels // imgs.numel(), 1), dim=1)
     if len(parts) == 1:
         return decode_part(z)
@@ -119,9 +120,8 @@ def log_prior_ratio(z, eps, log_std):
         z, eps - Tensors of shape [...,D].
         log_std - Tensor of a shape that broadcasts to it.
     Outputs:
-        log_ratio - Tensor of shape [...], in nats, in float32 also if the latents are in a shorter type.
+        log_ratio - Tensor of shape [...], in nats.
     """
-    z, eps, log_std = map(full_precision, [z, eps, log_std])
     return ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)  # their factors of 2 pi cancel
 
 

@@ -323,8 +323,12 @@ class BestAndLast(ModelCheckpoint):
         return self.key
 
     def on_train_epoch_end(self, trainer, pl_module):
+        before, last = self.best_model_score, os.path.join(self.dirpath, LAST)
         super().on_train_epoch_end(trainer, pl_module)
-        trainer.save_checkpoint(os.path.join(self.dirpath, LAST))  # after the best one, whose score it remembers
+        if self.best_model_score is before:
+            trainer.save_checkpoint(last)
+        elif trainer.is_global_zero:  # this epoch is the best one: the file has been written
+            trainer.strategy.checkpoint_io.copy(self.best_model_path, last)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -338,21 +342,27 @@ class CheckpointFiles(TorchCheckpointIO):
     def __init__(self):
         self.thread = None
         self.jobs = {}  # by path
-        self.best = None  # path and moment of the best.ckpt that was saved last
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        path, moment = os.fspath(path), (checkpoint.get("epoch"), checkpoint.get("global_step"))
-        for earlier, job in self.jobs.items():
-            if earlier == path or job.done():
+        path = os.fspath(path)
+        self.wait_for(path)
+        self.submit(path, write_checkpoint, copied(checkpoint), path)
+
+    def copy(self, source, path):
+        """Writes the copy of a checkpoint that was just saved."""
+        self.wait_for(path)
+        self.submit(path, copy_checkpoint, source, path, self.jobs[source])
+
+    def wait_for(self, path):
+        """Waits until a checkpoint is written. Raises the errors of all jobs that are done."""
+        for other, job in self.jobs.items():
+            if other == path or job.done():
                 job.result()
+
+    def submit(self, path, *job):
+        """Has the thread call a function, with arguments."""
         self.thread = self.thread or ThreadPoolExecutor(max_workers=1)
-        best = os.path.join(os.path.dirname(path), BEST)
-        if os.path.basename(path) == LAST and self.best == (best, moment):
-            self.jobs[path] = self.thread.submit(copy_checkpoint, best, path, after=self.jobs[best])
-        else:
-            self.jobs[path] = self.thread.submit(write_checkpoint, copied(checkpoint), path)
-        if path == best:
-            self.best = path, moment
+        self.jobs[path] = self.thread.submit(*job)
 
     def teardown(self):
         if self.thread is not None:
@@ -362,6 +372,7 @@ class CheckpointFiles(TorchCheckpointIO):
             job.result()
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
+        self.wait_for(os.fspath(path))
         checkpoint = read_run_checkpoint(path)
         folder = os.path.dirname(path)
         # Runs of older versions have a second ModelCheckpoint, without a metric, for last.ckpt.

@@ -1,5 +1,6 @@
 """What a CUDA graph does not follow, and how it is found: hooks, settings, and what a step does in Python."""
 
+import pickle
 import random
 import re
 import types
@@ -8,7 +9,12 @@ from collections import deque
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from harness.means import EpochMeans
@@ -22,6 +28,7 @@ STEP_HOOKS = [  # Lightning's within an epoch, which would not be called for eac
 ]
 SETTINGS = {  # of the Trainer; in the precisions no step is left out, as a scaler of gradients does
     "accumulate_grad_batches": [1], "gradient_clip_val": [None], "max_steps": [-1], "limit_train_batches": [1.0],
+    "limit_val_batches": [1.0],
     "overfit_batches": [0.0], "val_check_interval": [1.0], "precision": ["32-true", "bf16-mixed"],
 }
 # fmt: on
@@ -29,7 +36,9 @@ _TORCH = "forward_pre forward backward_pre backward post_accumulate_grad optimiz
 TORCH_HOOKS = [f"_{name}_hooks" for name in _TORCH.split()]  # of modules, parameters and optimizers
 # Modules whose hooks are as right for many minibatches at once.
 TRUSTED = ("harness.", *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]))
-PLAIN = (bool, int, float, str, bytes, tuple)  # may be another object each time, if it is equal
+CHANGE_STEPS = (GradientAccumulationScheduler, StochasticWeightAveraging, LearningRateFinder, BatchSizeFinder)
+PLAIN = (bool, int, float, str, bytes)  # may be another object each time, if it is equal
+RANDOM_NUMBERS = (random.Random, np.random.Generator, np.random.RandomState)
 # Changes by itself, or in place, as a graph changes it.
 OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, pl.Trainer, torch.optim.Optimizer, EpochMeans)
 RANDOM = "training_step draws random numbers that are not the GPU's"
@@ -46,7 +55,7 @@ def check(trainer, model, train_loader, val_loader):
         if not any(found == value and type(found) is type(value) for value in possible):  # 1 is one minibatch, 1.0 all
             raise CaptureError(f"the Trainer's {name} is {found}; graphs need {' or '.join(map(str, possible))}")
     for part in [model, *trainer.callbacks]:
-        if isinstance(part, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+        if isinstance(part, CHANGE_STEPS):
             raise CaptureError(f"{type(part).__name__} changes how the steps are made")
         for hook in step_hooks(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which is called for every minibatch")
@@ -84,15 +93,20 @@ def python_state(model):
     the attributes of a module and of its parts hold, down to the items of lists and the attributes of objects.
     """
     on_cpu = torch.get_rng_state().numpy().tobytes() if model.device.type != "cpu" else None
-    found = {RANDOM: (repr(random.getstate()), repr(np.random.get_state(legacy=False)), on_cpu)}
+    found = {RANDOM: repr((random.getstate(), np.random.get_state(legacy=False), on_cpu))}
     seen, todo = set(), [("self", model)]
     while todo:
         name, value = todo.pop()
         found[name] = value  # which keeps it alive, so that nothing else gets its identity
         if isinstance(value, torch.Tensor):
-            found[f"{name} on the CPU"] = value._version if value.device.type == "cpu" != model.device.type else None
+            if value.device.type == "cpu" != model.device.type and not value.is_inference():
+                found[f"{name} on the CPU"] = value._version
         elif isinstance(value, (torch.Generator, np.ndarray)):
             found[name] = (value if isinstance(value, np.ndarray) else value.get_state().numpy()).tobytes()
+        elif isinstance(value, RANDOM_NUMBERS):
+            found[name] = pickle.dumps(value)
+        elif hasattr(value, "__next__"):
+            raise CaptureError(f"{name} is an iterator, which a step may advance")
         elif id(value) not in seen and not isinstance(value, OPAQUE):
             seen.add(id(value))
             if isinstance(value, (list, tuple, set, deque)):
@@ -106,7 +120,10 @@ def changes(before, after):
     """What has changed from one python_state to the next: reasons against a graph."""
     for name in {**before, **after}:
         old, new = before.get(name, before), after.get(name, after)
-        if old is not new and not (type(old) is type(new) in PLAIN and old == new):
+        # Of tuples the items are looked at.
+        if old is not new and not (
+            type(old) is type(new) and (type(new) is tuple or type(new) in PLAIN and old == new)
+        ):
             name = re.sub(r"\._(?:modules|parameters|buffers)\['(.*?)'\]", r".\1", name)
             yield name if name == RANDOM else f"training_step sets {name} anew; it must change tensors, in place"
 

@@ -55,7 +55,8 @@ def graphed(trainer, model, train_loader, val_loader):
             trainer.strategy.training_step, model.automatic_optimization = steps.training_step, False
             undo.callback(delattr, trainer.strategy, "training_step")
             undo.callback(setattr, model, "automatic_optimization", True)
-            val_loader = type(val_loader)(val_loader.dataset, large, sampler=val_loader.sampler)
+            options = {name: getattr(val_loader, name) for name in ["sampler", "redraws", "generator"]}
+            val_loader = type(val_loader)(val_loader.dataset, large, **options)
             loaders = IndexLoader(train_loader), val_loader
         yield loaders
 
@@ -76,6 +77,7 @@ class IndexLoader:
         return 1 + math.ceil((len(self.loader) - 1) / MINIBATCHES)
 
     def __iter__(self):
+        self.loader.redraw()
         first, *others = self.loader.order().split(self.batch_size)
         return iter([first, *(torch.cat(others[i : i + MINIBATCHES]) for i in range(0, len(others), MINIBATCHES))])
 
@@ -105,10 +107,14 @@ class GraphedSteps:
         """Trains on the first minibatch, then captures a step. Returns what the module's step returned."""
         if not self.use_graphs:
             return self.ordinary_step(indices)
-        before = python_state(self.model)
-        output = self.ordinary_step(indices)
-        why = next(changes(before, python_state(self.model)), None)
+        why, before = None, None
         try:
+            before = python_state(self.model)
+        except Exception as error:
+            why = explain(error)
+        output = self.ordinary_step(indices)
+        try:
+            why = why or next(changes(before, python_state(self.model)), None)
             why or self.capture(indices)
         except Exception as error:
             why = explain(error)
@@ -176,9 +182,11 @@ def side_stream(device):
     """A context in which a CUDA device works on a stream of its own: on the default one nothing can be captured."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def capture(function, previous):
@@ -191,6 +199,7 @@ def capture(function, previous):
     generator = torch.cuda.default_generators[device]
     random_numbers = generator.clone_state()
     torch.cuda.synchronize()
+    gc.disable()  # a graph or a tensor of another stream that dies in the midst of the capture would spoil it
     try:
         graph.capture_begin(pool)
         try:
@@ -210,6 +219,8 @@ def capture(function, previous):
                 torch._C._cuda_releasePool(device, pool)
                 FAILED.append(graph)
         raise
+    finally:
+        gc.enable()
     return graph
 
 

@@ -28,10 +28,11 @@ class EpochMeans:
         Raises:
             ValueError - if a quantity has another shape, or if the names are others than in the step before.
         """
-        device = next(value.device for value in quantities.values() if torch.is_tensor(value))
-        values = [torch.ones(num_images, device=device)]  # their sum is the number of images
+        device = next((value.device for value in quantities.values() if torch.is_tensor(value)), "cpu")
+        options = {"dtype": torch.float32, "device": device}  # not the module's type, which is the default in a step
+        values = [torch.ones(num_images, **options)]  # their sum is the number of images
         for name, value in quantities.items():
-            value = value if torch.is_tensor(value) else torch.full((), value, device=device)
+            value = value if torch.is_tensor(value) else torch.full((), value, **options)
             if value.shape not in [(), (num_images,)]:
                 raise ValueError(
                     f"the quantity {name} must have one value per image, shape [{num_images}], or a single one, got "
@@ -39,7 +40,7 @@ class EpochMeans:
                 )
             values.append(value.float().expand(num_images))
         if self.sums is None:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
             self.names = list(quantities)
             self.sums = torch.zeros(len(values), dtype=dtype, device=device)
         elif self.names != list(quantities):

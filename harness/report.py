@@ -400,7 +400,7 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # NumPy's: Run switches them off
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # of DDP, which means it so
     warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")  # torch's own
-    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")  # see harness/cuda_graph.py
+    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")  # see harness/graphs.py
     warnings.filterwarnings("ignore", message="GPU available but not used")  # --accelerator cpu means it so
     # Names that Lightning uses and newer versions of torch call old.
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")

@@ -149,6 +149,9 @@ class Run:
             raise RunError(
                 "load_data must make the training loader's sampler by the function `sampler` that it is given"
             )
+        # The first pass of a Trainer begins before its epoch does, the others after: if they drew from the global
+        # random numbers, an epoch would differ between a run that was interrupted and one that was not.
+        loaders[0].generator = torch.Generator()
         sha256 = vars(self.args).get(CHECKSUM)
         if sha256 != processes.shared(self.trainer, sha256):
             raise RunError(f"--dataset {self.args.dataset} is another file here than in the first process")

@@ -214,6 +214,13 @@ class TestImages(SeededTest):
             states.append(torch.get_rng_state().tolist())
         self.assertEqual(orders, orders[:1] * 3)
         self.assertEqual(states, states[:1] * 3)
+        drawn = []
+        for workers in [0, 1]:
+            torch.manual_seed(1)
+            data = grey_images(intensity=100)
+            loader = bmnist.data_loaders(*data, 20_000, workers, binarization="stochastic")[0]
+            drawn.append(sum(imgs.sum() for imgs, _ in loader))
+        self.assertEqual(*drawn)
 
     def test_to_moves_in_place(self):
         """Every tensor of it; whoever holds the data set has it moved, too."""

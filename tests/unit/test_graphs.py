@@ -96,7 +96,7 @@ class TestTraining(TrainingTest):
             "global WEIGHT; WEIGHT = 0.5 * epoch",
             "model.encoder.requires_grad_(epoch != 1)",
             "optimizer.param_groups[0]['weight_decay'] = optimizer.param_groups[0]['lr'] = 0.1 * epoch",
-            "model.kept = {'weight': [0.5 * epoch, iter([])]}",
+            "model.kept = {'weight': [0.5 * epoch, object()]}",
             "if epoch == 1: model.trainer.optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, fused=True)]",
         ]:
 
@@ -201,6 +201,10 @@ class TestNoGraph(TrainingTest):
             ("model.kept['object'].count += 1", r"sets self.kept\['object'\].count anew"),
             ("model.encoder.net.seen = batch_idx + 1", "sets self.encoder.net.seen anew"),
             ("loss = loss * torch.rand((), generator=model.kept['generator'])", r"sets self.kept\['generator'\] anew"),
+            ("loss = loss * float(model.kept['numpy'].random())", r"sets self.kept\['numpy'\] anew"),
+            ("loss = loss * model.kept['python'].random()", r"sets self.kept\['python'\] anew"),
+            ("model.pair = loss.detach(), 1", r"sets self.pair\[0\] anew"),
+            ("model.kept['next'] = iter([])", r"self.kept\['next'\] is an iterator"),
             ("loss = loss * (random.random() < 0.5)", "random numbers that are not the GPU's"),
             ("loss = loss * float(np.random.rand())", "random numbers that are not the GPU's"),
         ]:
@@ -215,6 +219,8 @@ class TestNoGraph(TrainingTest):
                 random.seed(1), np.random.seed(1)
                 model.kept = {"numbers": [1, 2], "array": np.zeros(2), "object": argparse.Namespace(count=1)}
                 model.kept |= {"generator": torch.Generator().manual_seed(1), "outputs": deque(), "itself": model}
+                model.kept |= {"numpy": np.random.default_rng(1), "python": random.Random(1)}
+                model.pair = torch.zeros(()), 1
 
             with self.subTest(act):
                 self.assert_ordinary(words, training_step=training_step, on_train_start=on_train_start)
@@ -307,6 +313,7 @@ class TestCheck(GraphTest):
             dict(limit_train_batches=3),
             dict(limit_train_batches=1),
             dict(overfit_batches=1),
+            dict(limit_val_batches=2),
             dict(val_check_interval=0.5),
         ]:
             with self.subTest(setting):

@@ -61,18 +61,16 @@ class TestStopped(ContinuedRunTest):
 
     def test_between_two_checkpoints(self):
         """After best.ckpt and before last.ckpt: of the first epoch, of one in the middle, and of the last one."""
-        save = checkpoints.CheckpointFiles.save_checkpoint
+        copy = checkpoints.CheckpointFiles.copy
 
-        def save_checkpoint(self, checkpoint, path, storage_options=None):
-            if checkpoint["epoch"] in [0, 2, 5] and path.endswith("last.ckpt"):
+        def copy_or_die(files, source, path):
+            files.jobs[source].result()
+            if load(self.run_folder(), "best")["epoch"] in [0, 2, 5]:
                 raise Killed
-            save(self, checkpoint, path)
+            copy(files, source, path)
 
         for _ in range(3):
-            with (
-                mock.patch.object(checkpoints.CheckpointFiles, "save_checkpoint", save_checkpoint),
-                self.assertRaises(Killed),
-            ):
+            with mock.patch.object(checkpoints.CheckpointFiles, "copy", copy_or_die), self.assertRaises(Killed):
                 self.train()
         self.assertIn("continued after epoch 6\ntest bpd", self.check())
 
