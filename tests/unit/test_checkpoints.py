@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import shutil
 import tempfile
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -352,3 +353,50 @@ class TestFiles(SeededTest):
         best = str(self.best)
         expected = {**state, "dirpath": str(self.checkpoints), "best_model_path": best}
         self.assertEqual(loaded, {"A": {**expected, "best_k_models": {best: 0.5}}, "B": {"x": "/there"}})
+
+
+class TestBackground(SeededTest):
+    def setUp(self):
+        self.best, self.last = str(self.folder / "best.ckpt"), str(self.folder / "last.ckpt")
+        self.files, self.go_on = checkpoints.CheckpointFiles(), threading.Event()
+        self.addCleanup(self.go_on.set)
+        write = checkpoints.write_checkpoint
+
+        def write_late(checkpoint, path):
+            self.go_on.wait(60)
+            write(checkpoint, path)
+
+        patch = mock.patch.object(checkpoints, "write_checkpoint", write_late)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_writing_waits_for_nobody(self):
+        """The weights are those of the call, on the CPU; a copy follows its original; all is there at the end."""
+        weight = torch.ones(2)
+        checkpoint = {**EMPTY, "callbacks": {"A": {"monitor": "x"}}, "state_dict": {"weight": weight}}
+        self.files.save_checkpoint(checkpoint, self.best)
+        self.files.copy(self.best, self.last)
+        weight.zero_()
+        self.assertEqual(os.listdir(self.folder), [])
+        self.go_on.set()
+        self.assertEqual(self.files.load_checkpoint(self.best)["state_dict"]["weight"].tolist(), [1, 1])
+        self.files.teardown()
+        self.assertEqual(Path(self.best).read_bytes(), Path(self.last).read_bytes())
+        self.assertFalse(os.path.samefile(self.best, self.last))
+        self.files.save_checkpoint({**checkpoint, "epoch": 1}, self.last)  # after the end, as in the next fit
+        self.files.teardown()
+        self.assertEqual([checkpoints.read_checkpoint(path)["epoch"] for path in [self.best, self.last]], [0, 1])
+        self.assertEqual(set(os.listdir(self.folder)), {"best.ckpt", "last.ckpt", "previous.ckpt"})
+
+    def test_an_error_is_raised_at_the_end(self):
+        """And nothing older is copied in its place."""
+        self.go_on.set()
+        Path(self.best).write_bytes(b"of an epoch before")
+        with mock.patch.object(torch, "save", side_effect=ZeroDivisionError):
+            self.files.save_checkpoint(EMPTY, self.best)
+            self.files.jobs[self.best].exception(60)
+            with self.assertRaises(ZeroDivisionError):
+                checkpoints.copy_checkpoint(self.best, self.last, self.files.jobs[self.best])
+            with self.assertRaises(ZeroDivisionError):
+                self.files.teardown()
+        self.assertEqual(os.listdir(self.folder), ["best.ckpt"])

@@ -328,6 +328,19 @@ class TestCheck(GraphTest):
 
 
 class TestParts(unittest.TestCase):
+    def test_what_is_on_the_cpu_of_a_module_on_a_gpu(self):
+        """A tensor there, and the CPU's random numbers, are changed by Python alone; an inference tensor is no error."""
+        model = argparse.Namespace(device=torch.device("cuda"), kept=torch.zeros(2))
+        with torch.inference_mode():
+            model.of_validation = torch.zeros(2)
+        before = graph_checks.python_state(model)
+        self.assertEqual([*graph_checks.changes(before, graph_checks.python_state(model))], [])
+        model.kept.add_(1)
+        torch.rand(1)
+        found = [*graph_checks.changes(before, graph_checks.python_state(model))]
+        self.assertEqual(found[0], "training_step draws random numbers that are not the GPU's")
+        self.assertRegex(found[1], "sets self.kept on the CPU anew")
+
     def test_no_use_of_a_refusal(self):
         refusal = graph_checks.Refusal("batch_idx")
         for use in [
