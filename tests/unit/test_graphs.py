@@ -329,7 +329,7 @@ class TestCheck(GraphTest):
 
 class TestParts(unittest.TestCase):
     def test_what_is_on_the_cpu_of_a_module_on_a_gpu(self):
-        """A tensor there, and the CPU's random numbers, are changed by Python alone; an inference tensor is no error."""
+        """Python alone changes its tensors there, and the CPU's random numbers. Inference tensors are no error."""
         model = argparse.Namespace(device=torch.device("cuda"), kept=torch.zeros(2))
         with torch.inference_mode():
             model.of_validation = torch.zeros(2)

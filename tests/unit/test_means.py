@@ -1,0 +1,85 @@
+"""Tests of harness/means.py: `python -m unittest tests/unit/test_means.py`."""
+
+import contextlib
+import copy
+import io
+import unittest
+from unittest import mock
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.tuner import Tuner
+
+from harness.means import EpochMeans
+from harness.report import quiet_libraries
+from tests.helpers import TrainingTest, small_loaders
+from train_pl import VAE
+
+
+class TestEpochMeans(unittest.TestCase):
+    def test_values_of_all_kinds(self):
+        """A value per image, one of the minibatch, a number; in any precision the sums have all their digits."""
+        for dtype in [torch.float32, torch.bfloat16, torch.float64]:
+            means = EpochMeans()
+            self.assertEqual(means.compute(), ({}, 0))
+            for size in [200] * 400 + [100]:
+                ones = torch.ones(size, dtype=dtype)
+                means.add({"each": 3 * ones, "batch": torch.tensor(float(size)), "number": 0.1234567}, size)
+            values, num_images = means.compute()
+            self.assertEqual((values["each"], num_images), (3, 400 * 200 + 100))
+            self.assertAlmostEqual(values["batch"], (400 * 200**2 + 100**2) / num_images)
+            self.assertAlmostEqual(values["number"], 0.1234567, places=7)
+            means.reset()
+            means.add({"other": 5}, 2)
+            self.assertEqual(means.compute(), ({"other": 5}, 2))
+
+    def test_other_names_within_an_epoch(self):
+        means = EpochMeans()
+        means.add({"a": torch.ones(2)}, 2)
+        with self.assertRaisesRegex(ValueError, "a step logs b, the steps before it a"):
+            means.add({"b": torch.ones(2)}, 2)
+
+
+class TestInTraining(TrainingTest):
+    def test_a_quantity_of_another_shape(self):
+        def quantities(model, terms, imgs):
+            return {"mean": terms.mean}
+
+        with (
+            mock.patch.object(VAE, "quantities", quantities),
+            self.assertRaisesRegex(ValueError, r"the quantity mean must .* shape \[50\], .* got shape \[50, 2\]"),
+        ):
+            self.train(epochs=1)
+
+    def test_metrics_of_an_epoch_are_its_own(self):
+        """Whatever came before in this process: Lightning's search for a learning rate, or a fit that was stopped."""
+        loader = small_loaders(self.namespace(batch_size=50))[0]
+        options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
+        options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)
+        quiet_libraries()
+
+        def stop(*args):
+            raise KeyError
+
+        logged = []
+        for before in ["nothing", "lr_find", "a fit that failed"]:
+            torch.manual_seed(1)
+            model = VAE("MLP", [16], 4, 3, 1e-3)
+            if before == "lr_find":
+                with contextlib.redirect_stderr(io.StringIO()):
+                    Tuner(pl.Trainer(**options)).lr_find(model, loader, num_training=10, update_attr=False)
+            elif before == "a fit that failed":
+                weights = copy.deepcopy(model.state_dict())
+                with mock.patch.object(VAE, "on_train_epoch_end", stop), self.assertRaises(KeyError):
+                    pl.Trainer(**options).fit(model, loader)
+                model.load_state_dict(weights)
+            trainer = pl.Trainer(**options)
+            torch.manual_seed(2)
+            trainer.fit(model, loader)
+            logged.append(trainer.callback_metrics["train_bpd"].item())
+        for value in logged[1:]:
+            self.assertAlmostEqual(value, logged[0], delta=0.01)
+
+
+if __name__ == "__main__":
+    unittest.main()
