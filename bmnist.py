@@ -103,7 +103,8 @@ class SampledImages(BinaryImages):
 class ImageLoader(DataLoader):
     """
     A DataLoader of BinaryImages that indexes each minibatch at once, in the order of its sampler:
-    dataset[order[i : i + batch_size]]. Worker processes, a collate_fn and the like work as in any DataLoader.
+    dataset[order[i : i + batch_size]]. With worker processes, a collate_fn, drop_last or a batch_sampler it
+    does what any DataLoader does.
     """
 
     def __init__(self, dataset, batch_size=1, redraws=False, **options):

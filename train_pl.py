@@ -31,14 +31,14 @@ from utils import (
     visualize_manifold,
 )
 
-# Titles of TensorBoard's charts of training and validation, for the names in VAE.quantities; others are scalars alone.
+# TensorBoard shows training and validation in one chart, of this title, for these names of VAE.quantities.
 TITLES = {
     "reconstruction_loss": "reconstruction loss, nats",
     "regularization_loss": "regularization loss (KL divergence), nats",
     "ELBO": "negative ELBO, nats",
     "bpd": "bits per dimension",
 }
-OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}  # titles of what each adds
+OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}  # the titles each one adds
 
 
 class Terms(NamedTuple):
@@ -78,7 +78,7 @@ class VAE(pl.LightningModule):
             img_size - Height and width of an image.
             beta - Weight of the KL divergence in what is minimised (Higgins et al. 2017).
             objective - What is maximised: "elbo", or "iwae", the importance-weighted bound (Burda et al. 2016).
-            train_samples - Number of samples of the posterior per image in training.
+            train_samples - Number of samples of the posterior per image in training and validation.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -204,7 +204,7 @@ class VAE(pl.LightningModule):
         values, num_images = means.compute()
         means.reset()
         options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images}
-        for name, value in values.items():  # once per epoch: self.log in every step would cost a third of the time
+        for name, value in values.items():  # once per epoch: self.log in every step is slow
             self.log(f"{stage}_{name}", value, prog_bar=name == "bpd", **options)
 
 
@@ -343,7 +343,7 @@ FLAGS = {
         "epochs": (80, 1, "Passes over the training images"),
         "seed": (42, 0, "Seed of all random numbers"),
         "objective": ("elbo", list(OBJECTIVES), "What is maximised: the ELBO, or the importance-weighted bound"),
-        "train_samples": (1, 1, "Samples of the posterior per image in training"),
+        "train_samples": (1, 1, "Samples of the posterior per image in training and validation"),
         "beta": (1.0, not_negative, "Weight of the KL divergence in what is minimised, not in what is logged"),
         "beta_warmup": (0, 0, "Epochs over which beta rises linearly from 0"),
     },

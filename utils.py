@@ -19,10 +19,10 @@ def sample_reparameterize(mean, std, eps=None):
     Inputs:
         mean - Tensor of arbitrary shape, the means.
         std - Tensor of the same shape, the standard deviations (not their logarithms), none negative.
-        eps - The noise, a tensor of the same shape or, for several samples, of one to which it broadcasts; by default
-            it is drawn here.
+        eps - The noise, of the same shape, or of a larger one for several samples, such as [B,K,D] with a mean and std
+            of [B,1,D]; if None, it is drawn here.
     Outputs:
-        z - Tensor of the same shape, one sample of each Gaussian, or of the shape of eps.
+        z - Tensor of the shape of eps (that of mean if None).
     """
     return mean + std * (torch.randn_like(std) if eps is None else eps)
 
@@ -78,9 +78,9 @@ def bernoulli_loss(logits, imgs):
     The reconstruction loss -log p(x|z) of independent Bernoulli pixels.
     Inputs:
         logits - Decoder outputs of shape [...,C,H,W].
-        imgs - Images of a shape that broadcasts to it, zeros and ones.
+        imgs - Images of zeros and ones, of a shape that broadcasts to that of logits.
     Outputs:
-        L_rec - Tensor of shape [...], sums over the pixels, in nats, in float32 also if logits are in a shorter type.
+        L_rec - Tensor of shape [...], in nats, summed over the pixels; at least in float32.
     """
     logits = full_precision(logits)
     x = imgs.to(logits.dtype).expand_as(logits)
@@ -89,13 +89,13 @@ def bernoulli_loss(logits, imgs):
 
 def decode(decoder, z, imgs, max_pixels=2**23):
     """
-    Decodes K samples of the posterior per image, for training: with gradients, in memory that does not grow with K.
+    Decodes K samples per image, with gradients: up to max_pixels at once; more in parts, which are computed again in
+    the backward pass, so that the memory is bounded.
     Inputs:
         decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
         z - Latents of shape [B,K,D], in any precision.
         imgs - Images of shape [B,C,H,W], zeros and ones.
-        max_pixels - Number of pixels to decode at once, at least those of B images. More are decoded one part after the
-            other, and again for the gradients.
+        max_pixels - The most pixels to decode at once. A part has at least one sample of each image.
     Outputs:
         logits - Tensor of shape [B,K,C,H,W]; None if they are decoded in parts.
         L_rec - Tensor of shape [B,K], see bernoulli_loss.
@@ -241,7 +241,7 @@ def visualize_manifold(decoder, grid_size=20):
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """A context in which a module is in eval mode; afterwards it and each of its parts are in the mode of before."""
+    """A context in which a module is in eval mode; afterwards it and its parts have the modes that they had before."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

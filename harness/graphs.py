@@ -1,9 +1,9 @@
 """
-Training by CUDA graphs (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), on a single GPU, which waits
-for Python while a small network's sixty kernels are launched one by one. An epoch's first minibatch is an ordinary
-step. Then a step is captured, which runs no kernel: if that fails, nothing has changed, and training goes on with
-ordinary steps. For each further full minibatch it is replayed. The next epoch captures again, so whatever changes
-between epochs is followed. A replay runs no Python: if a step reads or changes something there, there is no graph.
+Training by CUDA graphs (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), on a single GPU. Without
+them Python launches some sixty kernels per step one by one, and with a small network the GPU waits for that. An epoch's
+first minibatch is an ordinary step. Then a step is captured, which runs no kernel: if that fails, training goes on with
+ordinary steps. For each further full minibatch the captured step is replayed. The next epoch captures again, so
+whatever changes between epochs is followed. A replay runs no Python: if a step uses it, there is no graph.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from harness.graph_checks import NO_NUMBER, NO_TRAINER, CaptureError, changes, check, check_parts, python_state
 from harness.program import note, one_line
 
-MINIBATCHES = 64  # in a Lightning batch: so many that the Trainer hardly counts, so few that a progress bar moves
-VAL_PIXELS = 8192 * 28 * 28  # in a minibatch of validation, whose images are all decoded at once
-FAILED = []  # graphs whose capture failed: the allocator of pinned memory may still ask them
+MINIBATCHES = 64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
+VAL_PIXELS = 8192 * 28 * 28  # the most in a validation minibatch, whose images are all decoded at once
+FAILED = []  # graphs whose capture failed, kept alive: torch's allocator of pinned memory may still use them
 
 
 def has_graphs(device):

@@ -23,13 +23,13 @@ class EpochMeans:
         Adds the quantities of a minibatch.
         Inputs:
             quantities - Dict from name to a value per image, shape [B], or one value of the minibatch. The same names
-                in every step of an epoch.
+                in the same order in every step of an epoch.
             num_images - Its number of images, B.
         Raises:
             ValueError - if a quantity has another shape, or if the names are others than in the step before.
         """
         device = next((value.device for value in quantities.values() if torch.is_tensor(value)), "cpu")
-        options = {"dtype": torch.float32, "device": device}  # not the module's type, which is the default in a step
+        options = {"dtype": torch.float32, "device": device}  # in a step of bf16-true, torch's default is bfloat16
         values = [torch.ones(num_images, **options)]  # their sum is the number of images
         for name, value in quantities.items():
             value = value if torch.is_tensor(value) else torch.full((), value, **options)

@@ -58,7 +58,7 @@ class EpochReport(Checkpoint):
         """
         Inputs:
             flags - Dict of every flag, kept in each checkpoint for whoever finds it.
-            quantities - Names of what the module logs in every epoch, the first ones of metrics.csv.
+            quantities - Names of the quantities that come first in metrics.csv; others that are logged follow by name.
             print_lines - If False, the epochs' lines are not printed.
         """
         super().__init__()
@@ -310,7 +310,7 @@ class EpochLogger(TensorBoardLogger):
         and to draw training and validation in one chart (its tab Custom Scalars).
         Inputs:
             flags - Dict of every flag.
-            quantities - Dict from the name of each logged quantity to its title; the last one is drawn first.
+            quantities - Dict from the name of each quantity that has a chart to its title; the last one comes first.
         """
         flags = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -58,7 +58,7 @@ class Run:
     Inputs:
         args - Namespace of every flag.
         defaults - Dict of every flag's default, which a run of an older version was trained with where it lacks a flag.
-        quantities - Dict from the name of what the module logs in each epoch, as train_NAME and val_NAME, to its title.
+        quantities - Dict from the names of the module's main quantities, logged as train_NAME and val_NAME, to titles.
         callbacks - The module's own callbacks for the Trainer.
     Attributes:
         trainer - The Trainer, with all callbacks; its logger is TensorBoard's once the run is started.

@@ -115,7 +115,7 @@ class TestLosses(SeededTest):
         self.assertAlmostEqual(bounds[-1], exact, delta=0.01)
 
     def test_memory_is_bounded(self):
-        """By a chunk, whatever the number of samples; the losses and their gradients are the same."""
+        """The memory is bounded, whatever the number of samples; the losses and their gradients are the same."""
         vae, imgs = small_vae("iwae", train_samples=None), all_images()[:10]
 
         def losses(max_pixels):
