@@ -310,7 +310,7 @@ class TestExplorer(CommandTest):
         self.assertAlmostEqual(extents.max().item(), 20, delta=1)
         with torch.no_grad():
             mean, log_std = model.encoder(seen.view(1, 1, 28, 28))
-            losses = torch.stack([sum(model.losses(seen.view(1, 1, 28, 28))) for _ in range(1_000)])
+            losses = torch.stack([sum(model.terms(seen.view(1, 1, 28, 28))[:2]) for _ in range(1_000)])
             means = torch.sigmoid(model.decoder(mean)).view(28, 28)
         torch.testing.assert_close(self.latents(), mean[0], atol=2e-3, rtol=0)
         self.assertLess((self.picture("reconstruction") / 255 - means).abs().max().item(), 0.01)
