@@ -94,6 +94,9 @@ class TestWholeRun(TrainingTest):
         self.assertAlmostEqual(scalars["test_bpd"][6], left["test_bpd"], places=6)
         drawn = {tag: sorted(event.step for event in events.Images(tag)) for tag in events.Tags()["images"]}
         self.assertEqual(drawn, dict.fromkeys(["Samples", "Means", "Reconstructions", "Manifold"], [0, 5]))
+        for picture in events.Images("Samples"):  # encoded once
+            file = folder / f"epoch_{picture.step}_samples.png"
+            self.assertEqual(picture.encoded_image_string, file.read_bytes())
 
     def check_dashboard(self, folder, left):
         """TensorBoard's tabs Custom Scalars and HParams."""
