@@ -70,7 +70,8 @@ class TestInTraining(TrainingTest):
                     Tuner(pl.Trainer(**options)).lr_find(model, loader, num_training=10, update_attr=False)
             elif before == "a fit that failed":
                 weights = copy.deepcopy(model.state_dict())
-                with mock.patch.object(VAE, "on_train_epoch_end", stop), self.assertRaises(KeyError):
+                patches = dict(on_train_epoch_end=stop, quantities=lambda *args: {"bpd": torch.tensor(100.0)})
+                with mock.patch.multiple(VAE, **patches), self.assertRaises(KeyError):
                     pl.Trainer(**options).fit(model, loader)
                 model.load_state_dict(weights)
             trainer = pl.Trainer(**options)
