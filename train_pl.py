@@ -202,7 +202,7 @@ class VAE(pl.LightningModule):
     def log_means(self, stage, means):
         """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
         values, num_images = means.compute()
-        means.reset()
+        means.reset()  # also for a module whose hook at the start of an epoch does not
         options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images}
         for name, value in values.items():  # once per epoch: self.log in every step is slow
             self.log(f"{stage}_{name}", value, prog_bar=name == "bpd", **options)

@@ -375,11 +375,11 @@ class CheckpointFiles(TorchCheckpointIO):
         self.wait_for(os.fspath(path))
         checkpoint = read_run_checkpoint(path)
         folder = os.path.dirname(path)
-        # Runs of older versions have a second ModelCheckpoint, without a metric, for last.ckpt.
-        states = {
-            key: state for key, state in checkpoint["callbacks"].items() if state.get("monitor", True) is not None
-        }
-        checkpoint["callbacks"] = states
+        states = checkpoint["callbacks"]
+        for key, state in list(states.items()):
+            path_of_last = state.get("monitor", True) is None and os.path.basename(state["best_model_path"])
+            if path_of_last in ["", LAST]:  # the second ModelCheckpoint that older versions had, for last.ckpt
+                del states[key]
         for state in states.values():
             if "dirpath" in state:  # a ModelCheckpoint's, whose folder may have been moved since
                 for name in ["best_model_path", "kth_best_model_path"]:
@@ -421,7 +421,10 @@ def place_for(path):
 
 
 def copied(value):
-    """What a checkpoint holds, tensors on the CPU, in dicts and lists of its own, which training does not change."""
+    """
+    What a checkpoint holds, tensors on the CPU, in dicts and lists of its own, which training does not change.
+    (Lightning's apply_to_collection would take three times as long, 2 to 4 ms more in each epoch.)
+    """
     if isinstance(value, torch.Tensor):
         return value.to("cpu", copy=True)
     if type(value) in [dict, OrderedDict]:

@@ -194,7 +194,7 @@ class EpochSampler(DistributedSampler):
         return iter(self.order().tolist())
 
     def draw_seed(self):
-        """Seed of the images of this epoch, for a data set that draws them anew for each."""
+        """Seed of the images of this epoch, for a data set that draws them again for each."""
         return derived_seed(self.seed, self.epoch)
 
 
