@@ -457,7 +457,7 @@ def download_files(kind, folder, names):
         missing = [name for name in names if not os.path.isfile(folder / name)]
         if not missing:
             return  # another process was faster
-        say(f"Downloading {kind.__name__} to {folder}")
+        print_line(f"Downloading {kind.__name__} to {folder}")
         if locked:
             for unfinished in folder.glob(".download*"):  # left by a process that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -480,7 +480,7 @@ def download_files(kind, folder, names):
             socket.setdefaulttimeout(default_timeout)
 
 
-def say(text):
+def print_line(text):
     """Prints lines, if they can be: into a pipe that is closed they cannot, and the data are there all the same."""
     try:
         print(text, flush=True)
@@ -515,10 +515,10 @@ def main():
     except KeyboardInterrupt:
         sys.exit("bmnist.py: interrupted")
     name = KINDS[args.dataset].__name__
-    say(f"{name} in {Path(os.path.expanduser(args.data_dir)) / name / 'raw'}: all four files verified")
+    print_line(f"{name} in {Path(os.path.expanduser(args.data_dir)) / name / 'raw'}: all four files verified")
     for name, loader in zip(["train", "validation", "test"], loaders):
         images = loader.dataset.images
-        say(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
+        print_line(f"{name:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
 
 
 if __name__ == "__main__":

@@ -14,28 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import figures  # isort: skip  before Lightning, which imports matplotlib
+from pictures import figures  # isort: skip  before Lightning, which imports matplotlib
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from tqdm import tqdm
 
-from data_sources import KINDS, find_file, load_data
 from harness.checkpoints import RUN, CheckpointError, load_model, read_checkpoint
 from harness.devices import pick_device, prepare_cpu, use_fast_layout
-from harness.explorer import Plane, write_explorer
+from harness.errors import FlagError, UserError, best_effort, exit_on_error, is_out_of_memory, is_screen, print_line
 from harness.files import write_text
-from harness.program import (
-    CHECKSUM,
-    FlagError,
-    Parser,
-    UserError,
-    ending,
-    has_no_memory,
-    is_screen,
-    optional,
-    plain_value,
-    say,
-)
+from harness.flags import CHECKSUM, Parser, plain_value
+from pictures.explorer import Plane, write_explorer
+from sources import KINDS, find_file, load_data
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags
 from utils import active_units, elbo_to_bpd, log_likelihood, manifold_latents, quadrature_log_likelihood
@@ -147,7 +137,7 @@ def evaluate(
         imgs, labels = test_set[torch.arange(len(test_set))]
         legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
         pictures(folder, model, imgs, labels, means, legend)
-        with optional(f"writing {folder / EXPLORER}"):
+        with best_effort(f"writing {folder / EXPLORER}"):
             (folder / EXPLORER).unlink(missing_ok=True)  # of an earlier evaluation
             if not no_explorer:
                 facts = {**results, "run": os.path.basename(os.path.realpath(run)), "legend": legend}
@@ -306,7 +296,7 @@ def likelihoods(model, test_set, iw_samples, progress_bar):
             try:
                 log_p = log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size)
             except RuntimeError as error:
-                if not has_no_memory(error) or chunk_size <= len(imgs):
+                if not is_out_of_memory(error) or chunk_size <= len(imgs):
                     raise
                 chunk_size //= 2
         log_ps.append(log_p)
@@ -435,7 +425,7 @@ def pictures(folder, model, imgs, labels, means, legend="digit"):
         for kind in ["png", "pdf"]:
             (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of an earlier evaluation
     for name, draw in zip(PICTURES, drawings, strict=True):
-        with optional(f"drawing {folder / name}"):
+        with best_effort(f"drawing {folder / name}"):
             draw(folder / name)
 
 
@@ -477,13 +467,13 @@ def make_parser():
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    with ending(parser):
+    with exit_on_error(parser):
         print_results(*evaluate(**vars(args)))
 
 
 def print_results(results, folder):
     """Prints what evaluate returned."""
-    say(
+    print_line(
         f"{results['model']}, {results['z_dim']} latent{'s' * (results['z_dim'] != 1)}, after "
         f"{results['epoch'] or 'some'} epoch{'s' * (results['epoch'] != 1)}, on "
         f"{results['test_images']:,} test images of {results['dataset']} ({results['binarization']}), "
@@ -503,8 +493,8 @@ def print_results(results, folder):
                 "log_likelihood_by_quadrature": ", by quadrature",
             }.get(name, "")
             error = results[f"{name}_standard_error"]
-            say(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
-    say(
+            print_line(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
+    print_line(
         f"active units  {results['active_units']:8} of {results['z_dim']}\nevaluation in {folder}, "
         f"{results['seconds']} s"
     )

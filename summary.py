@@ -3,8 +3,9 @@
 import os
 from statistics import mean, stdev
 
+from harness.errors import FlagError, UserError, exit_on_error, one_line, print_line, warn
 from harness.files import BPDS, read_results
-from harness.program import CHANGEABLE_FLAGS, CHECKSUM, FlagError, Parser, UserError, ending, note, one_line, say
+from harness.flags import CHECKSUM, RUNTIME_FLAGS, Parser
 
 PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
@@ -26,7 +27,7 @@ def read_runs(folders):
             unfinished.append(folder)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
-            note(f"{os.path.join(folder, 'results.json')} is left out: {problem}")
+            warn(f"{os.path.join(folder, 'results.json')} is left out: {problem}")
     return finished, unfinished
 
 
@@ -47,7 +48,7 @@ def run_folders(folders):
 def tell(error):
     """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
     if not isinstance(error, NotADirectoryError):
-        note(f"{error.filename} is left out: {error.strerror}")
+        warn(f"{error.filename} is left out: {error.strerror}")
 
 
 def by_setting(results):
@@ -64,7 +65,7 @@ def by_setting(results):
     flags = [
         name
         for name in dict.fromkeys(name for of_run in hyperparameters for name in of_run)
-        if name not in CHANGEABLE_FLAGS | {"seed"}
+        if name not in RUNTIME_FLAGS | {"seed"}
     ]
     defaults = {}
     if any(name not in of_run for name in flags for of_run in hyperparameters):  # an older version lacks some
@@ -126,24 +127,24 @@ def main():
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Folders of runs, or folders that hold such")
     parser.add_argument("--plot", default="summary.png", help=f"Picture to draw ({', '.join(PLOTS)})")
     args = parser.parse_args()
-    with ending(parser):
+    with exit_on_error(parser):
         if not args.plot.lower().endswith(tuple(PLOTS)):
             raise FlagError(f"--plot must be a file whose name ends with {', '.join(PLOTS)}, got {args.plot!r}")
         finished, unfinished = read_runs(args.folders)
         if not finished:
             raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
         groups = by_setting(finished)
-        say("\n".join(table(groups)))
+        print_line("\n".join(table(groups)))
         if unfinished:
-            say(f"not finished: {', '.join(unfinished)}")
+            print_line(f"not finished: {', '.join(unfinished)}")
         try:
-            from harness import figures  # only now, since matplotlib would delay the table
+            from pictures import figures  # only now, since matplotlib would delay the table
 
             bpds = {name: [run["test_bpd"] for run in runs] for name, runs in groups.items()}
             figures.bpd_by_setting(args.plot, bpds)
         except Exception as error:
             raise UserError(f"no plot ({one_line(error)}): choose another file with --plot") from error
-        say(f"plot {os.path.abspath(args.plot)}")
+        print_line(f"plot {os.path.abspath(args.plot)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import harness.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
+import pictures.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -12,13 +12,14 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid
 
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
-from data_sources import DATA_FLAGS, complete_dataset, load_data
 from harness.checkpoints import load_model
+from harness.errors import FlagError, best_effort, exit_on_error
+from harness.flags import RUN_FLAGS, Parser, not_negative
 from harness.means import EpochMeans
-from harness.program import RUN_FLAGS, FlagError, Parser, ending, not_negative, optional
 from harness.report import log_picture
 from harness.run import Run, check_run_flags
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
+from sources import DATA_FLAGS, complete_dataset, load_data
 from utils import (
     KLD,
     decode,
@@ -251,7 +252,7 @@ class GenerateCallback(pl.Callback):
             self.sample_and_save(trainer, pl_module, epoch)
 
     @rank_zero_only
-    @optional("drawing the pictures")
+    @best_effort("drawing the pictures")
     def sample_and_save(self, trainer, pl_module, epoch):
         """
         Adds samples, means and, where there are images for it, reconstructions (each to the right of its original)
@@ -372,7 +373,7 @@ def complete_flags(args):
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    with ending(parser):
+    with exit_on_error(parser):
         train_vae(args)
 
 

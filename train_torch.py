@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bmnist import bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
-from rendered_digits import rendered_mnist
+from sources.rendered_digits import rendered_mnist
 from utils import KLD, elbo_to_bpd, eval_mode, sample_reparameterize, visualize_manifold
 
 

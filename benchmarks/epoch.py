@@ -21,8 +21,8 @@ from pytorch_lightning.profilers import SimpleProfiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
-from data_sources import SOURCES
 from harness import run
+from sources import SOURCES
 
 # How the profiler calls the steps and what the loaders do.
 STEPS = ("run_training_batch", "validation_step", "dataloader_next", "val_next")

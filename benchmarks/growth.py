@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import speed
 from bmnist import BinaryImages, ImageLoader
-from rendered_digits import rendered_digits
+from sources.rendered_digits import rendered_digits
 
 
 def epochs(rounds, *flags):

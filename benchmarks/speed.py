@@ -36,9 +36,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
 import train_torch
-from data_sources import SOURCES
 from harness import report, run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from sources import SOURCES
 from train_pl import VAE
 
 WAYS = {

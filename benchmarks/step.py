@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
-from data_sources import SOURCES
 from harness.devices import prepare_cpu, use_fast_layout
+from sources import SOURCES
 
 KINDS = {
     "matrix products": ["mm", "addmm"],

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from pytorch_lightning.utilities import rank_zero_warn
 
-from harness.files import written_whole
+from harness.files import atomic_write
 from harness.program import UserError, note
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -269,10 +269,10 @@ def newest_checkpoint(folder):
     newest = max(checkpoints, key=lambda name: checkpoints[name]["epoch"])
     best = name_of_best(folder, checkpoints, newest)
     for damage in damages:
-        note(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
+        warn(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
     for name, source in [(BEST, best), (LAST, newest)]:
         if name != source:
-            with written_whole(os.path.join(folder, name)) as unfinished:
+            with atomic_write(os.path.join(folder, name)) as unfinished:
                 shutil.copyfile(os.path.join(folder, source), unfinished)
     return os.path.join(folder, LAST), checkpoints[newest]
 
@@ -414,10 +414,10 @@ def copy_checkpoint(source, path, after):
 
 
 def place_for(path):
-    """The context in which a checkpoint is written, see written_whole."""
+    """The context in which a checkpoint is written, see atomic_write."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    return written_whole(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
+    return atomic_write(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
 
 
 def copied(value):

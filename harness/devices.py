@@ -37,7 +37,7 @@ def pick_device(accelerator, num_processes=1):
     if accelerator == "gpu":
         raise UserError(f"--accelerator gpu: {problem or 'there is no GPU here'}; use auto or cpu")
     if problem and rank_zero_only.rank == 0:
-        note(f"on the CPU: {problem}")
+        warn(f"on the CPU: {problem}")
     return "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a folder is one process's at a time."""
+"""Files are written atomically, and a folder is used by one process at a time."""
 
 import contextlib
 import errno
@@ -9,17 +9,16 @@ import warnings
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from harness.program import MAKE_ROOM, NoRoomError, UserError, has_no_room, note
+from harness.errors import MAKE_ROOM, DiskFullError, UserError, is_disk_full, warn
 
 UNFINISHED = ".unfinished"  # the end of a file's name as long as it is being written; of no file of anybody else's
-BPDS = ["test_bpd", "best_val_bpd"]  # the results that a run has at least
 LOCK = ".lock"  # the file that keeps a folder to one process
 # What file systems without locks say: NFS without its lock service, Lustre without flock, and others.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 
 
 @contextlib.contextmanager
-def written_whole(path, keep_as=None, sync=False):
+def atomic_write(path, keep_as=None, sync=False):
     """
     A context in which to write a file under the name that it yields; at its end the file gets its own name. Where the
     context ends with an error, or the process with it, the file that was there before is still there.
@@ -28,7 +27,7 @@ def written_whole(path, keep_as=None, sync=False):
         keep_as - Where the file that was there before is kept, or None.
         sync - If True, the file is on the disk before it gets its name, in case that the machine goes down.
     Raises:
-        UserError - where it cannot be written.
+        UserError - if it cannot be written.
     """
     unfinished = f"{path}{UNFINISHED}"
     try:
@@ -42,29 +41,30 @@ def written_whole(path, keep_as=None, sync=False):
     except Exception as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)  # on a full disk it would take the room that is left
-        if not isinstance(error, OSError) or isinstance(error, UserError):
+        if not isinstance(error, OSError):
             raise
         problem = f"cannot write {path} ({error.strerror or error})"
-        raise (NoRoomError(f"{problem}; {MAKE_ROOM}") if has_no_room(error) else UserError(problem)) from error
+        raise (DiskFullError(f"{problem}; {MAKE_ROOM}") if is_disk_full(error) else UserError(problem)) from error
 
 
 def write_text(path, text, sync=False):
-    """Writes a text file, see written_whole."""
-    with written_whole(path, sync=sync) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+    """Writes a text file, see atomic_write."""
+    with atomic_write(path, sync=sync) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
-def read_results(folder):
+def read_results(folder, metric):
     """
     Reads the results.json of a run, which it leaves once it is finished.
     Inputs:
         folder - The run's folder.
+        metric - The metric that chooses the best checkpoint: finished runs have test_METRIC and best_val_METRIC.
     Outputs:
-        results - What it holds.
+        results - What it contains.
     Raises:
-        FileNotFoundError - where there is none.
-        ValueError - where it is damaged, or another program's.
-        OSError - where it cannot be read.
+        FileNotFoundError - if there is none.
+        ValueError - if it is damaged, or another program's.
+        OSError - if it cannot be read.
     """
     with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
         try:
@@ -74,14 +74,17 @@ def read_results(folder):
     if not (
         isinstance(results, dict)
         and isinstance(results.get("hyperparameters"), dict)
-        and all(type(results.get(name)) in (int, float) and math.isfinite(results[name]) for name in BPDS)
+        and all(
+            type(results.get(name)) in (int, float) and math.isfinite(results[name])
+            for name in [f"test_{metric}", f"best_val_{metric}"]
+        )
     ):
         raise ValueError("holds no results of a run")
     return results
 
 
 @contextlib.contextmanager
-def only_process(folder, timeout):
+def folder_lock(folder, timeout):
     """
     A context in which a folder is this process's alone.
     Inputs:
@@ -104,7 +107,7 @@ def only_process(folder, timeout):
             # A file with host and process in it, which only its own host can tell from one that was left behind.
             lock = SoftFileLock(f"{path}.soft", timeout=timeout)
             hint = f", or delete {lock.lock_file} if that process is gone"
-            note(f"{folder} is on a file system without locks: {lock.lock_file} keeps it to this process instead")
+            warn(f"{folder} is on a file system without locks: {lock.lock_file} keeps it to this process instead")
             lock.acquire()
     except Timeout:
         raise UserError(

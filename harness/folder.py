@@ -8,8 +8,8 @@ import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from harness import checkpoints, report
-from harness.files import UNFINISHED, only_process, read_results, write_text
-from harness.program import CHANGEABLE_FLAGS, CHECKSUM, UserError, note
+from harness.files import UNFINISHED, folder_lock, read_results, write_text
+from harness.program import CHECKSUM, RUNTIME_FLAGS, UserError, note
 
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
 OUR_FLAGS = {"model", "epochs", "run_name", "log_dir"}  # by which the hparams.yaml of a run is told from others
@@ -51,7 +51,7 @@ def finished_results(folder, flags, defaults, tell=None):
         f"--{flag} was {there[flag]}, is {flags[flag]}" if flag != CHECKSUM else "what the file --dataset holds"
         for flag in flags
         if flag in there
-        and flag not in CHANGEABLE_FLAGS | {"epochs"} | ({"dataset"} if own_file else set())
+        and flag not in RUNTIME_FLAGS | {"epochs"} | ({"dataset"} if own_file else set())
         and there[flag] != flags[flag]
     ]
     if differences:
@@ -133,7 +133,7 @@ def open_folder(log_dir, name, flags, defaults, quantities):
         try:
             folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
             os.makedirs(folder, exist_ok=True)
-            stack.enter_context(only_process(folder, LOCK_TIMEOUT))
+            stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
         except UserError as error:  # it is in use
             raise RunError(str(error)) from None
         except OSError as error:
@@ -141,7 +141,7 @@ def open_folder(log_dir, name, flags, defaults, quantities):
                 f"cannot write to {os.path.join(log_dir, name or 'lightning_logs')} ({error.strerror}); choose another "
                 "--log_dir or --run_name"
             ) from error
-        if finished_results(folder, flags, defaults, tell=note):
+        if finished_results(folder, flags, defaults, tell=warn):
             raise RunError(f"{folder} was finished by another process just now")
         path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"))
         kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}

@@ -15,7 +15,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from harness.graph_checks import NO_NUMBER, NO_TRAINER, CaptureError, changes, check, check_parts, python_state
-from harness.program import note, one_line
+from harness.program import one_line, warn
 
 MINIBATCHES = 64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
 VAL_PIXELS = 8192 * 28 * 28  # the most in a validation minibatch, whose images are all decoded at once
@@ -48,7 +48,7 @@ def graphed(trainer, model, train_loader, val_loader):
                 loader.dataset.to(device)
         except Exception as error:
             undo.close()
-            note(f"note: training without CUDA graphs: {explain(error)}")
+            warn(f"note: training without CUDA graphs: {explain(error)}")
         else:
             steps, size = GraphedSteps(trainer, model, train_loader), val_loader.dataset.images[0].numel()
             large = max(val_loader.batch_size, VAL_PIXELS // size)
@@ -121,7 +121,7 @@ class GraphedSteps:
         if why:  # by now the error is gone, and with it what it held of the GPU's memory
             self.use_graphs, self.graph = False, None
             gc.collect()
-            note(f"note: training without CUDA graphs: {why}")
+            warn(f"note: training without CUDA graphs: {why}")
         return output
 
     def ordinary_step(self, indices):

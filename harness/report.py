@@ -26,10 +26,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from harness import figures
 from harness.checkpoints import LAST, RUN, read_checkpoint
-from harness.files import UNFINISHED, write_text, written_whole
-from harness.program import CHANGEABLE_FLAGS, Terminated, UserError, note, optional, say
+from harness.files import UNFINISHED, atomic_write, write_text
+from harness.program import RUNTIME_FLAGS, Terminated, UserError, best_effort, say, warn
+from pictures import figures
 
 TELLING_FLAGS = {"model", "z_dim", "hidden_dims", "lr", "seed"}  # what TensorBoard's table of runs shows first
 STAGES = ["train", "val"]  # of which each epoch has metrics
@@ -138,7 +138,7 @@ class EpochReport(Checkpoint):
                 f"{stage} bpd {metrics[f'{stage}_bpd']:.4f}" if f"{stage}_bpd" in metrics else " " * 16
                 for stage in STAGES
             )
-            say(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s")
+            print_line(f"epoch {epoch:3}/{trainer.max_epochs}  {bpds}  {self.history[-1]['seconds']:.1f} s")
         if epoch:
             self.look_for_company(self.history[-1]["seconds"])
 
@@ -147,7 +147,7 @@ class EpochReport(Checkpoint):
         threads = torch.get_num_threads()
         is_slow = seconds > max(SLOWER * self.fastest, self.fastest + 1)
         if is_slow and threads > 1 and (self.device or "").startswith("cpu"):
-            note(
+            warn(
                 f"that epoch took {seconds / self.fastest:.0f} times as long as the fastest one: beside other programs "
                 f"{threads} threads wait for each other. Stop the run, and continue it with --threads 1"
             )
@@ -156,12 +156,12 @@ class EpochReport(Checkpoint):
 
     def on_exception(self, trainer, pl_module, exception):
         if isinstance(exception, (KeyboardInterrupt, Terminated)) and trainer.is_global_zero:
-            exception.told = True
+            exception.already_reported = True
             epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
             is_there = os.path.exists(os.path.join(folder, "checkpoints", LAST))
             checkpoints = "checkpoints of the best and the last complete one" if is_there else "no checkpoint yet"
             name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
-            say(
+            print_line(
                 f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
                 f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
                 "continues it"
@@ -270,7 +270,7 @@ def return_to_epoch(folder, history, quantities):
 
 def write_events(path, events):
     """Writes one of TensorBoard's files."""
-    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())
@@ -315,7 +315,7 @@ class EpochLogger(TensorBoardLogger):
         flags = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in flags.items()
-            if name not in CHANGEABLE_FLAGS
+            if name not in RUNTIME_FLAGS
         }
         summaries = hparams(flags, {"test_bpd": None})
         # TensorBoard sorts them by name, but for those by which runs differ, and shows the first five.
@@ -354,7 +354,7 @@ class EpochLogger(TensorBoardLogger):
         """Calls a function that logs. Once one has failed, the run goes on without; a full disk ends it."""
         if not self.has_failed:
             self.has_failed = True
-            with optional(f"logging to TensorBoard's files in {self.log_dir}"):
+            with best_effort(f"logging to TensorBoard's files in {self.log_dir}"):
                 function(*args)
                 self.has_failed = False
 

@@ -21,22 +21,22 @@ from torchvision.utils import save_image
 
 from harness import checkpoints, graphs, processes, report, slurm, threads
 from harness.devices import has_bf16, matmul_precision, pick_device, prepare_cpu, use_fast_layout
-from harness.files import write_text, written_whole
+from harness.files import atomic_write, write_text
 from harness.folder import RunError, finished_results, open_folder
 from harness.program import (
     CHECKSUM,
     MAKE_ROOM,
+    DiskFullError,
     FlagError,
-    NoRoomError,
     UserError,
-    has_no_memory,
-    has_no_room,
+    best_effort,
+    is_disk_full,
+    is_out_of_memory,
     is_screen,
-    note,
     one_line,
-    optional,
-    say,
+    print_line,
     sigterm_raises,
+    warn,
 )
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
@@ -118,19 +118,19 @@ class Run:
             raise RunError(
                 f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}"
             ) from error
-        if has_no_memory(error):
+        if is_out_of_memory(error):
             sizes = {name: self.flags.get(name, 1) for name in ["batch_size", "train_samples"]}
             what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items() if size > 1)])
             raise RunError(
                 f"the memory is too small for {what} ({one_line(error)}): make one of them smaller"
             ) from error
-        if has_no_room(error):
-            raise NoRoomError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
+        if is_disk_full(error):
+            raise DiskFullError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}") from error
 
     def print(self, text):
         """Prints in the first process alone, and at once."""
         if self.trainer.is_global_zero:
-            say(text)
+            print_line(text)
 
     def start(self, load_data):
         """
@@ -268,14 +268,14 @@ class Run:
         """
         path = os.path.join(self.folder, name)
         if self.trainer.is_global_zero and not os.path.exists(path):
-            with optional(f"drawing {path}"):
+            with best_effort(f"drawing {path}"):
                 function(path)
 
     def save_image(self, name, function):
         """Draws, like `draw`, the image of shape [C,H,W] that a function returns."""
 
         def save(path):
-            with written_whole(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 save_image(function(), unfinished, format="png")
 
         self.draw(name, save)
@@ -334,7 +334,7 @@ def make_trainer(args, root_dir, callbacks):
     try:
         kind = pick_device(args.accelerator, args.devices * args.num_nodes)
         if args.precision == "bf16" and not has_bf16(kind):
-            note("--precision bf16 is slower here than 32: this processor has no arithmetic for it")
+            warn("--precision bf16 is slower here than 32: this processor has no arithmetic for it")
         with without_variables("PL_TRAINER_"):  # by which Lightning lets the environment change a Trainer
             return pl.Trainer(
                 default_root_dir=root_dir,
@@ -369,7 +369,7 @@ def without_variables(prefix):
     finally:
         os.environ.update(variables)
     if variables and rank_zero_only.rank == 0:
-        note(f"{', '.join(variables)} in the environment: without effect, a run is what its flags say")
+        warn(f"{', '.join(variables)} in the environment: without effect, a run is what its flags say")
 
 
 def check_shared_memory(num_workers, loader):

@@ -120,5 +120,5 @@ def pick_threads(threads, before, cores):
         return min(int(number[1]), most)
     idle = cores.idle()
     if idle < min(most, MAX_THREADS):
-        note(f"other programs are busy on {most - idle} of {most} cores: training with --threads {idle}")
+        warn(f"other programs are busy on {most - idle} of {most} cores: training with --threads {idle}")
     return min(idle, most, MAX_THREADS)

@@ -30,11 +30,12 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)
 
+from harness.program import RUNTIME_FLAGS  # noqa: E402
+
 import bmnist  # noqa: E402
 import train_pl  # noqa: E402
 from harness import graphs, run  # noqa: E402
-from harness.program import CHANGEABLE_FLAGS  # noqa: E402
-from rendered_digits import rendered_digits  # noqa: E402
+from sources.rendered_digits import rendered_digits  # noqa: E402
 
 MNIST_DIR = next(
     (path for path in [REPOSITORY.parent / "shared" / "data", REPOSITORY.parent / "data"] if (path / "MNIST").is_dir()),
@@ -302,7 +303,7 @@ def what_a_run_left(folder):
         "files": sorted(path.name for path in folder.rglob("*") if "tfevents" not in path.name),
     }
     flags = left["results.json"]["hyperparameters"]
-    left["results.json"]["hyperparameters"] = {name: flags[name] for name in flags.keys() - CHANGEABLE_FLAGS}
+    left["results.json"]["hyperparameters"] = {name: flags[name] for name in flags.keys() - RUNTIME_FLAGS}
     for name in ["best", "last"]:
         checkpoint = load(folder, name)
         adam = [list(state.values()) for state in checkpoint["optimizer_states"][0]["state"].values()]
@@ -420,7 +421,7 @@ class CommandTest(SeededTest):
         return process.returncode, stdout, stderr
 
     def train(self, *flags, run=None, **variables):
-        """Trains one epoch on rendered digits, or what the flags say, and returns the run's folder and its results."""
+        """Trains one epoch on rendered digits, or what the flags print_line, and returns the run's folder and its results."""
         flags = ["--dataset", "rendered", "--epochs", "1", *flags]
         code, stdout, stderr = (run or self.run_forked)("train_pl.py", *flags, **variables)
         self.assertEqual((code, stderr), (0, ""))
@@ -449,7 +450,7 @@ class Forked:
     def __init__(self, program, *flags, cwd, setup=None, **variables):
         context = multiprocessing.get_context("forkserver")
         with mock.patch.dict(os.environ, PYTHONPATH=str(REPOSITORY)):
-            context.set_forkserver_preload(["tests.helpers", "train_pl", "evaluate", "harness.figures"])
+            context.set_forkserver_preload(["tests.helpers", "train_pl", "evaluate", "pictures.figures"])
             pipes = [context.Pipe(duplex=False) for _ in range(2)]
             writers = [writer for _, writer in pipes]
             words = [program, *map(str, flags)]

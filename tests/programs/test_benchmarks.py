@@ -1,5 +1,5 @@
 """
-The benchmarks run and write what they say, whatever they measure: `python -m unittest
+The benchmarks run and write what they print_line, whatever they measure: `python -m unittest
 tests/programs/test_benchmarks.py`.
 """
 

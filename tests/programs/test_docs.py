@@ -12,11 +12,11 @@ from unittest import mock
 from PIL import Image
 
 import bmnist
-import data_sources
 import evaluate  # noqa: F401 (ahead of the patches)
+import sources
 import train_pl
-from data_sources import load_file
-from rendered_digits import rendered_mnist
+from sources import load_file
+from sources.rendered_digits import rendered_mnist
 from tests.helpers import REPOSITORY, SeededTest, results
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

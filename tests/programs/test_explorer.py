@@ -17,7 +17,7 @@ import torch
 from bmnist import binarize
 from evaluate import plane
 from harness import explorer
-from rendered_digits import rendered_digits
+from sources.rendered_digits import rendered_digits
 from tests.helpers import CommandTest
 from train_pl import VAE
 from utils import active_units

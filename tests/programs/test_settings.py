@@ -5,14 +5,14 @@ import subprocess
 import sys
 import unittest
 
-from harness import figures
+from pictures import figures
 from tests.helpers import REPOSITORY, CommandTest, few_digits
 
 # A program that draws a figure, and then imports what Lightning imports.
 PROGRAM = """
 import os
 before = dict(os.environ)
-from harness import figures
+from pictures import figures
 import matplotlib.pyplot
 assert dict(os.environ) == before, os.environ
 figures.bpd_by_setting("plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})

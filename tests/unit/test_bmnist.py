@@ -131,7 +131,7 @@ class TestLines(SeededTest):
             contextlib.redirect_stdout(pipe),
         ):
             for line in ["Downloading", "verified"]:
-                bmnist.say(line)
+                bmnist.print_line(line)
         self.assertEqual(stderr.getvalue(), "nothing can be printed here (Broken pipe)\n")
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributions as D
+from harness.program import FlagError, UserError
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import train_pl
 from harness.checkpoints import CheckpointError
-from harness.program import FlagError, UserError
 from tests.helpers import NamedRunTest, printed_lines, results, small_loaders
 from train_pl import VAE
 from utils import log_likelihood, quadrature_log_likelihood

@@ -1,4 +1,4 @@
-"""Tests of harness/explorer.py: `python -m unittest tests/unit/test_explorer.py`."""
+"""Tests of pictures/explorer.py: `python -m unittest tests/unit/test_explorer.py`."""
 
 import base64
 import contextlib
@@ -13,15 +13,15 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
+from harness.program import UserError
 
 import evaluate
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from evaluate import plane
 from harness import explorer
-from harness.explorer import ExplorerError, layers_of, write_explorer
-from harness.program import UserError
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from pictures.explorer import ExplorerError, layers_of, write_explorer
 from tests.helpers import NamedRunTest, SeededTest, small_loaders
 
 

@@ -1,4 +1,4 @@
-"""Tests of harness/figures.py: `python -m unittest tests/unit/test_figures.py`."""
+"""Tests of pictures/figures.py: `python -m unittest tests/unit/test_figures.py`."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
-from harness import figures
+from pictures import figures
 from tests.helpers import SeededTest
 
 

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from harness.files import UNFINISHED, write_text, written_whole
-from harness.program import NoRoomError, UserError
+from harness.program import DiskFullError, UserError
+
+from harness.files import UNFINISHED, atomic_write, write_text
 from tests.helpers import Killed, SeededTest
 
 
@@ -21,7 +22,7 @@ class TestWrittenWhole(SeededTest):
 
     def test_name_of_its_own_at_the_end(self):
         for path in [self.path, str(self.folder / "new")]:
-            with written_whole(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 self.assertEqual(unfinished, f"{path}{UNFINISHED}")
                 Path(unfinished).write_text("new")
                 self.assertEqual(self.path.read_text(), "old" if path == self.path else "new")
@@ -30,7 +31,7 @@ class TestWrittenWhole(SeededTest):
     def test_whole_or_not_at_all(self):
         """After an error half a file goes at once; where the process ends, it goes when the run is continued."""
         for error in [OSError, ValueError, KeyboardInterrupt, Killed]:
-            with self.assertRaises(error), written_whole(self.path, keep_as=self.before) as unfinished:
+            with self.assertRaises(error), atomic_write(self.path, keep_as=self.before) as unfinished:
                 Path(unfinished).write_text("hal")
                 raise error
             left = {} if issubclass(error, Exception) else {f"file{UNFINISHED}": "hal"}
@@ -43,19 +44,19 @@ class TestWrittenWhole(SeededTest):
         for number in [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]:
             with (
                 self.assertRaisesRegex(
-                    NoRoomError, f"^cannot write {self.path} .{os.strerror(number)}.; make room and"
+                    DiskFullError, f"^cannot write {self.path} .{os.strerror(number)}.; make room and"
                 ),
-                written_whole(self.path),
+                atomic_write(self.path),
             ):
                 raise OSError(number, os.strerror(number))
 
     def test_keep_as(self):
         for text in ["new", "newer"]:
-            with written_whole(self.path, keep_as=self.before) as unfinished:
+            with atomic_write(self.path, keep_as=self.before) as unfinished:
                 Path(unfinished).write_text(text)
         self.assertEqual(self.contents(), {"file": "newer", "before": "new"})
         self.path.unlink()
-        with written_whole(self.path, keep_as=self.before) as unfinished:  # there is none to keep
+        with atomic_write(self.path, keep_as=self.before) as unfinished:  # there is none to keep
             Path(unfinished).write_text("newest")
         self.assertEqual(self.contents(), {"file": "newest", "before": "new"})
 
@@ -72,7 +73,7 @@ class TestWrittenWhole(SeededTest):
         with (
             mock.patch.object(os, "replace", die_the_second_time),
             self.assertRaises(Killed),
-            written_whole(self.path, keep_as=self.before) as unfinished,
+            atomic_write(self.path, keep_as=self.before) as unfinished,
         ):
             Path(unfinished).write_text("new")
         self.assertEqual(self.contents(), {"before": "old", f"file{UNFINISHED}": "new"})
@@ -86,13 +87,13 @@ class TestWrittenWhole(SeededTest):
             def fsync(number, synced=synced):
                 synced.append((os.fstat(number).st_size, self.path.read_text()))
 
-            with mock.patch.object(os, "fsync", fsync), written_whole(self.path, sync=sync) as unfinished:
+            with mock.patch.object(os, "fsync", fsync), atomic_write(self.path, sync=sync) as unfinished:
                 Path(unfinished).write_text("123456")
             self.assertEqual(synced, [(6, "old")] * sync)
             self.assertEqual(self.contents(), {"file": "123456"})
 
     def test_sync_does_reach_the_disk(self):
-        with written_whole(self.path, sync=True) as unfinished:
+        with atomic_write(self.path, sync=True) as unfinished:
             Path(unfinished).write_text("new")
         self.assertEqual(self.contents(), {"file": "new"})
 

@@ -9,12 +9,12 @@ import unittest
 from unittest import mock
 
 import torch
+from harness.program import UserError
 
 import train_pl
 from harness import files, folder
 from harness.checkpoints import CheckpointError
 from harness.folder import RunError
-from harness.program import UserError
 from tests.helpers import NamedRunTest, assert_left_the_same, load, metrics, printed_lines, results
 from train_pl import TITLES, VAE, train_vae
 
@@ -267,16 +267,16 @@ class TestDisksWithoutLocks(NamedRunTest):
                 mock.patch("fcntl.flock", side_effect=OSError(number, "No locks")),
                 contextlib.redirect_stderr(io.StringIO()) as output,
             ):
-                with files.only_process(place, 1):
+                with files.folder_lock(place, 1):
                     soft = place / ".lock.soft"
                     self.assertIn(str(os.getpid()), soft.read_text())
                     with (
                         self.assertRaisesRegex(UserError, f"in use by another process: .* delete {soft} if"),
-                        files.only_process(place, 0.01),
+                        files.folder_lock(place, 0.01),
                     ):
                         pass
                 self.assertFalse(soft.exists())
-                with files.only_process(place, 1):
+                with files.folder_lock(place, 1):
                     pass
             line = f"{place} is on a file system without locks: {soft} keeps it to this process instead"
             self.assertEqual(output.getvalue().splitlines(), [line] * 3)

@@ -271,7 +271,7 @@ class TestCheck(GraphTest):
         options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
         trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
         with (
-            mock.patch.object(graphs, "note") as note,
+            mock.patch.object(graphs, "note") as warn,
             graphs.graphed(trainer, vae("MLP", [16], 4, 2, 1e-3), train_loader, val_loader) as loaders,
         ):
             self.assertEqual(loaders[0] is train_loader, bool(note.mock_calls))

@@ -70,7 +70,7 @@ class LayoutTest(unittest.TestCase):
 class TestImports(LayoutTest):
     def test_the_imports_are_found(self):
         self.assertLessEqual({"utils", "data_sources", "harness.run", "harness.program"}, self.imports("train_pl.py"))
-        self.assertIn("harness.figures", self.imports("harness/report.py"))  # within a function
+        self.assertIn("pictures.figures", self.imports("harness/report.py"))  # within a function
         self.assertIn("harness.checkpoints", self.imports("harness/run.py"))  # from harness import checkpoints
         self.assertIn("tests.helpers", self.imports("tests/unit/test_layout.py"))
 

@@ -7,7 +7,7 @@ from torch.distributions import Bernoulli
 
 from bmnist import binarize
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
-from rendered_digits import rendered_digits
+from sources.rendered_digits import rendered_digits
 from tests.helpers import SeededTest
 from utils import KLD, log_likelihood, quadrature_log_likelihood, sample_reparameterize, sum_softplus
 

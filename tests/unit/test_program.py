@@ -17,23 +17,23 @@ from unittest import mock
 
 import numpy as np
 import torch
-
 from harness.program import (
-    CHANGEABLE_FLAGS,
     MAKE_ROOM,
+    RUNTIME_FLAGS,
+    DiskFullError,
     FlagError,
-    NoRoomError,
     Parser,
     Terminated,
     UserError,
     auto_or_number,
-    ending,
+    best_effort,
+    exit_on_error,
     not_negative,
-    note,
-    optional,
-    say,
+    print_line,
     sigterm_raises,
+    warn,
 )
+
 from tests.helpers import SeededTest
 from train_pl import FLAGS as TRAINING_FLAGS
 
@@ -248,7 +248,7 @@ class TestEnding(SeededTest):
         with mock.patch("sys.argv", ["draw.py"]), contextlib.redirect_stderr(output):
             parser = Parser("Draws.", FLAGS)
             try:
-                with ending(parser):
+                with exit_on_error(parser):
                     if error is not None:
                         raise error
             except SystemExit as caught:
@@ -267,7 +267,7 @@ class TestEnding(SeededTest):
             (FlagError("--x is bad"), 2, "draw.py: error: --x is bad (--help lists the flags)\n"),
             (UserError("no run"), 1, "draw.py: error: no run\n"),
             (OSError(28, "No space"), 1, f"draw.py: error: [Errno 28] No space; {MAKE_ROOM}\n"),
-            (NoRoomError(f"no room; {MAKE_ROOM}"), 1, f"draw.py: error: no room; {MAKE_ROOM}\n"),
+            (DiskFullError(f"no room; {MAKE_ROOM}"), 1, f"draw.py: error: no room; {MAKE_ROOM}\n"),
             (FileNotFoundError(2, "Not there", "a"), 1, "draw.py: error: [Errno 2] Not there: 'a'\n"),
             (MemoryError("of 9 GiB"), 1, "draw.py: error: the memory is too small (MemoryError: of 9 GiB)\n"),
             (
@@ -294,11 +294,11 @@ class TestEnding(SeededTest):
         """It ends the program with the code that a shell expects, and with a line unless that was said already."""
         with mock.patch("sys.argv", ["draw.py"]), contextlib.redirect_stderr(io.StringIO()) as output:
             for told in [False, True]:
-                with self.assertRaises(SystemExit) as caught, ending(Parser("Draws.")):
+                with self.assertRaises(SystemExit) as caught, exit_on_error(Parser("Draws.")):
                     try:
                         signal.raise_signal(signal.SIGTERM)
                     except Terminated as end:
-                        end.told = told
+                        end.already_reported = told
                         raise
                 self.assertEqual((caught.exception.code, output.getvalue()), (143, "draw.py: terminated\n"))
         self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
@@ -320,7 +320,7 @@ class TestEnding(SeededTest):
                 mock.patch("sys.argv", ["draw.py"]),
                 contextlib.redirect_stderr(io.StringIO()) as output,
                 self.assertRaises(SystemExit) as caught,
-                ending(Parser("Draws.")),
+                exit_on_error(Parser("Draws.")),
             ):
                 Dies(number)
                 for _ in range(50):
@@ -348,8 +348,8 @@ class TestLines(SeededTest):
 
     def test_a_terminal_that_lacks_letters(self):
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as output:
-            with mock.patch("sys.argv", ["draw.py"]), ending(Parser("Draws.")):
-                say("läuft in 実験")
+            with mock.patch("sys.argv", ["draw.py"]), exit_on_error(Parser("Draws.")):
+                print_line("läuft in 実験")
             output.flush()
         self.assertEqual(output.buffer.getvalue(), b"l\\xe4uft in \\u5b9f\\u9a13" + os.linesep.encode())
 
@@ -363,13 +363,13 @@ class TestLines(SeededTest):
             contextlib.redirect_stdout(pipe),
         ):
             for line in ["one", "two"]:
-                say(line)
+                print_line(line)
         self.assertEqual(error.getvalue(), "nothing more can be printed here (Broken pipe); everything else goes on\n")
 
     def test_optional(self):
         with contextlib.redirect_stderr(io.StringIO()) as error:
             for problem in [ZeroDivisionError("a\nb\n\nlong"), OSError(5, "No disk", "x.png"), KeyError("a"), None]:
-                with optional("the picture"):
+                with best_effort("the picture"):
                     if problem:
                         raise problem
         self.assertEqual(
@@ -380,16 +380,16 @@ class TestLines(SeededTest):
                 "the picture failed, the rest goes on (KeyError: 'a')",
             ],
         )
-        for end in [KeyboardInterrupt(), SystemExit(), OSError(28, "No space"), NoRoomError()]:
-            with self.assertRaises(type(end)), optional("the picture"):
+        for end in [KeyboardInterrupt(), SystemExit(), OSError(28, "No space"), DiskFullError()]:
+            with self.assertRaises(type(end)), best_effort("the picture"):
                 raise end
 
     def test_note_without_stderr(self):
         with mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError))):
-            note("nobody reads it")
+            warn("nobody reads it")
 
 
 class TestFlags(SeededTest):
     def test_flags_that_may_change_are_flags(self):
         flags = {name for group in TRAINING_FLAGS.values() for name in group}
-        self.assertLessEqual(CHANGEABLE_FLAGS, flags)
+        self.assertLessEqual(RUNTIME_FLAGS, flags)

@@ -4,10 +4,10 @@ import importlib.util
 import inspect
 from unittest import mock
 
+import rendered_digits as module
 import torch
 
-import rendered_digits as module
-from rendered_digits import rendered_digits, rendered_mnist
+from sources.rendered_digits import rendered_digits, rendered_mnist
 from tests.helpers import SeededTest
 
 

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from harness import figures, report
+from pictures import figures, report
 from tests.helpers import Killed, NamedRunTest, SeededTest, assert_left_the_same, metrics, scalars_and_images, summaries
 from train_pl import TITLES, VAE, GenerateCallback
 

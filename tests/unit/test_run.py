@@ -13,6 +13,7 @@ from unittest import mock
 import pytorch_lightning as pl
 import torch
 import yaml
+from harness.program import RUNTIME_FLAGS, DiskFullError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -20,7 +21,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import train_pl
 from harness import checkpoints, report, run
 from harness.folder import RunError
-from harness.program import CHANGEABLE_FLAGS, NoRoomError
 from tests.helpers import NamedRunTest, TrainingTest, load, metrics, printed_lines, results, summaries
 from train_pl import TITLES, VAE, complete_flags, train_vae
 
@@ -113,7 +113,7 @@ class TestWholeRun(TrainingTest):
         first = {info.name for info in experiment.experiment.hparam_infos if info.differs}
         self.assertEqual(first, {"model", "z_dim", "hidden_dims", "lr", "seed"})
         flags = session.session_start_info.hparams
-        self.assertEqual(set(flags), set(left["hyperparameters"]) - CHANGEABLE_FLAGS)
+        self.assertEqual(set(flags), set(left["hyperparameters"]) - RUNTIME_FLAGS)
         self.assertEqual((flags["z_dim"].number_value, flags["hidden_dims"].string_value), (2, "[16]"))
 
 
@@ -290,7 +290,7 @@ class TestNothingLost(NamedRunTest):
         ]:
             with (
                 mock.patch.object(owner, name, side_effect=full),
-                self.assertRaisesRegex(NoRoomError, f"^cannot write .*{self.folder}.* make room"),
+                self.assertRaisesRegex(DiskFullError, f"^cannot write .*{self.folder}.* make room"),
             ):
                 self.train(epochs=1)
             self.assertEqual(list(self.run_folder().rglob("*.unfinished")), [])

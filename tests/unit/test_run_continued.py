@@ -13,12 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from harness.program import RUNTIME_FLAGS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
 from harness import checkpoints, report, run
-from harness.program import CHANGEABLE_FLAGS
 from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load, scalars_and_images
 from train_pl import VAE
 
@@ -33,7 +33,7 @@ def setUpModule():
 class ContinuedRunTest(NamedRunTest):
     def undisturbed(self, **flags):
         """Folder of a run that never stopped."""
-        flags = {name: value for name, value in flags.items() if name not in CHANGEABLE_FLAGS}
+        flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         name = "-".join(["run", *(f"{name}={value}" for name, value in sorted(flags.items()))])
         if not (UNDISTURBED / name).exists():
             self.train(**flags, log_dir=str(UNDISTURBED), run_name=name)

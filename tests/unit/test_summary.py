@@ -8,7 +8,7 @@ import sys
 from unittest import mock
 
 import summary
-from harness import figures
+from pictures import figures
 from tests.helpers import REPOSITORY, SeededTest
 
 

@@ -16,7 +16,7 @@ import train_pl
 import train_torch
 from bmnist import binarize
 from harness.report import quiet_libraries
-from rendered_digits import rendered_digits
+from sources.rendered_digits import rendered_digits
 from tests.helpers import SeededTest, small_loaders, summaries
 
 SIZES = dict(hidden_dims=[24, 16], num_filters=4, z_dim=3)

@@ -12,15 +12,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+from harness.program import CHECKSUM, UserError
 
 import train_pl
 from bmnist import DataError
-from data_sources import checksum, load_data, load_file
 from evaluate import evaluate
 from harness import processes
 from harness.folder import RunError
-from harness.program import CHECKSUM, UserError
-from rendered_digits import rendered_digits
+from sources import checksum, load_data, load_file
+from sources.rendered_digits import rendered_digits
 from tests.helpers import NamedRunTest, load, metrics, results
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bmnist import BINARIZATIONS, KINDS, NUM_VAL, TRAIN_SIZES, DataError, data_loaders, load_mnist
-from rendered_digits import rendered_mnist
+from sources.rendered_digits import rendered_mnist
 
 MIN_IMAGES = 100  # in a file of one's own
 NO_LABEL = -1  # of each image where there are none

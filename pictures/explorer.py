@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from harness.program import UserError
 
 from harness.files import write_text
-from harness.program import UserError
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 MAX_WEIGHTS = 12_000_000  # of encoder and decoder together: a file of 32 MB

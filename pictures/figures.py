@@ -19,7 +19,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from harness.files import written_whole
+from harness.files import atomic_write
 
 BPD_TICKS = [0.05, 0.07, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.5, 0.7, 1]  # where MNIST's curves are
 DPI = 150
@@ -238,5 +238,5 @@ def save_png_and_pdf(figure, name, **options):
 def save(figure, path, dpi=DPI, **options):
     """Writes a figure as the kind of file that its name's end says, PNG where it says none."""
     kind = os.path.splitext(path)[1][1:] or "png"
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, format=kind, dpi=dpi, **options)

@@ -1,0 +1,1 @@
+"""Pictures: figures of a run and of a trained model, and the latent-space explorer."""
