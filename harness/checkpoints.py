@@ -25,7 +25,7 @@ from pytorch_lightning.core.saving import load_hparams_from_tags_csv, load_hpara
 from pytorch_lightning.utilities import rank_zero_warn
 
 from harness.files import atomic_write
-from harness.program import UserError, note
+from harness.errors import UserError, warn
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where report.EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-from harness.program import UserError, note
+from harness.errors import UserError, warn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt, see malloc.h
 CPU_INFO = Path("/proc/cpuinfo")

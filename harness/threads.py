@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from harness.program import note
+from harness.errors import warn
 
 MAX_THREADS = 8  # by default: steps as small as these gain nothing from more
 SHORTEST_LOOK, LONGEST_LOOK = 0.1, 60  # seconds in which others can be told to be busy

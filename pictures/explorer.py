@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from harness.program import UserError
+from harness.errors import UserError
 
 from harness.files import write_text
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from harness.program import UserError
+from harness.errors import UserError
 from torch import nn
 
 import train_pl

@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness.program import UserError
+from harness.errors import UserError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

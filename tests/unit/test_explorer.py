@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
-from harness.program import UserError
+from harness.errors import UserError
 
 import evaluate
 import train_pl

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from harness.program import DiskFullError, UserError
+from harness.errors import DiskFullError, UserError
 
 from harness.files import UNFINISHED, atomic_write, write_text
 from tests.helpers import Killed, SeededTest

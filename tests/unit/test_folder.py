@@ -9,7 +9,7 @@ import unittest
 from unittest import mock
 
 import torch
-from harness.program import UserError
+from harness.errors import UserError
 
 import train_pl
 from harness import files, folder
