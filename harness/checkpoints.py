@@ -24,8 +24,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from pytorch_lightning.utilities import rank_zero_warn
 
-from harness.files import atomic_write
 from harness.errors import UserError, warn
+from harness.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where report.EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.

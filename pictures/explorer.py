@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from harness.errors import UserError
 
+from harness.errors import UserError
 from harness.files import write_text
 
 TEMPLATE = Path(__file__).with_name("explorer.html")

@@ -17,11 +17,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from harness.errors import UserError
 from torch import nn
 
 import train_pl
 from harness import checkpoints, run
+from harness.errors import UserError
 from tests.helpers import Killed, SeededTest, small_loaders
 from train_pl import VAE
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness.errors import UserError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +29,7 @@ import evaluate
 import train_torch
 import utils
 from harness import devices, report
+from harness.errors import UserError
 from tests.helpers import REPOSITORY, SeededTest, small_loaders
 from train_pl import VAE
 

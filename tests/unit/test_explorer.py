@@ -13,13 +13,13 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
-from harness.errors import UserError
 
 import evaluate
 import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from evaluate import plane
 from harness import explorer
+from harness.errors import UserError
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from pictures.explorer import ExplorerError, layers_of, write_explorer
 from tests.helpers import NamedRunTest, SeededTest, small_loaders

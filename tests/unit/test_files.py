@@ -6,7 +6,6 @@ from pathlib import Path
 from unittest import mock
 
 from harness.errors import DiskFullError, UserError
-
 from harness.files import UNFINISHED, atomic_write, write_text
 from tests.helpers import Killed, SeededTest
 

@@ -9,11 +9,11 @@ import unittest
 from unittest import mock
 
 import torch
-from harness.errors import UserError
 
 import train_pl
 from harness import files, folder
 from harness.checkpoints import CheckpointError
+from harness.errors import UserError
 from harness.folder import RunError
 from tests.helpers import NamedRunTest, assert_left_the_same, load, metrics, printed_lines, results
 from train_pl import TITLES, VAE, train_vae
