@@ -4,25 +4,27 @@ import os
 from statistics import mean, stdev
 
 from harness.errors import FlagError, UserError, exit_on_error, one_line, print_line, warn
-from harness.files import BPDS, read_results
-from harness.flags import CHECKSUM, RUNTIME_FLAGS, Parser
+from harness.files import read_results
+from harness.flags import RUNTIME_FLAGS, Parser
 
+BPDS = ["test_bpd", "best_val_bpd"]  # the table's columns
+CHECKSUM = "dataset_sha256"  # the flag that identifies your own file
 PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
 
-def read_runs(folders):
+def read_runs(folders: list[str]) -> tuple[list[dict], list[str]]:
     """
     Reads the results of all runs in folders and below them, by links too, each run once.
     Inputs:
         folders - List of paths.
     Outputs:
-        finished - List of what the results.json files hold; one that is damaged is a line on stderr.
+        finished - List of what the results.json files contain; one that is damaged is a line on stderr.
         unfinished - List of the folders of runs that have none.
     """
     finished, unfinished = [], []
     for folder in run_folders(folders):
         try:
-            finished.append(read_results(folder))
+            finished.append(read_results(folder, "bpd"))
         except FileNotFoundError:
             unfinished.append(folder)
         except (OSError, ValueError) as error:
@@ -61,7 +63,7 @@ def by_setting(results):
             not the same in all runs.
     """
     names_of_files = {}
-    hyperparameters = [with_file_named(run["hyperparameters"], names_of_files) for run in results]
+    hyperparameters = [label_own_dataset(run["hyperparameters"], names_of_files) for run in results]
     flags = [
         name
         for name in dict.fromkeys(name for of_run in hyperparameters for name in of_run)
@@ -82,7 +84,7 @@ def by_setting(results):
     return groups
 
 
-def with_file_named(hyperparameters, names):
+def label_own_dataset(hyperparameters, names):
     """
     Flags of a run whose dataset, where it is a file of one's own, is the file's name and the start of its checksum.
     Inputs:

@@ -1,25 +1,30 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 
+import argparse
+import functools
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-import pictures.figures  # noqa: F401  # isort: skip  before Lightning, which imports matplotlib
+from pictures import figures  # isort: skip  before Lightning, which imports matplotlib
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.seed import isolate_rng
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 
+from bmnist import DATA_FLAGS, load_data
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
+from harness.data_places import places_of_data
 from harness.errors import FlagError, best_effort, exit_on_error
-from harness.flags import RUN_FLAGS, Parser, not_negative
+from harness.flags import Flag, Parser, check_run_flags, run_flags
 from harness.means import EpochMeans
-from harness.report import log_picture
-from harness.run import Run, check_run_flags
+from harness.run import Experiment, Run
+from harness.tensorboard import log_picture
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
-from sources import DATA_FLAGS, complete_dataset, load_data
+from sources import complete_dataset
 from utils import (
     KLD,
     decode,
@@ -279,7 +284,7 @@ class GenerateCallback(pl.Callback):
                 log_picture(trainer.logger.experiment, "Manifold", visualize_manifold(pl_module.decoder), epoch)
 
 
-def train_vae(args):
+def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:
     """
     Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one.
     Inputs:
@@ -287,12 +292,11 @@ def train_vae(args):
     Outputs:
         test_result - What trainer.test returns: a list with one dict, {"test_bpd": ...}.
     Raises:
-        OSError - of one clear line, where a flag, the data or the run's folder is of no use, or the loss is not finite.
+        UserError - of one clear line, if a flag, the data or the run's folder is invalid, or the loss is not finite.
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
-    callbacks, titles = [generate, *schedules(args)], {**TITLES, **OBJECTIVES[args.objective]}
-    with Run(args, make_parser().defaults, titles, callbacks) as run:
+    with Run(args, make_parser().defaults, experiment(args), [generate, *schedules(args)]) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load_data)
             generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
@@ -304,12 +308,46 @@ def train_vae(args):
             run.fit(model, train_loader, val_loader)
             best = run.prepare(VAE.load_from_checkpoint(run.best_checkpoint))
             run.finish(run.trainer.test(best, test_loader, verbose=False))
-        if args.z_dim == 2:
-            run.save_image(
-                "vae_manifold.png",
-                lambda: visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder),
-            )
     return run.test_result
+
+
+def experiment(args):
+    """What a Run is told about the VAE that these flags train."""
+    data, weighed = os.path.basename(args.dataset), f", trained with beta {args.beta:g}" * (args.beta != 1)
+
+    def describe(loaders):
+        train, val = (loader.dataset for loader in loaders[:2])
+        text = f"{args.model} on {args.dataset}, {len(train):,} training images"
+        if hasattr(args, "dataset_sha256"):  # a file of your own, whose sizes nobody knows by heart
+            text += f" of {'x'.join(map(str, train.images.shape[1:]))}, the {len(val):,} after them validate"
+        return text
+
+    def bpd_curves(path, run):
+        train, first_step = run.curve("train_bpd"), run.report.first_step
+        train = train if first_step is None else {0: first_step, **train}
+        title = f"{args.model}, {args.z_dim} latents, {data}{weighed}"
+        figures.bpd_curves(path, train, run.curve("val_bpd"), run.results["test_bpd"], title)
+
+    def manifold(path, run):
+        decoder = VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder
+        save_image(visualize_manifold(decoder), path)
+
+    return Experiment(
+        metric="bpd",
+        metric_label="bpd",
+        describe=describe,
+        quantities={**TITLES, **OBJECTIVES[args.objective]},
+        identifying=("model", "z_dim", "hidden_dims", "lr", "seed"),
+        figures={
+            "bpd_curves.png": bpd_curves,
+            "samples_over_training.png": lambda path, run: figures.samples_over_training(path),
+            **({"vae_manifold.png": manifold} if args.z_dim == 2 else {}),
+        },
+        keep=functools.partial(places_of_data, vars(args)),
+        if_not_finite=f"try a lower --lr than {args.lr:g}",
+        memory_flags=("batch_size", "train_samples"),
+        fixed_epochs="over which its learning rate falls" if args.lr_schedule == "cosine" else "",
+    )
 
 
 def schedules(args):
@@ -328,28 +366,31 @@ def make_vae(args, img_size=(28, 28)):
     return model
 
 
-# Each flag's default, what it may be (one of a list, or a number from a smallest one on), and what it means.
 FLAGS = {
     "model": {
-        "model": ("MLP", ["MLP", "CNN"], "Kind of encoder and decoder"),
-        "z_dim": (20, 1, "Dimensionality of the latent space"),
-        "hidden_dims": ([512], 1, "MLP: widths of the encoder's hidden layers; the decoder has them reversed"),
-        "num_filters": (32, 1, "CNN: channels of the layers next to the image; the others have twice that"),
-        "init": ("pytorch", ["pytorch", "he"], "MLP: initial weights; with He's, deeper ones learn faster"),
+        "model": Flag("MLP", "Kind of encoder and decoder", choices=["MLP", "CNN"]),
+        "z_dim": Flag(20, "Dimensionality of the latent space", minimum=1),
+        "hidden_dims": Flag(
+            [512], "MLP: widths of the encoder's hidden layers; the decoder has them reversed", minimum=1
+        ),
+        "num_filters": Flag(32, "CNN: channels of the layers next to the image; the others have twice that", minimum=1),
+        "init": Flag("pytorch", "MLP: initial weights; with He's, deeper ones learn faster", ["pytorch", "he"]),
     },
     "training": {
-        "lr": (1e-3, 0.0, "Learning rate of Adam"),
-        "lr_schedule": ("constant", ["constant", "cosine"], "Over the epochs: constant, or down along half a cosine"),
-        "batch_size": (128, 1, "Images per minibatch, over all devices and nodes"),
-        "epochs": (80, 1, "Passes over the training images"),
-        "seed": (42, 0, "Seed of all random numbers"),
-        "objective": ("elbo", list(OBJECTIVES), "What is maximised: the ELBO, or the importance-weighted bound"),
-        "train_samples": (1, 1, "Samples of the posterior per image in training and validation"),
-        "beta": (1.0, not_negative, "Weight of the KL divergence in what is minimised, not in what is logged"),
-        "beta_warmup": (0, 0, "Epochs over which beta rises linearly from 0"),
+        "lr": Flag(1e-3, "Learning rate of Adam", above=0),
+        "lr_schedule": Flag(
+            "constant", "Over the epochs: constant, or down along half a cosine", ["constant", "cosine"]
+        ),
+        "batch_size": Flag(128, "Images per minibatch, over all devices and nodes", minimum=1),
+        "epochs": Flag(80, "Passes over the training images", minimum=1),
+        "seed": Flag(42, "Seed of all random numbers", minimum=0),
+        "objective": Flag("elbo", "What is maximised: the ELBO, or the importance-weighted bound", [*OBJECTIVES]),
+        "train_samples": Flag(1, "Samples of the posterior per image in training and validation", minimum=1),
+        "beta": Flag(1.0, "Weight of the KL divergence in what is minimised, not in what is logged", minimum=0),
+        "beta_warmup": Flag(0, "Epochs over which beta rises linearly from 0", minimum=0),
     },
     **DATA_FLAGS,
-    **RUN_FLAGS,
+    **run_flags(log_dir="VAE_logs"),
 }
 
 

@@ -1,8 +1,9 @@
-"""The device that computes: a GPU where there is one that this torch can use, else the CPU; and its settings."""
+"""The device that computes: a GPU if there is one that this torch can use, else the CPU; its threads and layouts."""
 
 import contextlib
-import ctypes
+import math
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from harness.errors import UserError, warn
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt, see malloc.h
 CPU_INFO = Path("/proc/cpuinfo")
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
+CGROUP_OF_PROCESS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux
+DEFAULT_THREADS = 8  # at most; small networks gain nothing from more
 
 
 def pick_device(accelerator, num_processes=1):
@@ -48,11 +50,8 @@ def local_rank():
 
 def problem_of_cuda(number):
     """
-    Why this torch cannot use an NVIDIA GPU, which it tries.
-    Inputs:
-        number - The GPU's number.
-    Outputs:
-        problem - One line; empty where there is no GPU at all, None where it can be used.
+    Why this torch cannot use the NVIDIA GPU of that number, which it tries: one line; empty if there is no GPU at all,
+    None if it can be used.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -76,7 +75,7 @@ def problem_of_cuda(number):
 
 
 def names_of_gpus():
-    """The names of NVIDIA's GPUs in this machine, from its driver; none where there is no driver for Linux."""
+    """The names of NVIDIA's GPUs in this machine, from its driver for Linux."""
     names = []
     for path in sorted(GPUS_OF_THE_DRIVER.glob("*/information")):
         lines = [line.partition(":") for line in path.read_text().splitlines()]
@@ -95,15 +94,52 @@ def has_bf16(kind):
     return kind != "cpu" or bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is ARM's
 
 
-def prepare_cpu():
-    """Settings of this process with which a CPU trains faster."""
-    # Tiny moments of Adam, of pixels that are hardly ever set, would slow it down.
-    torch.set_flush_denormal(True)
-    # Memory that a step frees is kept for the next one. glibc would give it back, and Linux would clear it each time.
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # of other systems and of other C libraries
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes; the most that older versions take
-        mallopt(M_TRIM_THRESHOLD, 2**30)
+def pick_threads(threads, before):
+    """
+    How many threads a single process computes with on a CPU, the same every time on a machine.
+    Inputs:
+        threads - "auto", or a number, the flag.
+        before - What trained the run that resumes, as "cpu, 2 threads"; None for a new one.
+    Outputs:
+        threads - The number. With "auto", the number of the run that resumes, on which the last bits of its numbers
+            depend; for a new one, as many as torch has (as OMP_NUM_THREADS says) and allowed_cpus, but at most 8.
+    """
+    if threads != "auto":
+        return threads
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    most = min(torch.get_num_threads(), allowed_cpus())
+    number = re.fullmatch(r"cpu, (\d+) threads", before or "")
+    return min(int(number[1]) if number else DEFAULT_THREADS, most)
+
+
+def allowed_cpus():
+    """How many cores this process may use: those it may run on, and what its job or container is granted."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"]:
+        if os.environ.get(name, "").isdecimal():
+            cpus = min(cpus, int(os.environ[name]))
+    return max(1, int(min(cpus, cgroup_quota())))
+
+
+def cgroup_quota():
+    """How many cores' time the control groups of a container or a job grant this process; infinite without a limit."""
+    quotas = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in CGROUP_OF_PROCESS.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number != "0" and "cpu" not in controllers.split(","):
+                continue
+            root = CGROUPS if number == "0" else CGROUPS / "cpu"  # of version 2, of version 1
+            names = ["cpu.max"] if number == "0" else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            folder = root / path.strip("/")
+            # If the namespace of the container hides the path, its own group is the root.
+            for place in [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]:
+                with contextlib.suppress(OSError):
+                    granted, period = " ".join((place / name).read_text() for name in names).split()
+                    if granted != "max" and int(granted) > 0:
+                        quotas.append(int(granted) / int(period))
+    return min(quotas)
 
 
 def use_fast_layout(model):
@@ -114,22 +150,8 @@ def use_fast_layout(model):
     return model
 
 
-@contextlib.contextmanager
-def matmul_precision(precision):
-    """A context in which torch.set_float32_matmul_precision has set a precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def match_layout(optimizers):
-    """
-    Lays the state of optimizers out in memory as their parameters are: fused Adam takes both in the order of the
-    memory, and a checkpoint may have another one.
-    """
+    """Lays the state of optimizers out in memory as their parameters are: fused Adam takes both in that order."""
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
             for name, value in state.items():

@@ -16,6 +16,7 @@ RUNTIME_FLAGS = {
     *("run_name", "log_dir", "data_dir", "num_workers", "progress_bar"),
     *("accelerator", "devices", "num_nodes", "no_cuda_graph", "threads"),
 }
+CHECKSUM = "_sha256"  # NAME_sha256 is the checksum of the file that the flag NAME gives; it, not the path, is compared
 MAX_INT, MAX_FLOAT = 2**32 - 1, 3.4e38  # the largest seed, and the largest float32
 MAX_THREADS = 1024  # with millions, OpenMP ends a program without a message
 

@@ -1,18 +1,20 @@
-"""The folder of a run: made or found, told from what is somebody else's, and kept to one process."""
+"""The folder of a run: made or found, distinguished from what is somebody else's, and used by one process at a time."""
 
 import contextlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from harness import checkpoints, report
+from harness.errors import UserError, warn
 from harness.files import UNFINISHED, folder_lock, read_results, write_text
-from harness.program import CHECKSUM, RUNTIME_FLAGS, UserError, note
+from harness.flags import CHECKSUM, RUNTIME_FLAGS
 
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
-OUR_FLAGS = {"model", "epochs", "run_name", "log_dir"}  # by which the hparams.yaml of a run is told from others
+OUR_FLAGS = {"epochs", "run_name", "log_dir"}  # distinguish the hparams.yaml of a run from others
 LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run
 
 
@@ -20,52 +22,53 @@ class RunError(UserError):
     """The run cannot be started or continued."""
 
 
-class Place(NamedTuple):
+class RunState(NamedTuple):
     """Where a run is, and how far it has come."""
 
     folder: str
-    checkpoint: str | None  # the checkpoint to continue from
+    checkpoint: str | None  # the checkpoint to resume from
     epoch: int  # its number of epochs, 0 without one
     seconds: float  # that these epochs took
     device: str | None  # what trained them, as in results.json
 
 
-def finished_results(folder, flags, defaults, tell=None):
+def finished_results(folder, flags, defaults, experiment, tell=None):
     """
     The results of a finished run. Changes nothing.
     Inputs:
         folder - The run's folder.
-        flags, defaults - Dicts of every flag, and of its default, see Run.
+        flags, defaults, experiment - Dicts of every flag, and of its default, and an Experiment, see Run.
         tell - Function of a line, which is called for what is damaged; None: nothing is said of it.
     Outputs:
-        results - What results.json holds; None where the run is unfinished or new.
+        results - What results.json contains; None if the run is unfinished or new.
     Raises:
-        RunError - where the folder is another one's: other hyperparameters, or no run at all.
+        RunError - if the folder is another one's: other hyperparameters, or no run at all.
     """
-    there = flags_of_run(folder, tell)
-    if there is None:
+    existing = flags_of_run(folder, tell)
+    if existing is None:
         return None
-    there = {**defaults, **there}
-    own_file = {flag: there[flag] for flag in [CHECKSUM] if flag in flags and flag in there}  # wherever it is now
+    existing = {**defaults, **existing}
+    shared = [name for name in flags if name in existing and name not in RUNTIME_FLAGS | {"epochs"}]
+    files = {name.removesuffix(CHECKSUM) for name in shared if name.endswith(CHECKSUM)}  # wherever they are now
     differences = [
-        f"--{flag} was {there[flag]}, is {flags[flag]}" if flag != CHECKSUM else "what the file --dataset holds"
-        for flag in flags
-        if flag in there
-        and flag not in RUNTIME_FLAGS | {"epochs"} | ({"dataset"} if own_file else set())
-        and there[flag] != flags[flag]
+        f"--{name} was {existing[name]}, is {flags[name]}"
+        if not name.endswith(CHECKSUM)
+        else f"what the file --{name.removesuffix(CHECKSUM)} holds"
+        for name in shared
+        if name not in files and existing[name] != flags[name]
     ]
     if differences:
         raise RunError(
             f"{folder} holds a run with other hyperparameters ({'; '.join(differences)}): "
             "give the same ones to continue it, or choose another --run_name"
         )
-    if there["epochs"] != flags["epochs"] and flags["lr_schedule"] != "constant":
+    if existing["epochs"] != flags["epochs"] and experiment.fixed_epochs:
         raise RunError(
-            f"{folder} holds a run with --epochs {there['epochs']}, over which its learning rate falls: it cannot be "
+            f"{folder} holds a run with --epochs {existing['epochs']}, {experiment.fixed_epochs}: it cannot be "
             f"one with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
         )
     try:
-        results = read_results(folder)
+        results = read_results(folder, experiment.metric)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -77,8 +80,8 @@ def finished_results(folder, flags, defaults, tell=None):
 
 def flags_of_run(folder, tell):
     """
-    The flags of the run in a folder, as its hparams.yaml or, where that is damaged, its checkpoints have them; None
-    where the folder is not there or can be used. Raises a RunError where it is another one's.
+    The flags of the run in a folder, as its hparams.yaml or, if that is damaged, its checkpoints have them; None
+    if the folder is not there or can be used. Raises a RunError if it is another one's.
     """
     if not os.path.isdir(folder):
         return None
@@ -117,33 +120,32 @@ def may_be_there(entry):
 
 
 @contextlib.contextmanager
-def open_folder(log_dir, name, flags, defaults, quantities):
+def open_folder(log_dir, name, flags, defaults, experiment):
     """
-    Makes the folder of a run, or finds where to continue it, and keeps it to this process while the context lasts.
+    Makes the folder of a run, or finds where to resume it, and keeps it to this process while the context lasts.
     Inputs:
         log_dir - Directory of all runs.
         name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
-        flags, defaults, quantities - See Run; the values of the flags are plain ones.
+        flags, defaults, experiment - See Run.
     Outputs:
-        place - A Place. What its folder holds is that of the epochs up to its checkpoint.
+        state, checkpoint - A RunState, and the checkpoint to resume from or None. What the folder contains is that of
+            the epochs up to it.
     Raises:
-        RunError - where the folder cannot be made, is in use, or is another one's (see finished_results).
+        RunError - if the folder cannot be made, is in use, or is another one's (see finished_results).
     """
     with contextlib.ExitStack() as stack:
         try:
             folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
             os.makedirs(folder, exist_ok=True)
             stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
-        except UserError as error:  # it is in use
-            raise RunError(str(error)) from None
         except OSError as error:
             raise RunError(
                 f"cannot write to {os.path.join(log_dir, name or 'lightning_logs')} ({error.strerror}); choose another "
                 "--log_dir or --run_name"
             ) from error
-        if finished_results(folder, flags, defaults, tell=warn):
+        if finished_results(folder, flags, defaults, experiment, tell=warn):
             raise RunError(f"{folder} was finished by another process just now")
-        path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"))
+        path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
         kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
         history = kept["history"]
         epoch = max(len(history) - 1, 0)
@@ -152,23 +154,29 @@ def open_folder(log_dir, name, flags, defaults, quantities):
                 f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
                 f"--epochs {epoch} or more, or choose another --run_name"
             )
-        set_aside_results(folder, epoch)
+        set_aside_results(folder, epoch, experiment.metric)
+        try:
+            for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
+                unfinished.unlink()  # left by a process that was killed
+        except OSError as error:
+            raise RunError(f"cannot write to {folder} ({error.strerror}); choose another --run_name") from error
         write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
-        report.return_to_epoch(folder, history, quantities)
-        yield Place(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device"))
+        report.write_metrics(folder, history, experiment.quantities)
+        yield RunState(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device")), checkpoint
 
 
-def set_aside_results(folder, epoch):
+def set_aside_results(folder, epoch, metric):
     """
     Renames the results of fewer epochs, which say that the run is finished, until it is.
     Inputs:
         folder - The run's folder.
-        epoch - Number of epochs of the checkpoint that it goes on from.
+        epoch - Number of epochs of the checkpoint that it resumes from.
+        metric - See files.read_results.
     Raises:
-        RunError - where there is no checkpoint of theirs, and they would be lost.
+        RunError - if there is no checkpoint of theirs, and they would be lost.
     """
     try:
-        epochs = read_results(folder)["hyperparameters"].get("epochs", 0)
+        epochs = read_results(folder, metric)["hyperparameters"].get("epochs", 0)
     except (OSError, ValueError):
         return
     if epoch < epochs:

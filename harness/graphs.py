@@ -14,8 +14,8 @@ import re
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from harness.errors import one_line, warn
 from harness.graph_checks import NO_NUMBER, NO_TRAINER, CaptureError, changes, check, check_parts, python_state
-from harness.program import one_line, warn
 
 MINIBATCHES = 64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
 VAL_PIXELS = 8192 * 28 * 28  # the most in a validation minibatch, whose images are all decoded at once

@@ -24,28 +24,24 @@ from harness.devices import match_layout
 # What torchrun sets in each process, besides what Lightning sets in those that it starts, as does who starts them by
 # hand (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
 TORCHRUN = {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"}
-OF_THE_NODE = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
-OF_OTHERS = {*OF_THE_NODE, "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}
+RENDEZVOUS_VARS = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
+STALE_VARS = RENDEZVOUS_VARS | {"LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}
 
 
 def environment(devices, num_nodes, run_name):
     """
-    Who starts the processes of a run: Lightning's environment for it. Variables that others have left in the
-    environment, an old shell or an interactive allocation, change nothing.
+    Lightning's ClusterEnvironment for a run, by who starts its processes. Variables that others have left in the
+    environment, an old shell or an interactive allocation, change nothing. Raises a ValueError that says what to give
+    if the processes that were started cannot be those of the run.
     Inputs:
         devices, num_nodes - Number of processes per node, and of nodes.
         run_name - The run's own name, or None.
-    Outputs:
-        environment - A ClusterEnvironment.
-    Raises:
-        ValueError - where the processes that were started cannot be those of the run; it says what to give.
     """
     launcher, started, kind = "torchrun", started_by_torchrun(), TorchElasticEnvironment
     if started == (1, 1):
         launcher, started, kind = "srun", slurm.tasks(), slurm.environment
     is_one_process = (num_nodes, devices) == (1, 1)
-    is_one_of_several_runs = is_one_process and launcher == "srun" and run_name
-    if started != (1, 1) and not is_one_of_several_runs:
+    if started != (1, 1) and not (is_one_process and launcher == "srun" and run_name):  # each task is a run of its own
         check_started(launcher, *started, wanted=(num_nodes, devices))
         return kind()
     if is_one_process:
@@ -55,15 +51,15 @@ def environment(devices, num_nodes, run_name):
     for kind in [LSFEnvironment, MPIEnvironment]:
         if kind.detect():
             return kind()
-    if num_nodes == 1 and not {*OF_THE_NODE, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them, here
-        for name in OF_OTHERS:
+    if num_nodes == 1 and not {*RENDEZVOUS_VARS, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them, here
+        for name in STALE_VARS:
             os.environ.pop(name, None)
     check_variables(devices, num_nodes)
     return LightningEnvironment()
 
 
 def started_by_torchrun():
-    """Number of nodes, and of processes on each, that torchrun has started, of which this one is one; or 1, 1."""
+    """Number of nodes, and of processes on each, that torchrun has started; 1, 1 if it has not started this one."""
     if not os.environ.keys() >= TORCHRUN:
         return 1, 1
     try:
@@ -89,8 +85,8 @@ def check_started(launcher, num_nodes, num_per_node, wanted):
 
 
 def check_variables(devices, num_nodes):
-    """Checks the variables by which the processes of a run find each other, where no launcher vouches for them."""
-    missing = OF_THE_NODE - os.environ.keys()
+    """Checks the variables by which the processes of a run find each other, if no launcher has set them."""
+    missing = RENDEZVOUS_VARS - os.environ.keys()
     if num_nodes > 1 and missing:
         raise ValueError(
             f"--num_nodes {num_nodes} needs srun or torchrun, which start its processes, or on each node in the "
@@ -109,7 +105,7 @@ def check_variables(devices, num_nodes):
 
 
 @contextlib.contextmanager
-def connected(trainer):
+def process_group(trainer):
     """
     A context in which a Trainer's processes run and are connected. Lightning would start them only in fit, validate or
     test. It would not disconnect them, and gloo's threads, if they still run when Python ends, at times abort it.
@@ -127,32 +123,32 @@ def disconnect():
 
 
 def on_rank_zero(trainer, function, *args):
-    """Calls a function in the first process alone; all return its result. Its error is raised there, and ends all."""
+    """Calls a function in rank 0 alone; all ranks return its result. An error is raised there, and ends all of them."""
     result = error = None
     if trainer.is_global_zero:
         try:
             result = function(*args)
         except Exception as caught:  # the others must not wait for a process that has given up
             error = caught
-    return shared(trainer, result, error)
+    return broadcast_or_exit(trainer, result, error)
 
 
 @contextlib.contextmanager
 def rank_zero_first(trainer):
-    """A context that the first process leaves before the others enter it. Its error is raised there, and ends all."""
+    """Rank 0 runs the block first, then the other ranks; an error in rank 0 is raised there, and ends all of them."""
     error = None
     if trainer.is_global_zero:
         try:
             yield
         except Exception as caught:
             error = caught
-    shared(trainer, None, error)
+    broadcast_or_exit(trainer, None, error)
     if not trainer.is_global_zero:
         yield
 
 
-def shared(trainer, result, error=None):
-    """What the first process has as its result, in all of them; or the end of all, if it has an error instead."""
+def broadcast_or_exit(trainer, result, error=None):
+    """Sends the result of rank 0 to all ranks, which return it. If rank 0 has an error instead, all of them end."""
     result, error = trainer.strategy.broadcast((result, error))
     if error is not None:
         disconnect()
@@ -163,15 +159,13 @@ def shared(trainer, result, error=None):
 def sampler(dataset, shuffle, trainer, seed):
     """
     The order of a data set's images, and which of them belong to this process: every W-th image of every minibatch,
-    with W processes.
+    with W processes. If it is shuffled and W does not divide the number of images, up to W - 1 come twice; if it is
+    not, the shares differ in length and each image comes once.
     Inputs:
         dataset - The data set.
         shuffle - If True, the order is random, and another one for each epoch; it depends on seed and epoch alone.
-        trainer - The Trainer, once it is `connected`.
+        trainer - The Trainer, once it is in its process_group.
         seed - The run's seed.
-    Outputs:
-        sampler - Iterable of indices. Where it is shuffled and W does not divide the number of images, up to W - 1
-            come twice; where it is not, the shares differ in length and each image comes once.
     """
     if shuffle:
         seed = derived_seed(seed, dtype=np.uint32)
@@ -180,10 +174,10 @@ def sampler(dataset, shuffle, trainer, seed):
 
 
 class EpochSampler(DistributedSampler):
-    """A sampler whose order, and images where they are drawn, depend on seed and epoch alone; see set_epoch."""
+    """A sampler whose order, and the seed for sampled images, depend on seed and epoch alone; see set_epoch."""
 
     def order(self):
-        """The indices of the epoch, as __iter__ gives them one by one: int64 tensor [N]."""
+        """The indices of the epoch, int64 tensor [N]."""
         order = torch.arange(len(self.dataset))
         if self.shuffle:
             order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + self.epoch))
@@ -194,7 +188,7 @@ class EpochSampler(DistributedSampler):
         return iter(self.order().tolist())
 
     def draw_seed(self):
-        """Seed of the images of this epoch, for a data set that draws them again for each."""
+        """Seed of the images of this epoch, for a data set that samples them again for each."""
         return derived_seed(self.seed, self.epoch)
 
 
@@ -243,16 +237,12 @@ class RunHooks(pl.Callback):
 
 class SharedNoise(TorchFunctionMode):
     """
-    A context in which each of several processes draws, by torch.randn_like, the noise of the whole minibatch and takes
-    its share, so that their number changes nothing but the rounding.
+    A context in which torch.randn_like, in each of several processes, samples the noise of the whole minibatch and
+    takes the process's share: every world_size-th image, from number `rank` on. So the number of processes changes
+    nothing but the rounding.
     """
 
     def __init__(self, rank, world_size):
-        """
-        Inputs:
-            rank, world_size - Number of this process, and number of processes. Its tensors hold every world_size-th
-                image of a minibatch, from number `rank` on.
-        """
         super().__init__()
         self.rank, self.world_size = rank, world_size
 

@@ -1,6 +1,5 @@
-"""A SLURM job's name for its run, its tasks, and what it does when SLURM is about to end it."""
+"""SLURM: the name of a job's run, its tasks, and requeueing."""
 
-import contextlib
 import os
 import re
 import signal
@@ -12,8 +11,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
-# Variable with the name of a file that slurm/job.sh makes at the start of each life of a job: no epoch is finished yet.
-NO_EPOCH_YET = "NO_EPOCH_YET"
 # What srun sets in each task, and is used here or by Lightning.
 SRUN = {
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE"),
@@ -48,10 +45,8 @@ def run_name():
 
 def tasks():
     """
-    The tasks that srun has started, of which this process is one. What a job has asked for does not tell: a batch
-    script is a single process, and srun starts any part of the tasks.
-    Outputs:
-        num_nodes, num_per_node - Number of nodes, and of tasks on each: 0 if it is not the same on all of them.
+    The number of nodes, and of tasks on each (0 if they differ), that srun has started, this process among them. What a
+    job has asked for does not tell: a batch script is one process, and srun starts any part of the tasks.
     """
     if not os.environ.keys() >= SRUN or is_interactive():  # srun --pty has one terminal, whatever it was asked for
         return 1, 1
@@ -73,19 +68,18 @@ def environment():
     return SLURMEnvironment(auto_requeue=False)
 
 
-class StayInQueue(pl.Callback):
+class RequeueOnTimeLimit(pl.Callback):
     """
-    Lets a batch job go on after SLURM ends it. At SIGUSR1, which announces the time limit (sbatch --signal=USR1@60),
+    Lets a batch job resume after SLURM ends it. At SIGUSR1, which announces the time limit (sbatch --signal=USR1@20),
     the job is requeued, unless it has not finished an epoch since it started: then it never would. SIGTERM announces a
     preemption and is ignored, until SIGKILL comes: SLURM requeues a preempted job that it had to kill, but takes one
     that ended by itself for done.
     """
 
     def __init__(self):
-        super().__init__()
         self.job_id = job_id()
-        self.has_advanced = False  # whether there is a checkpoint of an epoch since this life of the job started
-        if threading.current_thread() is threading.main_thread():
+        self.has_advanced = False  # whether there is a checkpoint of an epoch since this job started, or restarted
+        if threading.current_thread() is threading.main_thread():  # Run puts the handlers of before back
             signal.signal(signal.SIGUSR1, self.requeue)
             signal.signal(signal.SIGTERM, ignore)
 
@@ -93,16 +87,13 @@ class StayInQueue(pl.Callback):
         self.first_epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch > self.first_epoch:
-            self.on_train_end()
+        self.has_advanced = trainer.current_epoch > self.first_epoch
 
-    def on_train_end(self, *_):
-        if not self.has_advanced:
-            self.has_advanced = True
-            with contextlib.suppress(OSError):
-                os.unlink(os.environ.get(NO_EPOCH_YET, ""))
+    def on_train_end(self, trainer, pl_module):
+        self.has_advanced = True
 
     def requeue(self, signum, frame):
+        """A handler of SIGUSR1, in each process of the run."""
         if not self.has_advanced:
             sys.exit(
                 f"error: job {self.job_id} has not finished an epoch and its time is almost up, so it is not requeued: "
@@ -121,4 +112,4 @@ class StayInQueue(pl.Callback):
 
 
 def ignore(signum, frame):
-    pass
+    """A handler of a signal that has no effect; unlike SIG_IGN, processes that this one starts do not inherit it."""

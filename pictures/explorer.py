@@ -1,4 +1,4 @@
-"""A model's latent space as one HTML file to play with: explorer.html, completed by weights, points and facts."""
+"""Writes the latent-space explorer, one HTML file: the page explorer.html with a model's weights, points and facts."""
 
 import base64
 import hashlib
@@ -6,55 +6,34 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.files import write_text
+from pictures.latent_space import Plane
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 MAX_WEIGHTS = 12_000_000  # of encoder and decoder together: a file of 32 MB
-MAX_PRODUCTS = 40_000_000  # for one image: more than a tenth of a second
+MAX_PRODUCTS = 40_000_000  # multiplications for one image: more than a tenth of a second
 MAX_POINTS = 10_000
-MOST_IN_TWO_PARTS = (
-    100_000  # weights of a layer that is stored as good as exact, which the larger ones have no room for
-)
-# What the page says of the model, as evaluation.json holds it, but for the name of the run and what the labels are.
-# fmt: off
-FACTS = [
-    "run", "legend", "model", "dataset", "binarization", "epoch", "test_images", "iw_samples", "active_units",
-    *(f"{name}{error}" for name in ["test_bpd", "elbo", "log_likelihood"] for error in ["", "_standard_error"]),
-]
-# fmt: on
-ACTIVATIONS = {nn.ReLU: "ReLU", nn.GELU: "GELU", nn.Tanh: "Tanh", nn.SiLU: "SiLU"}  # as the template calls them
-IGNORED = [nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout]  # they change no number, nor the order
+MAX_FULL_PRECISION_WEIGHTS = 100_000  # of a layer; for a larger one the file has space for half precision only
+# What the page says about the model: values of evaluation.json, the name of the run, and what the labels are.
+FACTS = ["run", "legend", "model", "dataset", "binarization", "epoch", "test_images", "iw_samples", "active_units"]
+FACTS += [name + error for name in ["test_bpd", "elbo", "log_likelihood"] for error in ["", "_standard_error"]]
+ACTIVATIONS = {nn.ReLU: "ReLU", nn.GELU: "GELU", nn.Tanh: "Tanh", nn.SiLU: "SiLU"}  # their names in the template
+IGNORED = [nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout]  # they change neither numbers nor their order
 
 
 class ExplorerError(UserError):
     """There is no explorer for this model; the message says why."""
 
 
-class Plane(NamedTuple):
-    """
-    A plane of the latent space, on which images are shown.
-    Attributes:
-        places - Tensor of shape [N,2], where each image is.
-        labels - Tensor of shape [N], -1 where nobody knows.
-        axes - Names of the two coordinates.
-        center, directions - Tensors of shape [D] and [D,2]: latents z are at (z - center) @ directions.
-    """
-
-    places: torch.Tensor
-    labels: torch.Tensor
-    axes: list
-    center: torch.Tensor
-    directions: torch.Tensor
-
-
 @torch.no_grad()
-def write_explorer(path, encoder, decoder, imgs, means, plane, facts):
+def write_explorer(
+    path: Path, encoder: nn.Module, decoder: nn.Module, imgs: Tensor, means: Tensor, plane: Plane, facts: dict
+):
     """
     Writes the page.
     Inputs:
@@ -63,10 +42,10 @@ def write_explorer(path, encoder, decoder, imgs, means, plane, facts):
             [B,1,H,W].
         imgs - The test set, images of shape [N,1,H,W].
         means - Tensor of shape [N,D], the means of their posteriors.
-        plane - Where the images are shown, a Plane.
-        facts - Dict of the plain values that the page tells, FACTS.
+        plane - The Plane on which the images are shown.
+        facts - Dict of plain values, of which the page shows FACTS.
     Raises:
-        ExplorerError - where the network is too large, or one that the page cannot compute.
+        ExplorerError - if a network is too large, or the page cannot compute it.
     """
     num_weights = sum(weight.numel() for net in [encoder, decoder] for weight in net.parameters())
     if num_weights > MAX_WEIGHTS:
@@ -81,18 +60,18 @@ def write_explorer(path, encoder, decoder, imgs, means, plane, facts):
         num_products = sum(map(products, networks[name]))
         if num_products > MAX_PRODUCTS:
             raise ExplorerError(f"the {name} takes {num_products:,} multiplications, more than {MAX_PRODUCTS:,}")
-        numbers += [part for weight in weights for part in in_halves(weight.flatten().cpu())]
+        numbers += [part for weight in weights for part in split_to_half(weight.flatten().cpu())]
     classes = plane.labels[plane.labels >= 0].unique()
     shown = torch.linspace(0, len(imgs) - 1, min(len(imgs), MAX_POINTS)).long()
     places = plane.places[shown]
     low, high = places.amin(dim=0), places.amax(dim=0)
-    half_span = (0.53 * (high - low)).clamp(min=1)  # that of the prior, where all posteriors are alike
+    half_span = (0.53 * (high - low)).clamp(min=1)  # at least that of the prior, if all posteriors are alike
     low, high = (low + high) / 2 - half_span, (low + high) / 2 + half_span
     in_bytes = [*((places - low) / (high - low) * 255).round().T, torch.searchsorted(classes, plane.labels[shown])]
     numbers += [part.to(torch.uint8).numpy() for part in in_bytes]
     data = {
         **networks,
-        "most_in_two_parts": MOST_IN_TWO_PARTS,
+        "most_in_two_parts": MAX_FULL_PRECISION_WEIGHTS,
         "img_size": list(imgs.shape[-2:]),
         "center": plane.center.tolist(),
         "directions": plane.directions.T.tolist(),
@@ -109,44 +88,43 @@ def write_explorer(path, encoder, decoder, imgs, means, plane, facts):
     write_text(path, page(data, b"".join(array.tobytes() for array in numbers)))
 
 
-def in_halves(weights):
+def split_to_half(weights):
     """
-    A layer's weights [N] in half precision, as a list of NumPy arrays: of few, so that they can be exact, also what the
-    rounding has left of each. Raises an ExplorerError where they are too large for that.
+    A layer's weights [N] as a list of arrays in half precision: the rounded weights and, for up to
+    MAX_FULL_PRECISION_WEIGHTS of them, the rounding errors. Raises an ExplorerError if a weight is too large.
     """
     halves = [weights.half()]
     if not halves[0].isfinite().all():
         raise ExplorerError("some weights are too large for half precision")
-    if len(weights) <= MOST_IN_TWO_PARTS:
+    if len(weights) <= MAX_FULL_PRECISION_WEIGHTS:
         halves.append((weights - halves[0].float()).half())
     return [half.numpy().astype("<f2") for half in halves]
 
 
 def products(layer):
-    """How many multiplications a layer takes for one image."""
+    """Number of multiplications of a layer for one image."""
     if "kernel_size" not in layer:
         return layer.get("num_weights", 0)
     small = layer["output" if layer["kind"] == "convolution" else "input"]
     return layer["num_weights"] * math.prod(small[1:])
 
 
-def layers_of(net, x, y, name):
+def layers_of(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list, list]:
     """
     A network as a list of layers that the page can compute.
     Inputs:
         net - The network, a Module.
-        x, y - An input of it, and the output for that, flattened or not.
-        name - What it is called.
+        x, y - An input of the network and the output for it, flattened or not.
+        name - Name of the network for the messages.
     Outputs:
-        layers - List of dicts of plain values: the kind of layer, and its sizes.
-        weights - List of its layers' weights and biases in their order.
+        layers - List of dicts of plain values: the kind of each layer and its sizes.
+        weights - List of the layers' weights and biases in their order.
     Raises:
-        ExplorerError - where it does something else.
+        ExplorerError - if the page cannot compute the network.
     """
-    modules = [module for module in net.modules() if not list(module.children())]
     layers, weights = [], []
     different = ExplorerError(f"the {name} does something else than its layers one after the other")
-    for module in modules:
+    for module in [module for module in net.modules() if not list(module.children())]:
         kind, before = type(module), x.flatten(start_dim=1) if isinstance(module, nn.Linear) else x
         try:
             x = module(before)
@@ -155,14 +133,9 @@ def layers_of(net, x, y, name):
         if kind is nn.Linear:
             layers.append({"kind": "linear"})
         elif is_convolution(module):
-            layers.append(
-                {
-                    "kind": "convolution" if kind is nn.Conv2d else "transposedConvolution",
-                    "input": list(before.shape[1:]),
-                    "output": list(x.shape[1:]),
-                    **{what: list(getattr(module, what)) for what in ["kernel_size", "stride", "padding"]},
-                }
-            )
+            layers.append({"kind": "convolution" if kind is nn.Conv2d else "transposedConvolution"})
+            layers[-1].update(input=list(before.shape[1:]), output=list(x.shape[1:]))
+            layers[-1].update((size, list(getattr(module, size))) for size in ["kernel_size", "stride", "padding"])
         elif kind in ACTIVATIONS and getattr(module, "approximate", "none") == "none":
             layers.append({"kind": ACTIVATIONS[kind]})
         elif kind not in IGNORED:
@@ -177,7 +150,7 @@ def layers_of(net, x, y, name):
 
 
 def is_convolution(module):
-    """Whether a module is a convolution, or a transposed one, that the page can compute."""
+    """Whether a module is a convolution or transposed convolution that the page can compute."""
     return (
         type(module) in [nn.Conv2d, nn.ConvTranspose2d]
         and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
@@ -187,18 +160,18 @@ def is_convolution(module):
 
 def page(data, numbers):
     """
-    The text of the page.
+    The content of the page.
     Inputs:
-        data - What JSON can hold, the user's strings among them.
+        data - Data that JSON can hold, the user's strings among them.
         numbers - Bytes.
     Outputs:
-        text - The template with both. None of it can become markup or a script: in the JSON, "<" is escaped, the page
-            shows it as text alone, and the policy allows the template's own script and style, and nothing else.
+        text - The template with both. No string can become markup or a script: in the JSON, "<" is escaped, the page
+            shows strings as text only, and the policy allows nothing but the template's own script and style.
     """
     template = TEMPLATE.read_text(encoding="utf-8")
 
     def source(tag):
-        """The template's own element of that kind, as a content security policy names it: by its SHA-256 checksum."""
+        """The template's own element of a kind, as a content security policy names it: by its SHA-256 checksum."""
         content = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
         return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 

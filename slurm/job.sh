@@ -8,22 +8,7 @@ command -v python > /dev/null || fail "no python here: set ACTIVATE, as in expor
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export SLURM_EXPORT_ENV=ALL  # srun hands all that on, even in a job of sbatch --export=NONE
 
-# A file that train_pl.py removes once it has finished an epoch. Its path is a relative one, as a container may have
-# this folder elsewhere.
-export NO_EPOCH_YET=.no_epoch_yet_$SLURM_JOB_ID
-touch "$NO_EPOCH_YET"
-trap 'rm -f "$NO_EPOCH_YET"' EXIT
-
-# Ahead of the time limit, USR1 (#SBATCH --signal) requeues the job. TERM announces a preemption, after which SLURM
-# requeues the job by itself, but only if it is still there to be killed.
-requeue() {
-  [ ! -e "$NO_EPOCH_YET" ] || fail "no epoch was finished within the time limit of" \
-    "$(squeue -h -j "$SLURM_JOB_ID" -o %l), so the job is not requeued: give a longer --time"
-  echo "Time is almost up: requeueing"
-  scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" ||
-    echo "The job is not requeued: training goes on until the time limit" >&2
-}
-trap requeue USR1
+# TERM announces a preemption, after which SLURM requeues the job by itself, but only if it is still there to be killed.
 trap : TERM
 
 # Runs train_pl.py with these flags, one process per task, and ends as it does.
@@ -34,6 +19,9 @@ train() {
     wait $!
     status=$?
   done
+  # Killed by USR1 (#SBATCH --signal), which announces the time limit, before train_pl.py could handle it.
+  [ $status -ne 138 ] || fail "no epoch was finished within the time limit of" \
+    "$(squeue -h -j "$SLURM_JOB_ID" -o %l), so the job is not requeued: give a longer --time"
   # Killed by TERM before it could ignore it. The job must not end by itself: a preempted one would not be requeued.
   [ $status -ne 143 ] || sleep 600
   exit $status

@@ -1,13 +1,11 @@
 """
-Digits to train on where MNIST cannot be fetched: drawn on the spot from the fonts that matplotlib ships.
+Digits to train on if MNIST cannot be downloaded: rendered from the fonts that matplotlib ships, in MNIST's format.
 
 They keep to MNIST's rules: 28x28 pixels of 0 (paper) to 255 (ink), the digit in a box of 20x20 pixels in its own
-proportions, its centre of mass at pixel (14, 14) give or take half a pixel.
-Each digit of each font is drawn once, large, and turned into a distance field: how far each point lies inside the ink.
-An image is this field seen through a random affine map; what is added to the distance before it turns to grey is the
-weight of the pen (Green, "Improved Alpha-Tested Magnification for Vector Textures and Special Effects", SIGGRAPH 2007).
-
-60,000 images take about a second on one core, and no file is written.
+proportions, its centre of mass within half a pixel of pixel (14, 14). 60,000 images take about a second on one core.
+Each digit of each font is rendered once, large, and turned into a distance field: how far each point lies inside the
+ink. An image is a random affine map of this field; what is added to the distance before it turns to grey is the weight
+of the pen (Green, "Improved Alpha-Tested Magnification for Vector Textures and Special Effects", SIGGRAPH 2007).
 """
 
 import functools
@@ -18,6 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from harness.errors import DataError
 
 # Fonts with ten plain digits, and the width of their thinnest strokes in em. Left out: a zero with a dot in it
 # (DejaVuSansMono), old-style figures (cmmi10), symbols, and slanted cuts that the random shear makes anyway.
@@ -31,12 +32,12 @@ FONTS = {
     "cmss10": 0.05,
     "cmtt10": 0.05,
 }
-EM = 88  # pixels: the size the glyphs are drawn in
-CANVAS = 96  # pixels: each side of the square they are drawn on
+EM = 88  # pixels: the size in which the glyphs are rendered
+CANVAS = 96  # pixels: each side of the square on which they are rendered
 FIELD = 48  # samples: each side of a distance field
 CHUNK = 1_000  # images made at a time, which bounds the memory
 
-# Each image draws these evenly between two limits, chosen to come near MNIST's own spread.
+# Sampled uniformly between two limits for each image, chosen to come near MNIST's own spread.
 LIMITS = {
     "stretch": (0.9, 1.3),  # width relative to the font's: type is narrower than handwriting
     "shear": (-0.15, 0.45),  # pixels to the right per pixel up: handwriting leans to the right
@@ -48,36 +49,24 @@ LIMITS = {
 }
 EDGE = 1.2  # pixels from paper to ink across the grey edge
 
-SYSTEM_DATA = Path(
-    "/usr/share/matplotlib/mpl-data"
-)  # Debian's and Ubuntu's matplotlib: the same files, the same digits
+SYSTEM_DATA = Path("/usr/share/matplotlib/mpl-data")  # where Debian's and Ubuntu's matplotlib has the same fonts
 
 
-def font_path(name):
+def font_path(name: str) -> Path:
     """
-    The file of one of matplotlib's fonts. Importing matplotlib to ask would take longer and make its settings folder.
-    Inputs:
-        name - Name of the font, one of FONTS.
-    Outputs:
-        path - Path of the file.
-    Raises:
-        FileNotFoundError - where it is missing. A font of that name from elsewhere may draw other digits.
+    The file of one of matplotlib's FONTS. (Importing matplotlib to ask would take longer and make its settings folder.)
+    Raises a DataError if it is missing. A font of the same name from elsewhere may have other digits.
     """
     spec = importlib.util.find_spec("matplotlib")
-    if spec is None or not spec.origin:  # a folder of that name is no matplotlib
-        raise FileNotFoundError("rendered_digits draws with matplotlib's fonts: pip install matplotlib")
-    data = [Path(spec.origin).parent / "mpl-data", SYSTEM_DATA]
-    paths = [folder / "fonts" / "ttf" / f"{name}.ttf" for folder in data]
-    for path in paths:
-        if path.is_file():
+    own_data = [Path(spec.origin).parent / "mpl-data"] if spec and spec.origin else []  # a mere folder has no origin
+    for data in [*own_data, SYSTEM_DATA]:
+        if (path := data / "fonts" / "ttf" / f"{name}.ttf").is_file():
             return path
-    raise FileNotFoundError(
-        f"rendered_digits draws with matplotlib's fonts, and {name}.ttf is neither in {paths[0].parent} nor in "
-        f"{paths[1].parent}: pip install --force-reinstall matplotlib, whose fonts draw the same digits everywhere"
-    )
+    problem = f"rendered digits need matplotlib's font {name}.ttf, which is missing"
+    raise DataError(f"{problem}: pip install --force-reinstall matplotlib")
 
 
-def draw_glyph(font, digit):
+def render_glyph(font, digit):
     """Ink of one large digit with its centre of mass in the middle: bool array [CANVAS, CANVAS]."""
     image = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(image).text((CANVAS / 2, CANVAS / 2), str(digit), fill=255, font=font, anchor="mm")
@@ -88,12 +77,8 @@ def draw_glyph(font, digit):
 
 def distance_to(mask):
     """
-    Distances of the points of a field to the nearest point of a mask. Squared distances take one pass per axis
-    (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions", 2012).
-    Inputs:
-        mask - Boolean array of shape [CANVAS,CANVAS].
-    Outputs:
-        distance - float32 array of shape [FIELD,FIELD], in pixels.
+    Distances in pixels, float32 [FIELD,FIELD], to the nearest point of a mask, bool [CANVAS,CANVAS]. Squared distances
+    take one pass per axis (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions", 2012).
     """
     samples = np.linspace(0, CANVAS - 1, FIELD, dtype=np.float32)
     steps = (samples[:, None] - np.arange(CANVAS, dtype=np.float32)) ** 2
@@ -113,7 +98,7 @@ def glyphs():
         corners - Tensor of shape [G,32,2], (x, y) of the outermost ink in 32 directions.
         hairlines - Tensor of shape [G], the thinnest strokes.
     Raises:
-        FileNotFoundError - where a font is missing.
+        DataError - if a font is missing.
     """
     fields, corners, hairlines = [], [], []
     angles = np.arange(32) * (2 * np.pi / 32)
@@ -121,7 +106,7 @@ def glyphs():
         # The basic layout: the other one depends on a library that not every machine has.
         font = ImageFont.truetype(str(font_path(name)), EM, layout_engine=ImageFont.Layout.BASIC)
         for digit in range(10):
-            ink = draw_glyph(font, digit)
+            ink = render_glyph(font, digit)
             points = np.argwhere(ink)[:, ::-1] - (CANVAS - 1) / 2
             outermost = (points @ np.stack([np.cos(angles), np.sin(angles)])).argmax(axis=0)
             fields.append(distance_to(~ink) - distance_to(ink))
@@ -131,7 +116,7 @@ def glyphs():
     return tuple(table / ((CANVAS - 1) / 2) for table in tables)
 
 
-def draw(glyph, stretch, shear, rotation, shift_x, shift_y, box, pen):
+def render(glyph, stretch, shear, rotation, shift_x, shift_y, box, pen):
     """Images uint8 [N, 28, 28] of the glyphs int64 [N]; the other arguments are float [N], in the units of LIMITS."""
     fields, corners, hairlines = (table[glyph] for table in glyphs())
 
@@ -160,9 +145,9 @@ def draw(glyph, stretch, shear, rotation, shift_x, shift_y, box, pen):
     return (distance * contrast[:, None, None] + middle[:, None, None]).clamp(0, 255).to(torch.uint8)
 
 
-def rendered_digits(num_images=60_000, seed=0):
+def rendered_digits(num_images: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
-    Digits in MNIST's place: any slice of them is a fair sample, with the ten digits about evenly often.
+    Renders digits in MNIST's format. Any slice of them is a fair sample, with the ten digits about equally often.
     Inputs:
         num_images - Number of images; the images of a smaller number are the first of a larger one.
         seed - The same seed gives the same images.
@@ -170,7 +155,8 @@ def rendered_digits(num_images=60_000, seed=0):
         images - uint8 tensor of shape [num_images,28,28], 0 (paper) to 255 (ink).
         labels - int64 tensor of shape [num_images].
     Raises:
-        ValueError - where num_images is below 1.
+        ValueError - if num_images is below 1.
+        DataError - if matplotlib's fonts are missing.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, not {num_images}")
@@ -178,24 +164,24 @@ def rendered_digits(num_images=60_000, seed=0):
     low, high = torch.tensor(list(LIMITS.values())).T
     images = torch.empty(num_images, 28, 28, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)
-    # One thread: a second saves little on a free machine, and on a busy one the two wait for each other at every step.
+    # One thread: a second saves little on an idle machine, and with other processes the two wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for some_images, some_labels in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            # Drawn for a whole chunk even where fewer are wanted, so that an image does not depend on num_images.
+            # Sampled for a whole chunk even if fewer are wanted, so that an image does not depend on num_images.
             glyph = torch.randint(10 * len(FONTS), (CHUNK,), generator=generator)[: len(some_images)]
             values = torch.rand(CHUNK, len(LIMITS), generator=generator)[: len(some_images)] * (high - low) + low
-            some_images.copy_(draw(glyph, *values.T))
+            some_images.copy_(render(glyph, *values.T))
             some_labels.copy_(glyph % 10)
     finally:
         torch.set_num_threads(threads)
     return images, labels
 
 
-def rendered_mnist(num_train=60_000, num_test=10_000):
+def rendered_mnist(num_train: int = 60_000, num_test: int = 10_000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Rendered digits as the two parts of MNIST.
+    Renders digits as the two parts of MNIST.
     Inputs:
         num_train, num_test - Numbers of images.
     Outputs:

@@ -1,10 +1,11 @@
-"""Tests of bmnist.py but for its files: `python -m unittest tests/unit/test_bmnist.py`."""
+"""Tests of bmnist.py: `python -m unittest tests/unit/test_bmnist.py`."""
 
+import argparse
 import contextlib
-import inspect
 import io
-import os
+import signal
 import sys
+import unittest
 from unittest import mock
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
 
 import bmnist
+from sources.rendered_digits import rendered_digits
 from tests.helpers import SeededTest
 
 NUM_TRAIN, NUM_TEST = 60_000, 10_000  # MNIST's
 
 
 def grey_images(intensity=None):
-    """Images of 2x2 pixels in the number of MNIST's, all intensities in turn or a single one, and their numbers."""
+    """As many images of 2x2 pixels as MNIST has, of all intensities in turn or of one, and their numbers as labels."""
     images = torch.arange(NUM_TRAIN * 4).view(NUM_TRAIN, 2, 2) % 256
     images = images.to(torch.uint8) if intensity is None else torch.full_like(images, intensity, dtype=torch.uint8)
     return images, torch.arange(NUM_TRAIN), images[:NUM_TEST], NUM_TRAIN + torch.arange(NUM_TEST)
@@ -29,46 +31,49 @@ def labels_of(loader):
     return torch.cat([labels for _, labels in loader])
 
 
-class TestLoaders(SeededTest):
-    """On data of MNIST's size whose labels are the images' numbers."""
-
-    def test_signature(self):
-        defaults = {p.name: p.default for p in inspect.signature(bmnist.bmnist).parameters.values()}
-        expected = {"root": "../data/", "batch_size": 128, "num_workers": 0, "download": True}
-        self.assertEqual(defaults, {**expected, "binarization": "threshold", "train_size": 45_000, "kind": "mnist"})
-
+class TestDataLoaders(SeededTest):
     def test_splits_and_batches(self):
+        """45,000 images train in a new order in each pass, 5,000 validate, all test images test; no image is lost."""
         data = grey_images()
         loaders = bmnist.data_loaders(*data)
         seen = [labels_of(loader) for loader in loaders]
-        self.assertEqual([len(loader) for loader in loaders], [352, 40, 79])  # the last, smaller batch is there
+        self.assertEqual([len(loader) for loader in loaders], [352, 40, 79])
         self.assertFalse(torch.equal(seen[0], torch.arange(45_000)))
         self.assertFalse(torch.equal(seen[0], labels_of(loaders[0])))
         self.assertTrue(torch.equal(seen[0].sort().values, torch.arange(45_000)))
         self.assertTrue(torch.equal(seen[1], torch.arange(45_000, 50_000)))
         self.assertTrue(torch.equal(seen[2], data[3]))
-        self.assertEqual(len(bmnist.data_loaders(*data, np.int64(100), torch.tensor(0))[1]), 50)  # from a notebook
         imgs, numbers = next(iter(loaders[0]))
         self.assertEqual((imgs.shape, imgs.dtype), ((128, 1, 2, 2), torch.float32))
         self.assertEqual((numbers.shape, numbers.dtype), ((128,), torch.int64))
         self.assertTrue(torch.equal(imgs[:, 0], (data[0][numbers].float() / 255 > 0.5).float()))
 
-    def test_train_sizes(self):
-        data = grey_images()
-        for train_size in [45_000, 55_000]:
-            loaders = bmnist.data_loaders(*data, train_size=train_size)
-            self.assertTrue(torch.equal(loaders[0].dataset.labels, torch.arange(train_size)))
-            self.assertTrue(torch.equal(loaders[1].dataset.labels, torch.arange(train_size, train_size + 5_000)))
-        for num_images, num_val in [(105, 10), (1_000, 100), (58_000, 5_000)]:  # of one's own
-            loaders = bmnist.data_loaders(*(part[:num_images] for part in data), train_size=None)
-            self.assertTrue(torch.equal(loaders[0].dataset.labels, torch.arange(num_images - num_val)))
-            self.assertTrue(torch.equal(loaders[1].dataset.labels, torch.arange(num_images - num_val, num_images)))
-        for choice in [dict(train_size=50_000), dict(binarization="half")]:
-            with self.assertRaisesRegex(ValueError, "must be one of"):
-                bmnist.data_loaders(*data, **choice)
+    def test_numbers_from_a_notebook(self):
+        """The batch size may be NumPy's number, the number of workers a tensor."""
+        self.assertEqual(len(bmnist.data_loaders(*grey_images(), np.int64(100), torch.tensor(0))[1]), 50)
 
-    def test_sampler(self):
-        """It is asked for the order of each set, and says which of its images come."""
+    def test_train_sizes(self):
+        """Without a size, the last tenth of the training images validates, but 5,000 at most."""
+        data = grey_images()
+        for size, num_images, num_train, num_val in [
+            (45_000, 60_000, 45_000, 5_000),
+            (55_000, 60_000, 55_000, 5_000),
+            (None, 105, 95, 10),
+            (None, 1_000, 900, 100),
+            (None, 58_000, 53_000, 5_000),
+        ]:
+            with self.subTest(size=size, num_images=num_images):
+                train, val, _ = bmnist.data_loaders(*(part[:num_images] for part in data), train_size=size)
+                self.assertTrue(torch.equal(train.dataset.labels, torch.arange(num_train)))
+                self.assertTrue(torch.equal(val.dataset.labels, torch.arange(num_train, num_train + num_val)))
+
+    def test_invalid_choices_are_errors(self):
+        for choice in [dict(train_size=50_000), dict(binarization="half")]:
+            with self.subTest(choice), self.assertRaisesRegex(ValueError, "must be one of"):
+                bmnist.data_loaders(*grey_images(), **choice)
+
+    def test_a_sampler_determines_the_order(self):
+        """The function `sampler` is called once for each of the three sets, and only the first one is shuffled."""
         asked = []
 
         def every_second(dataset, shuffle):
@@ -83,8 +88,8 @@ class TestLoaders(SeededTest):
             for loader, first, end in zip(loaders, [0, 45_000, 60_000], [45_000, 50_000, 70_000]):
                 self.assertTrue(torch.equal(labels_of(loader), torch.arange(first + 1, end, 2)))
 
-    def test_when_images_are_drawn(self):
-        """Training images anew for each pass, the others once and for all, whatever the random numbers are."""
+    def test_stochastic_training_images_change_from_pass_to_pass(self):
+        """Those of validation and test never change, whatever the seed of torch's random numbers is."""
         passes = []
         for seed in [0, 0, 1]:
             torch.manual_seed(seed)
@@ -102,8 +107,8 @@ class TestLoaders(SeededTest):
         self.assertTrue(torch.equal(passes[0][0], passes[1][0]))
         self.assertFalse(torch.equal(passes[0][0], passes[2][0]))
 
-    def test_images_are_drawn_from_the_samplers_seed(self):
-        """Where it has one, whatever torch's random numbers are; and it is asked before each pass."""
+    def test_stochastic_images_depend_on_the_samplers_seed(self):
+        """If the sampler has a draw_seed, torch's random numbers do not matter."""
         dataset = bmnist.SampledImages(torch.full((9, 4, 4), 100, dtype=torch.uint8), torch.arange(9))
 
         class Sampler(list):
@@ -120,31 +125,16 @@ class TestLoaders(SeededTest):
         self.assertTrue(torch.equal(passes[0], dataset[torch.arange(9)][0]))
 
 
-class TestLines(SeededTest):
-    def test_a_closed_pipe(self):
-        """As of `python bmnist.py | true`: a line costs nobody a download."""
-        reader, writer = os.pipe()
-        os.close(reader)
-        with (
-            open(writer, "w") as pipe,
-            mock.patch.object(sys, "__stderr__", io.StringIO()) as stderr,
-            contextlib.redirect_stdout(pipe),
-        ):
-            for line in ["Downloading", "verified"]:
-                bmnist.print_line(line)
-        self.assertEqual(stderr.getvalue(), "nothing can be printed here (Broken pipe)\n")
-
-
 class TestImages(SeededTest):
     def test_threshold(self):
+        """A pixel is 1 if its intensity / 255 exceeds 0.5."""
         images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-        dataset = bmnist.BinaryImages(images, torch.zeros(1, dtype=torch.int64))
-        img, label = dataset[0]
+        img, label = bmnist.BinaryImages(images, torch.zeros(1, dtype=torch.int64))[0]
         self.assertTrue(torch.equal(img.flatten(), (torch.arange(256) >= 128).float()))
         self.assertEqual((img.shape, label), ((1, 16, 16), 0))
 
     def test_stochastic_binarization(self):
-        """Each pixel is a draw of its own, with its intensity as its mean."""
+        """Each pixel is sampled independently, and its mean is its intensity."""
         images = torch.arange(256, dtype=torch.uint8).repeat(4_000).view(4_000, 16, 16)
         before = images.clone()
         dataset = bmnist.SampledImages(images, torch.zeros(4_000, dtype=torch.int64))
@@ -163,18 +153,8 @@ class TestImages(SeededTest):
         self.assertTrue(torch.equal(dataset.images, first))
         self.assertTrue(torch.equal(images, before))
 
-    def test_a_batch_is_indexed_at_once(self):
-        """As the loader does it, by a tensor; torch's own classes get a list of samples."""
-        dataset = bmnist.BinaryImages(*grey_images()[:2])
-        imgs, labels = dataset[torch.tensor([5, 2, 9])]
-        self.assertEqual(labels.tolist(), [5, 2, 9])
-        self.assertTrue(torch.equal(imgs, bmnist.binarize(dataset.images[[5, 2, 9]])))
-        samples = dataset.__getitems__([5, 2, 9])
-        self.assertTrue(all(map(torch.equal, torch.utils.data.default_collate(samples), [imgs, labels])))
-        self.assertEqual((samples[0][0].shape, samples[0][1]), ((1, 2, 2), 5))
-
-    def test_in_other_hands(self):
-        """Wherever torchvision's MNIST can be given, so can a data set of ours."""
+    def test_the_data_sets_work_with_torchs_classes(self):
+        """Subset, ConcatDataset and torch's own DataLoader take them, as they take torchvision's MNIST."""
         for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
             dataset = Images(torch.full((10, 2, 2), 200, dtype=torch.uint8), torch.arange(10))
             parts = random_split(dataset, [6, 4])
@@ -184,8 +164,19 @@ class TestImages(SeededTest):
                     self.assertEqual(batches[0][0].shape, (4, 1, 2, 2))
                     self.assertEqual(sum(len(labels) for _, labels in batches), len(data))
 
-    def test_loaders_are_torchs(self):
-        """Options that a loader does not index at once for give the same batches; and so does torch's own class."""
+    def test_to_moves_every_tensor_in_place(self):
+        images, labels = torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.arange(3)
+        for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
+            dataset = Images(images, labels)
+            self.assertIs(dataset.to("meta"), dataset)
+            self.assertEqual({tensor.device.type for tensor in vars(dataset).values()}, {"meta"})
+            self.assertEqual(dataset[torch.arange(3, device="meta")][0].device.type, "meta")
+        self.assertEqual(images.device.type, "cpu")
+
+
+class TestImageLoader(SeededTest):
+    def test_options_of_torchs_loader(self):
+        """With options that exclude indexing at once, the batches are those of torch's DataLoader."""
         data = [part[:100] for part in grey_images()]
         images = bmnist.BinaryImages(*data[:2])
         expected = [labels for _, labels in bmnist.ImageLoader(images, 30)]
@@ -203,8 +194,8 @@ class TestImages(SeededTest):
         by_batches = bmnist.ImageLoader(images, batch_sampler=[[3, 1], [2]])
         self.assertEqual([labels.tolist() for _, labels in by_batches], [[3, 1], [2]])
 
-    def test_the_random_numbers_of_torchs_loader(self):
-        """The same order, and the same state afterwards, as of torch's DataLoader: with workers or without."""
+    def test_random_numbers_are_those_of_torchs_loader(self):
+        """Order and later random numbers equal those of torch's DataLoader, with worker processes or without."""
         images = bmnist.BinaryImages(*[part[:50] for part in grey_images()][:2])
         orders, states = [], []
         for Loader, workers in [(DataLoader, 0), (bmnist.ImageLoader, 0), (bmnist.ImageLoader, 1)]:
@@ -214,20 +205,80 @@ class TestImages(SeededTest):
             states.append(torch.get_rng_state().tolist())
         self.assertEqual(orders, orders[:1] * 3)
         self.assertEqual(states, states[:1] * 3)
-        drawn = []
-        for workers in [0, 1]:
-            torch.manual_seed(1)
-            data = grey_images(intensity=100)
-            loader = bmnist.data_loaders(*data, 20_000, workers, binarization="stochastic")[0]
-            drawn.append(sum(imgs.sum() for imgs, _ in loader))
-        self.assertEqual(*drawn)
 
-    def test_to_moves_in_place(self):
-        """Every tensor of it; whoever holds the data set has it moved, too."""
-        images, labels = torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.arange(3)
-        for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
-            dataset = Images(images, labels)
-            self.assertIs(dataset.to("meta"), dataset)
-            self.assertEqual({tensor.device.type for tensor in vars(dataset).values()}, {"meta"})
-            self.assertEqual(dataset[torch.arange(3, device="meta")][0].device.type, "meta")
-        self.assertEqual(images.device.type, "cpu")
+    def test_workers_change_no_pixel(self):
+        for binarization in bmnist.BINARIZATIONS:
+            passes = []
+            for workers in [0, 1]:
+                torch.manual_seed(1)
+                data = [*rendered_digits(60), *rendered_digits(10)]
+                loader = bmnist.data_loaders(*data, 25, workers, binarization=binarization, train_size=None)[0]
+                passes.append([imgs for _ in range(2) for imgs, _ in loader])
+            self.assertEqual([len(imgs) for imgs in passes[0]], [25, 25, 4] * 2)
+            self.assertTrue(all(map(torch.equal, *passes)))
+
+
+class TestLoadData(SeededTest):
+    def sizes(self, dataset, num_images, **flags):
+        """The sizes of the three sets and of a batch, for a source of so many training images."""
+        flags = dict(batch_size=60, devices=2, num_nodes=3, num_workers=0, binarization="threshold") | flags
+        images, labels, *test = grey_images()
+        data = (images[:num_images], labels[:num_images], *test)
+        with mock.patch.object(bmnist, "load_images", return_value=data) as load_images:
+            args = argparse.Namespace(dataset=dataset, **flags)
+            loaders = bmnist.load_data(args, download=False)
+        load_images.assert_called_once_with(args, False)
+        return [len(loader.dataset) for loader in loaders], loaders[0].batch_size
+
+    def test_splits_and_batch_size(self):
+        """A batch is that of one process; your own file is split like MNIST only if it has as many images."""
+        for dataset, num_images, train_size, expected in [
+            ("mnist", 60_000, 55_000, [55_000, 5_000, 10_000]),
+            ("rendered", 50_000, 45_000, [45_000, 5_000, 10_000]),
+            ("own.npz", 60_000, 45_000, [45_000, 5_000, 10_000]),
+            ("own.npz", 200, 45_000, [180, 20, 10_000]),
+        ]:
+            with self.subTest(dataset, num_images=num_images):
+                self.assertEqual(self.sizes(dataset, num_images, train_size=train_size), (expected, 10))
+
+
+class TestProgram(SeededTest):
+    def main(self, **load):
+        """What the program prints on a terminal that knows only ASCII, and its exit code or last line."""
+        output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        code = None
+        with (
+            mock.patch.object(sys, "argv", ["bmnist.py", "--data_dir", "здесь", "--dataset", "kmnist"]),
+            mock.patch.object(bmnist, "bmnist", **load),
+            contextlib.redirect_stdout(output),
+        ):
+            try:
+                bmnist.main()
+            except SystemExit as end:
+                code = end.code
+        output.flush()
+        return output.buffer.getvalue().decode(), code
+
+    def test_the_splits_are_printed(self):
+        data = grey_images()
+        data[0][:45_000], data[0][45_000:] = 0, 255
+        output, code = self.main(return_value=bmnist.data_loaders(*data))
+        self.assertRegex(
+            output, r"^KMNIST in \\u0437.*/KMNIST/raw: all four files verified\ntrain +45,000 images +ink 0.00%"
+        )
+        self.assertRegex(output, r"\nvalidation +5,000 images +ink 100.00%\ntest +10,000 images +ink .*%\n$")
+        self.assertIsNone(code)
+
+    def test_errors_are_one_line(self):
+        for error, code in [
+            (bmnist.DataError("t10k-labels is damaged"), "bmnist.py: error: t10k-labels is damaged"),
+            (KeyboardInterrupt, "bmnist.py: interrupted"),
+        ]:
+            self.assertEqual(self.main(side_effect=error), ("", code))
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            end = self.main(side_effect=lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        self.assertEqual((end, stderr.getvalue()), (("", 128 + signal.SIGTERM), "bmnist.py: terminated\n"))
+
+
+if __name__ == "__main__":
+    unittest.main()

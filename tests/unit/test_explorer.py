@@ -1,11 +1,8 @@
 """Tests of pictures/explorer.py: `python -m unittest tests/unit/test_explorer.py`."""
 
 import base64
-import contextlib
-import functools
 import hashlib
 import html.parser
-import io
 import json
 import unittest
 from unittest import mock
@@ -14,19 +11,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import evaluate
-import train_pl
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
-from evaluate import plane
-from harness import explorer
-from harness.errors import UserError
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from pictures import explorer
 from pictures.explorer import ExplorerError, layers_of, write_explorer
-from tests.helpers import NamedRunTest, SeededTest, small_loaders
+from pictures.latent_space import plane
+from tests.helpers import SeededTest
 
 
 class Elements(html.parser.HTMLParser):
-    """What a browser takes for elements: `tags`, with their attributes, and the text of scripts and styles by tag."""
+    """The elements of a page: `tags` with their attributes, and `texts`, the content of scripts and styles by tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -47,29 +41,21 @@ class Elements(html.parser.HTMLParser):
 
 class ExplorerTest(SeededTest):
     def write(self, encoder, decoder, num_images=50, size=(28, 28), **facts):
-        """The page of networks and random images, as the elements in it; `means` and `path` are kept."""
+        """Writes the page of networks and random images. Returns its Elements and keeps its path and the means."""
         imgs = torch.rand(num_images, 1, *size).round()
         labels = torch.arange(num_images) % 10
         with torch.no_grad():
             self.means, _ = encoder(imgs)
-        known = dict.fromkeys(explorer.FACTS, 1.5) | {"run": "run", "active_units": 2}
+        facts = {**dict.fromkeys(explorer.FACTS, 1.5), "run": "run", "active_units": 2, "device": "mine", **facts}
         self.path = self.folder / "explorer.html"
-        write_explorer(
-            self.path,
-            encoder,
-            decoder,
-            imgs,
-            self.means,
-            plane(self.means, labels),
-            {**known, "device": "mine", **facts},
-        )
+        write_explorer(self.path, encoder, decoder, imgs, self.means, plane(self.means, labels), facts)
         return Elements(self.path.read_text(encoding="utf-8"))
 
 
 class TestPage(ExplorerTest):
-    def test_what_it_holds(self):
+    def test_the_page_contains_weights_and_points(self):
         encoder, decoder = MLPEncoder(hidden_dims=[16, 8], z_dim=3), MLPDecoder(3, [8, 16])
-        with mock.patch.object(explorer, "MOST_IN_TWO_PARTS", 1_000):
+        with mock.patch.object(explorer, "MAX_FULL_PRECISION_WEIGHTS", 1_000):
             page = self.write(encoder, decoder)
         data, numbers = json.loads(page.texts["data"]), base64.b64decode(page.texts["numbers"])
         parameters = [*encoder.parameters(), *decoder.parameters()]
@@ -91,24 +77,25 @@ class TestPage(ExplorerTest):
         self.assertLess(np.abs(places - expected).max() / (high - low).max(), 1 / 255)
         self.assertEqual([data["classes"][label] for label in labels], [str(number % 10) for number in range(50)])
         self.assertEqual(data["units"], self.means.var(dim=0).argsort(descending=True).tolist())
-        self.assertNotIn("device", data["facts"])  # what nobody needs to know stays at home
+        self.assertNotIn("device", data["facts"])  # the page contains only the FACTS
 
-    def test_sizes(self):
-        """Small enough for a mail, with as many points as MNIST's test images."""
+    def test_the_page_of_a_default_model_is_small_enough_for_a_mail(self):
         for networks, most in [((MLPEncoder(), MLPDecoder()), 2_500_000), ((CNNEncoder(), CNNDecoder()), 2_000_000)]:
-            with mock.patch.object(explorer, "MAX_POINTS", 20_000):
-                few = self.write(*networks)
+            page = self.write(*networks)
             size = self.path.stat().st_size + (10_000 - 50) * 4  # each point takes 3 bytes, which are 4 characters
             self.assertLess(size, most)
-            self.assertEqual(json.loads(few.texts["data"])["num_points"], 50)
-        with mock.patch.object(explorer, "MAX_POINTS", 25):  # of all, not the first ones
-            few = self.write(MLPEncoder(), MLPDecoder())
+            self.assertEqual(json.loads(page.texts["data"])["num_points"], 50)
+
+    def test_of_too_many_points_some_are_shown(self):
+        """They are spread over the test set."""
+        with mock.patch.object(explorer, "MAX_POINTS", 25):
+            few = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
         self.assertEqual(json.loads(few.texts["data"])["num_points"], 25)
         labels = np.frombuffer(base64.b64decode(few.texts["numbers"])[-25:], np.uint8)
         self.assertEqual((labels[0], labels[-1]), (0, 49 % 10))
 
-    def test_latents_that_say_nothing(self):
-        """The plane has the prior's size at least."""
+    def test_the_plane_is_at_least_as_large_as_the_prior(self):
+        """Even if all posteriors are the prior."""
         encoder = MLPEncoder(hidden_dims=[], z_dim=3)
         for weight in encoder.parameters():
             weight.data.zero_()
@@ -119,27 +106,15 @@ class TestPage(ExplorerTest):
     def test_no_string_becomes_markup(self):
         networks = MLPEncoder(hidden_dims=[], z_dim=1), MLPDecoder(1, [])
         expected = self.write(*networks).tags
-        for text in [
-            "</script><script>alert(1)</script>",
-            *(
-                "<!--<script>",
-                "-->",
-                "<img src=x onerror=alert(1)>",
-                "@POLICY@",
-                "@DATA@",
-                "\\1",
-                "\u2028",
-                "\udcff",
-                '"',
-            ),
-        ]:
+        strings = ["</script><script>alert(1)</script>", "<!--<script>", "-->", "<img src=x onerror=alert(1)>"]
+        for text in [*strings, "@POLICY@", "@DATA@", "\\1", "\u2028", "\udcff", '"']:
             page = self.write(*networks, run=text, dataset=text)
             self.assertEqual(page.tags, expected)
             facts = json.loads(page.texts["data"])["facts"]
             self.assertEqual((facts["run"], facts["dataset"]), (text, text))
 
-    def test_policy(self):
-        """The page's own style and script, by their checksums, and nothing from anywhere."""
+    def test_the_policy_allows_the_page_nothing_but_its_own_script_and_style(self):
+        """It names them by their checksums."""
         page = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
         policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
         rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -156,7 +131,7 @@ class TestNetworks(ExplorerTest):
         with torch.no_grad():
             return [layer["kind"] for layer in layers_of(net, x, net(x), "network")[0]]
 
-    def test_known_ones(self):
+    def test_networks_of_known_layers_become_lists_of_layers(self):
         imgs = torch.rand(5, 1, 28, 28)
         convolution = nn.Conv2d(1, 2, (3, 5), padding=(1, 2), stride=2, bias=False)
         net = nn.Sequential(convolution, nn.SiLU(), nn.Dropout(), nn.Flatten(), nn.Linear(392, 3), nn.Tanh()).eval()
@@ -168,7 +143,7 @@ class TestNetworks(ExplorerTest):
             kinds = [layer["kind"] for layer in decoder[2::2]]
             self.assertEqual(kinds, ["transposedConvolution", "convolution"] * 2 + ["transposedConvolution"])
 
-    def test_others(self):
+    def test_networks_that_the_page_cannot_compute_are_refused(self):
         imgs = torch.rand(5, 1, 28, 28)
 
         class Skip(MLPEncoder):
@@ -199,14 +174,19 @@ class TestNetworks(ExplorerTest):
             self.write(Skip(), MLPDecoder())
         self.assertFalse(self.path.exists())
 
-    def test_too_large(self):
-        with mock.patch.object(explorer, "MAX_WEIGHTS", 1_000):
-            words = r"the networks have [\d,]+ weights, more than 1,000"
-            with self.assertRaisesRegex(ExplorerError, words):
-                self.write(MLPEncoder(), MLPDecoder())
+    def test_networks_that_are_too_large_are_refused(self):
+        words = r"the networks have [\d,]+ weights, more than 1,000"
+        with mock.patch.object(explorer, "MAX_WEIGHTS", 1_000), self.assertRaisesRegex(ExplorerError, words):
+            self.write(MLPEncoder(), MLPDecoder())
         encoder, decoder = CNNEncoder(img_size=(200, 200)), CNNDecoder(img_size=(200, 200))
         with self.assertRaisesRegex(ExplorerError, r"encoder takes [\d,]+ multiplications, more than 40,000,000"):
             self.write(encoder, decoder, num_images=2, size=(200, 200))
+        decoder = MLPDecoder()
+        decoder.net[0].weight.data[0, 0] = 1e5
+        with self.assertRaisesRegex(ExplorerError, "too large for half precision"):
+            self.write(MLPEncoder(), decoder)
+
+    def test_products_are_the_multiplications_of_a_layer(self):
         for layer, x, expected in [
             (nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), torch.rand(1, 3, 5, 4), 54 * 20),
             (nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.rand(1, 1, 5, 4), 18 * 6),
@@ -214,55 +194,6 @@ class TestNetworks(ExplorerTest):
             (nn.ReLU(), torch.rand(1, 4), 0),
         ]:
             self.assertEqual(explorer.products(layers_of(layer, x, layer(x), "layer")[0][0]), expected)
-        decoder = MLPDecoder()
-        decoder.net[0].weight.data[0, 0] = 1e5
-        with self.assertRaisesRegex(ExplorerError, "too large for half precision"):
-            self.write(MLPEncoder(), decoder)
-
-
-class TestEvaluation(NamedRunTest):
-    """What evaluate.py does with it."""
-
-    def setUp(self):
-        super().setUp()
-        few = functools.partial(small_loaders, sizes=(300, 100, 200))
-        for patch in [
-            mock.patch.object(train_pl, "load_data", few),
-            mock.patch.multiple(evaluate, load_data=few, pictures=mock.Mock()),
-        ]:
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.train(hidden_dims=[16], epochs=1)
-        self.checkpoint = self.run_folder() / "checkpoints" / "best.ckpt"
-
-    def evaluate(self, **choices):
-        """The names of the files that an evaluation leaves, and what it writes to stderr."""
-        with contextlib.redirect_stderr(io.StringIO()) as error:
-            _, folder = evaluate.evaluate(self.checkpoint, iw_samples=1, accelerator="cpu", **choices)
-        return {path.name for path in folder.iterdir()}, error.getvalue()
-
-    def test_with_and_without(self):
-        both = {"evaluation.json", "explorer.html"}
-        self.assertEqual(self.evaluate(), (both, ""))
-        page = Elements((self.run_folder() / "evaluation" / "explorer.html").read_text(encoding="utf-8"))
-        data = json.loads(page.texts["data"])
-        results = json.loads((self.run_folder() / "evaluation" / "evaluation.json").read_text())
-        expected = {**results, "run": "run", "legend": "digit"}
-        self.assertEqual(data["facts"], {name: expected[name] for name in explorer.FACTS})
-        self.assertNotIn(str(self.folder), json.dumps(data))  # nor where it is on this machine
-        self.assertEqual((data["num_points"], data["img_size"], len(data["units"])), (200, [28, 28], 3))
-        self.assertEqual(self.evaluate(no_explorer=True), (both - {"explorer.html"}, ""))  # nor that of another model
-
-    def test_none_for_this_network(self):
-        with mock.patch.object(explorer, "MAX_WEIGHTS", 9):
-            left, error = self.evaluate()
-        self.assertEqual(left, {"evaluation.json"})
-        self.assertRegex(error, r"^writing .*explorer.html failed, the rest goes on \(the networks have .* than 9\)\n$")
-
-    def test_another_ones_file(self):
-        (self.folder / "explorer.html").write_text("mine")
-        with self.assertRaisesRegex(UserError, "holds explorer.html, which evaluate.py did not make"):
-            self.evaluate(out=self.folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Settings of the whole process, during a run or an evaluation; afterwards everything is as it was."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import warnings
+
+import torch
+
+QUIET_LOGGERS = {  # start-up notes and tips; how matplotlib is getting on with its font cache
+    **dict.fromkeys(["pytorch_lightning", "lightning_fabric"], logging.WARNING),
+    "matplotlib": logging.ERROR,
+}
+IGNORED_WARNINGS = [
+    ".*does not have many workers.*",  # the images are in memory
+    "Checkpoint directory .* exists and is not empty",  # of a run that resumes
+    "The `srun` command is available",  # on a login node, too
+    "The value of the smallest subnormal",  # NumPy's: they are switched off
+    "The AccumulateGrad node's stream",  # of DDP, which means it so
+    "Please use the new API settings to control TF32",  # torch's own
+    "Synchronization debug mode is a prototype",  # see graphs.py
+    "GPU available but not used",  # --accelerator cpu means it so
+]
+SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def process_settings():
+    """
+    A context in which a program trains or evaluates: tiny numbers are 0, a seed repeats itself bit for bit on a GPU,
+    libraries print errors and real warnings only. At its end these settings, the environment, the handlers of signals
+    and threading.excepthook are as before, whatever the code within did to them.
+    """
+    cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
+    deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
+    environment, excepthook = dict(os.environ), threading.excepthook
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main_thread}
+
+    def report_error_of_thread(args):
+        """An error of TensorBoard's thread is raised again where something is logged."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            excepthook(args)
+
+    try:
+        with warnings.catch_warnings():
+            for message in IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            # Names that Lightning uses and newer versions of torch call old.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")
+            for name, level in QUIET_LOGGERS.items():
+                logging.getLogger(name).setLevel(level)
+            threading.excepthook = report_error_of_thread
+            cudnn.deterministic = True
+            torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, slow a CPU down
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+        cudnn.deterministic, threading.excepthook = deterministic, excepthook
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:  # None: set by C code
+                signal.signal(number, handler)
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)

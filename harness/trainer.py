@@ -1,0 +1,97 @@
+"""The Trainer of a run, and what is checked before it trains."""
+
+import contextlib
+import os
+import sys
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from harness import checkpoints, devices, processes
+from harness.errors import is_screen, one_line, warn
+from harness.folder import RunError
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
+NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
+
+
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing, as Lightning's default, whose new context for each of a step's 45 actions takes longer."""
+
+    def profile(self, action_name):
+        return contextlib.nullcontext()
+
+
+def make_trainer(args, root_dir, callbacks):
+    """
+    The Trainer that the flags ask for, without a logger as long as the run has no folder. Raises a RunError if they do
+    not fit the machine, or the processes that were started.
+    Inputs:
+        args - Namespace of every flag.
+        root_dir - The run's own folder: under SLURM, Lightning loads an hpc_ckpt_N.ckpt that it finds there.
+        callbacks - The run's callbacks; those that any Trainer has are added.
+    """
+    ignored = [name for name in os.environ if name.startswith("PL_TRAINER_")]  # Lightning takes them for arguments
+    for name in ignored:
+        del os.environ[name]
+    if ignored and rank_zero_only.rank == 0:
+        warn(f"{', '.join(ignored)} in the environment: without effect, a run is what its flags say")
+    callbacks = [
+        processes.RunHooks(args.seed),
+        *callbacks,
+        *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, if that is installed
+    ]
+    try:
+        kind = devices.pick_device(args.accelerator, args.devices * args.num_nodes)
+        if args.precision == "bf16" and not devices.has_bf16(kind) and rank_zero_only.rank == 0:
+            warn("--precision bf16 is slower here than 32: this processor has no arithmetic for it")
+        return pl.Trainer(
+            default_root_dir=root_dir,
+            max_epochs=args.epochs,
+            callbacks=callbacks,
+            accelerator=kind,
+            devices=args.devices,
+            num_nodes=args.num_nodes,
+            strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
+            precision=PRECISIONS[args.precision],
+            plugins=[checkpoints.CheckpointFiles(), processes.environment(args.devices, args.num_nodes, args.run_name)],
+            use_distributed_sampler=False,
+            logger=False,
+            profiler=NoProfiler(),
+            enable_progress_bar=shows_bar(args),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise RunError(" ".join(str(error).split())) from error
+
+
+def check_shared_memory(num_workers, loader):
+    """
+    Raises a RunError if the shared memory has no room for the minibatches that the worker processes of two such data
+    loaders send: torch would wait for them for ever.
+    """
+    size = sum(part.nbytes for part in loader.dataset[0]) * min(loader.batch_size, len(loader.dataset))
+    try:
+        torch.empty(2 * num_workers * (loader.prefetch_factor + 1) * size, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        raise RunError(
+            f"the shared memory is too small for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS}"
+        ) from error
+
+
+def check_shares(num_val, num_processes):
+    """Raises a RunError if there is no validation image for each process."""
+    if num_val < num_processes:
+        raise RunError(
+            f"{num_val} validation images are too few for {num_processes} processes: lower --devices or --num_nodes"
+        )
+
+
+def shows_bar(args):
+    """Whether there is a progress bar."""
+    return args.progress_bar and is_screen(sys.stdout)

@@ -1,0 +1,129 @@
+"""Tests of harness/data_places.py: `python -m unittest tests/unit/test_data_places.py`."""
+
+import contextlib
+import os
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from harness.data_places import find_data_dir, places_of_data, places_of_file, run_folder
+from tests.helpers import SeededTest
+
+
+class PlacesTest(SeededTest):
+    """A test with files in its folder."""
+
+    def make(self, *names):
+        """Makes files, and the folders that they are in; returns the first one."""
+        for name in names:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).touch()
+        return self.folder / names[0]
+
+    @contextlib.contextmanager
+    def working_directory(self, name):
+        """A context in which a folder is the working directory."""
+        before = os.getcwd()
+        os.chdir(self.folder / name)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+    def run_folder(self, path, directory):
+        """What run_folder finds in a working directory, as a path without links."""
+        with self.working_directory(directory):
+            return run_folder(Path(path)).resolve()
+
+
+class TestRunFolder(PlacesTest):
+    def test_a_run_is_found_from_any_working_directory(self):
+        best = self.make("logs/run/checkpoints/best.ckpt", "logs/run/hparams.yaml", "other/x")
+        for path, directory in [
+            (best, "other"),
+            ("best.ckpt", "logs/run/checkpoints"),
+            ("./best.ckpt", "logs/run/checkpoints"),
+            ("checkpoints/best.ckpt/", "logs/run"),
+            ("run/checkpoints//best.ckpt", "logs"),
+            ("../checkpoints/best.ckpt", "logs/run/checkpoints"),
+            ("../logs/run/checkpoints/best.ckpt", "other"),
+            ("../../run/checkpoints/../checkpoints/best.ckpt", "logs/run/checkpoints"),
+        ]:
+            with self.subTest(path, directory=directory):
+                self.assertEqual(self.run_folder(path, directory), (self.folder / "logs" / "run").resolve())
+        with self.working_directory("logs"):
+            self.assertEqual(run_folder(Path("run/checkpoints/best.ckpt")), Path("run"))  # as short as it was given
+
+    def test_a_run_is_found_by_links(self):
+        """The link may be of the checkpoint, of the run's folder, or of its folder of checkpoints."""
+        self.make("logs/run/hparams.yaml", "scratch/checkpoints/best.ckpt", "logs/2/checkpoints/best.ckpt")
+        self.make("logs/2/hparams.yaml", "other/x")
+        for link, target in [
+            ("logs/run/checkpoints", "../../scratch/checkpoints"),
+            ("current", "logs/run"),
+            ("other/my.ckpt", "../logs/2/checkpoints/best.ckpt"),
+            ("other/again.ckpt", "my.ckpt"),
+            ("other/to_2", "../logs/2/checkpoints"),
+        ]:
+            (self.folder / link).symlink_to(target)
+        for path, directory, run in [
+            (self.folder / "logs/run/checkpoints/best.ckpt", ".", "run"),
+            ("checkpoints/best.ckpt", "logs/run", "run"),
+            ("current/checkpoints/best.ckpt", ".", "run"),
+            ("my.ckpt", "other", "2"),
+            ("other/again.ckpt", ".", "2"),
+            ("to_2/best.ckpt", "other", "2"),
+            ("to_2/../checkpoints/best.ckpt", "other", "2"),
+        ]:
+            with self.subTest(path, directory=directory):
+                self.assertEqual(self.run_folder(path, directory), (self.folder / "logs" / run).resolve())
+
+    def test_a_checkpoint_of_no_run_has_the_folder_that_it_is_in(self):
+        self.make("models/a.ckpt", "models/checkpoints/b.ckpt")
+        (self.folder / "c.ckpt").symlink_to("models/a.ckpt")
+        for path, directory in [("a.ckpt", "models"), ("c.ckpt", "."), ("b.ckpt", "models/checkpoints")]:
+            self.assertEqual(self.run_folder(path, directory).name, "models")
+
+
+class TestData(PlacesTest):
+    def test_places_are_kept_as_absolute_paths_and_from_the_run(self):
+        self.make("logs/run/x", "data/x", "own/x")
+        with self.working_directory("own"):
+            flags = {"data_dir": "../data/", "dataset": str(self.folder / "own" / "my.npz")}
+            places = places_of_data(flags, self.folder / "logs" / "run")
+        data = os.path.realpath(self.folder / "data")
+        expected = {"data_dir": data, "data_dir_from_run": "../../data", "dataset_from_run": "../../own/my.npz"}
+        self.assertEqual(places, expected)
+        with mock.patch.object(os.path, "relpath", side_effect=ValueError("another drive")):
+            self.assertEqual(places_of_data(flags | {"data_dir": data}, "logs"), {"data_dir": data})
+        self.assertNotIn("dataset_from_run", places_of_data(flags | {"dataset": "mnist"}, "logs"))
+
+    def test_data_is_found_in_the_first_place_that_contains_it(self):
+        """If none does, it is the first place that exists."""
+        self.make("moved/data/MNIST/raw/x", "was/MNIST/raw/x", "flag/MNIST/raw/x", "empty/x", "moved/run/x")
+        run, there = self.folder / "moved" / "run", {name: str(self.folder / name) for name in ["was", "flag", "empty"]}
+        for kept, expected in [
+            ({"data_dir_from_run": "../data", "data_dir": there["was"]}, "data"),
+            ({"data_dir_from_run": "../nothing", "data_dir": there["was"]}, "was"),
+            ({"data_dir_from_run": "../../empty", "data_dir": there["was"]}, "was"),
+            ({"data_dir": "/nowhere"}, "flag"),
+            ({"data_dir": 3, "data_dir_from_run": None}, "flag"),
+            ({}, "flag"),
+        ]:
+            with self.subTest(kept):
+                self.assertEqual(Path(find_data_dir(run, kept, there["flag"], "MNIST")).name, expected)
+        self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, "nothing", "MNIST"), there["empty"])
+        self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, there["was"]), there["empty"])
+        self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
+
+    def test_a_file_may_be_in_its_place_seen_from_the_run_or_where_it_was(self):
+        run = Path(os.path.realpath(self.folder)) / "run"
+        for kept, expected in [
+            ({"dataset_from_run": "../my.npz"}, [str(run.parent / "my.npz"), "/was"]),
+            ({}, ["/was"]),
+        ]:
+            self.assertEqual(places_of_file(run, kept, "/was"), expected)
+
+
+if __name__ == "__main__":
+    unittest.main()

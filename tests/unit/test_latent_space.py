@@ -1,0 +1,184 @@
+"""Tests of pictures/latent_space.py: `python -m unittest tests/unit/test_latent_space.py`."""
+
+import contextlib
+import errno
+import io
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from bmnist import binarize
+from harness.errors import DiskFullError
+from pictures import figures, latent_space
+from pictures.latent_space import first_three, plane, save_pictures
+from sources.rendered_digits import rendered_digits
+from tests.helpers import SeededTest
+from train_pl import VAE
+
+PICTURES = {"reconstructions", "interpolations", "traversals", "samples", "sample_means", "latent_space"}
+
+
+class PicturesTest(SeededTest):
+    """A test that saves the pictures of a model and 200 digits."""
+
+    @torch.no_grad()
+    def setUp(self):
+        images, self.labels = rendered_digits(200)
+        self.imgs = binarize(images)
+        self.use_model(z_dim=3)
+
+    @torch.no_grad()
+    def use_model(self, z_dim):
+        """Makes a model whose latents and pixels vary, as those of a trained one, but for latent 1 of 3."""
+        self.model = VAE("MLP", [32], 32, z_dim, 1e-3)
+        for weight in self.model.parameters():
+            weight.mul_(4)
+        if z_dim == 3:
+            self.model.encoder.net[-1].weight[1] = 0
+        self.means, _ = self.model.encoder(self.imgs)
+
+    def save(self):
+        """Saves the pictures; returns what is printed on stderr."""
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            save_pictures(self.folder, self.model, self.imgs, self.labels, self.means)
+        return error.getvalue()
+
+    def shown(self):
+        """What the pictures show, by name: the arguments of the functions that plot them."""
+        with mock.patch.multiple(figures, image_table=mock.DEFAULT, latent_space=mock.DEFAULT) as plot:
+            self.assertEqual(self.save(), "")
+        calls = [call for function in plot.values() for call in function.call_args_list]
+        return {call.args[0].name: (*call.args[1:], call.kwargs) for call in calls}
+
+
+class TestFiles(PicturesTest):
+    def test_each_picture_is_a_png_and_a_pdf_file(self):
+        savefig = Figure.savefig
+
+        def save_small(figure, file, dpi, **options):  # which takes less time
+            savefig(figure, file, dpi=75, **options)
+
+        for z_dim, names in [(1, PICTURES), (2, PICTURES | {"manifold"}), (5, PICTURES)]:
+            with self.subTest(z_dim=z_dim):
+                self.use_model(z_dim)
+                with mock.patch.object(Figure, "savefig", save_small):
+                    self.assertEqual(self.save(), "")
+                files = {path.name for path in self.folder.iterdir()}
+                self.assertEqual(files, {f"{name}.{kind}" for name in names for kind in ["png", "pdf"]})
+                self.assertLessEqual(files, {*latent_space.FILES})
+                for name in names:
+                    picture = imread(self.folder / f"{name}.png")
+                    self.assertGreater(min(picture.shape[:2]), 50, name)
+                    self.assertGreater(picture[..., :3].std(), 0.05, f"{name} is blank")
+                    self.assertEqual((self.folder / f"{name}.pdf").read_bytes()[:5], b"%PDF-")
+
+    def test_a_picture_that_fails_costs_no_other_one(self):
+        """Its old version is removed, too, and the reason is printed. A full disk ends the program."""
+        all_files = {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]}
+
+        def save(figure, path, **options):
+            if "samples.png" in path and error:
+                raise error
+            Path(path).touch()
+
+        with mock.patch.object(Figure, "savefig", autospec=True, side_effect=save):
+            for error in [None, ValueError("no such\nfont"), PermissionError(13, "Permission denied")]:
+                with self.subTest(error=error):
+                    output = self.save()
+                    files = {path.name for path in self.folder.iterdir()}
+                    self.assertEqual(files, all_files - ({"samples.png", "samples.pdf"} if error else set()))
+                    self.assertRegex(output, r"^drawing .*/samples failed, .* \(.*\)\n$" if error else "^$")
+            error = OSError(errno.ENOSPC, "No space left on device")
+            with self.assertRaisesRegex(DiskFullError, "cannot write .*samples.png .No space left"):
+                self.save()
+
+
+class TestContent(PicturesTest):
+    @torch.no_grad()
+    def decode(self, z):
+        """Means of the pixels [...,28,28] of latents [...,3]."""
+        return torch.sigmoid(self.model.decoder(z)).squeeze(-3)
+
+    def pick(self, digit, number):
+        """Index of a test image of a digit, the first one if the number is 0."""
+        return (self.labels == digit).nonzero()[number, 0]
+
+    def test_reconstructions_are_below_three_images_of_each_digit(self):
+        images, _ = self.shown()["reconstructions"]
+        self.assertEqual(images.shape, (6, 10, 28, 28))
+        for row in [0, 2, 4]:
+            for digit in range(10):
+                index = self.pick(digit, row // 2)
+                self.assertTrue(torch.equal(images[row, digit], self.imgs[index, 0]))
+                torch.testing.assert_close(images[row + 1, digit], self.decode(self.means[index]))
+
+    def test_interpolations_go_from_a_digit_to_the_next_one(self):
+        """They begin at the first image of the digit and end at the second image of the next one."""
+        images, _ = self.shown()["interpolations"]
+        ends = torch.stack([self.pick(3, 0), self.pick(4, 1)])
+        torch.testing.assert_close(images[3, [0, -1]], self.imgs[ends, 0])
+        torch.testing.assert_close(images[3, [1, -2]], self.decode(self.means[ends]))
+        torch.testing.assert_close(images[3, 6], self.decode(self.means[ends].mean(dim=0)))
+
+    def test_traversals_begin_with_the_most_active_unit(self):
+        images, options = self.shown()["traversals"]
+        order = ["z0", "z2"] if self.means[:, 0].var() > self.means[:, 2].var() else ["z2", "z0"]
+        self.assertEqual((images.shape[:2], options["rows"]), ((2, 13), order))
+        z = self.means[0].clone()
+        z[2] = 1.5
+        row, column = options["rows"].index("z2"), options["columns"].index("1.5")
+        torch.testing.assert_close(images[row, column], self.decode(z))
+
+    def test_there_are_no_traversals_without_an_active_unit(self):
+        self.means = torch.zeros_like(self.means)
+        self.assertEqual(set(self.shown()), PICTURES - {"traversals"})
+
+    def test_samples_belong_to_their_means(self):
+        shown = self.shown()
+        (samples, _), (means, _) = shown["samples"], shown["sample_means"]
+        self.assertEqual((samples.shape, set(samples.unique().tolist())), ((8, 8, 28, 28), {0, 1}))
+        self.assertLess((samples - means).abs().mean(), (samples - means.roll(1)).abs().mean() - 0.05)
+
+    def test_the_manifold_grows_to_the_right_and_upwards(self):
+        self.use_model(z_dim=2)
+        images, options = self.shown()["manifold"]
+        rows, columns = ([float(label) for label in options[name]] for name in ["rows", "columns"])
+        self.assertEqual((rows, columns), (sorted(rows, reverse=True), sorted(rows)))
+        z = torch.tensor([columns[4], rows[2]])
+        torch.testing.assert_close(images[2, 4], self.decode(z), atol=0.02, rtol=0)
+
+    def test_latent_space_shows_the_first_two_principal_components(self):
+        points, labels, names, title, legend, _ = self.shown()["latent_space"]
+        centred = self.means - self.means.mean(dim=0)
+        _, _, v = torch.linalg.svd(centred)
+        torch.testing.assert_close(points.abs(), (centred @ v[:2].T).abs(), atol=1e-4, rtol=1e-4)
+        self.assertRegex(names[0], r"^first principal component \(\d+% of the variance\)")
+        self.assertEqual((title, legend), ("Posterior means of the 200 test images, 3 latents", "digit"))
+
+    def test_without_labels_the_first_30_images_are_shown(self):
+        self.assertEqual(first_three(torch.full((40,), -1)).tolist(), torch.arange(30).view(3, 10).tolist())
+        self.assertEqual(first_three(torch.tensor([7, 5] * 3 + [9])).tolist(), [[1, 0], [3, 2], [5, 4]])
+
+
+class TestPlane(SeededTest):
+    def test_places_are_the_projections_of_the_means(self):
+        labels = torch.arange(50) % 10
+        for z_dim in [1, 2, 5]:
+            with self.subTest(z_dim=z_dim):
+                means = torch.randn(50, z_dim)
+                shown = plane(means, labels)
+                expected = (means - shown.center) @ shown.directions
+                if z_dim == 1:
+                    self.assertEqual((shown.places[:, 1].tolist(), shown.axes[1]), (labels.tolist(), "digit"))
+                    expected[:, 1] = labels
+                torch.testing.assert_close(shown.places, expected)
+                if z_dim <= 2:
+                    torch.testing.assert_close(shown.places[:, :z_dim], means)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,385 @@
+"""Tests of sources/mnist_files.py: `python -m unittest tests/unit/test_mnist_files.py`."""
+
+import contextlib
+import errno
+import gzip
+import io
+import multiprocessing
+import os
+import socket
+import sys
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from harness.errors import DataError
+from sources import mnist_files
+from sources.mnist_files import KINDS, load_mnist
+from tests.helpers import SeededTest
+from tests.helpers_fake_data import known_files, mirror, resources, small_mnist
+
+IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = mnist_files.FILES
+
+
+class FilesTest(SeededTest):
+    """A test on a small stand-in for MNIST, or a relative: 60 training images and 10 test images."""
+
+    kind = "mnist"
+
+    def setUp(self):
+        self.raw = self.folder / KINDS[self.kind].__name__ / "raw"
+        self.content, self.packed, self.images, self.labels = small_mnist()
+        for patch in [
+            mock.patch.object(mnist_files, "FILES", known_files(self.content)),
+            *(mock.patch.object(kind, "mirrors", []) for kind in KINDS.values()),  # no test ever asks the real ones
+        ]:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def write(self, changes=()):
+        """Writes the four files, with changes: a dict from name to content."""
+        self.raw.mkdir(parents=True, exist_ok=True)
+        for name, content in {**self.content, **dict(changes)}.items():
+            (self.raw / name).write_bytes(content)
+
+    @contextlib.contextmanager
+    def mirror(self, write=None, packed=None):
+        """The stand-in's mirror, which may have other files than it should; yields the names that it is asked for."""
+        known = resources(self.packed)
+        with (
+            mirror(packed or self.packed, write) as (address, requests),
+            mock.patch.multiple(KINDS[self.kind], mirrors=[address], resources=known),
+        ):
+            yield requests
+
+    def load(self, root=None, download=True):
+        """The four tensors, and what was printed."""
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            return load_mnist(root or self.folder, download, self.kind), output.getvalue()
+
+    def error(self, root=None, download=False):
+        """The message of the error."""
+        with self.assertRaises(DataError) as caught:
+            self.load(root, download)
+        self.assertNotIn("\n", str(caught.exception))
+        return str(caught.exception)
+
+    def assert_loaded(self, tensors):
+        """The tensors are those of the stand-in."""
+        for tensor, expected in zip(
+            tensors, [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]], strict=True
+        ):
+            self.assertEqual(tensor.dtype, expected.dtype)
+            self.assertTrue(torch.equal(tensor, expected))
+
+    def assert_complete(self):
+        """The folder has the four files and nothing else."""
+        left = {path.name: path.read_bytes() for path in self.raw.iterdir() if path.name != ".lock"}
+        self.assertEqual(left, self.content)
+
+
+class TestReading(FilesTest):
+    def test_any_mixture_of_files_is_read(self):
+        """Packed by whoever, unpacked, with a wrong ending, beside a damaged file; and nothing is written."""
+        images, labels, test_images, test_labels = self.content.values()
+        packed_labels = self.packed[f"{LABELS}.gz"]
+        for files in [
+            self.content,
+            {f"{name}.gz": gzip.compress(content, 1, mtime=7) for name, content in self.content.items()},
+            {IMAGES: images, f"{LABELS}.gz": packed_labels, TEST_IMAGES: test_images}
+            | {f"{TEST_LABELS}.gz": gzip.compress(test_labels[:9]) + gzip.compress(test_labels[9:])},
+            {IMAGES: gzip.compress(images), f"{LABELS}.gz": labels, TEST_IMAGES: test_images, TEST_LABELS: test_labels},
+            {**self.content, IMAGES: images[:99], f"{IMAGES}.gz": gzip.compress(images)},
+            {**self.content, f"{IMAGES}.gz": b"<html>"},
+        ]:
+            with self.subTest(files.keys()), self.mirror() as requests:
+                self.raw.mkdir(parents=True)
+                for name, content in files.items():
+                    (self.raw / name).write_bytes(content)
+                tensors, output = self.load()
+                self.assert_loaded(tensors)
+                self.assertEqual((requests, output), ([], ""))
+                self.assertEqual({path.name: path.read_bytes() for path in self.raw.iterdir()}, files)
+            for path in self.raw.iterdir():
+                path.unlink()
+            self.raw.rmdir()
+
+    def test_the_data_directory_may_be_given_in_several_ways(self):
+        self.write()
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.raw)
+        home = str(self.folder.parent)
+        with mock.patch.dict(os.environ, HOME=home, USERPROFILE=home):
+            for root in [self.folder, str(self.folder), "../..", f"~/{self.folder.name}"]:
+                with self.subTest(root):
+                    self.assert_loaded(self.load(root, download=False)[0])
+
+    def test_damaged_files_are_errors_that_name_file_and_reason(self):
+        """Nothing is downloaded in their place."""
+        good, labels, twin, test_labels = self.content.values()
+        for problem, changes in [
+            ("bytes instead of 47,056 (truncated?)", {IMAGES: good[:-100]}),
+            ("begins with the number 0 instead of 2051", {IMAGES: b""}),
+            ("begins with the number 2049 instead of 2051", {IMAGES: b"\0\0\x08\x01" + good[4:]}),
+            ("cannot be unpacked", {IMAGES: b"\x1f\x8b" + good[2:]}),
+            ("MD5 checksum is", {IMAGES: good[:-1] + b"\x01"}),
+            (f"contains {TEST_IMAGES} of MNIST (files swapped?)", {IMAGES: twin}),
+            (f"contains {TEST_LABELS} of MNIST (files swapped?)", {LABELS: test_labels, TEST_LABELS: labels}),
+        ]:
+            with self.subTest(problem), self.mirror() as requests:
+                self.write(changes)
+                error = self.error(download=True)
+                self.assertIn(f"{self.raw / next(iter(changes))} is not MNIST's: ", error)
+                self.assertIn(problem, error)
+                self.assertIn("Delete it or move it away, and it is downloaded again", error)
+                self.assertEqual(requests, [])
+
+    def test_a_file_that_cannot_be_read_is_an_error(self):
+        """Unless the same file is there packed."""
+        self.write()
+        path, read = self.raw / TEST_LABELS, Path.read_bytes
+
+        def read_bytes(self):
+            if self.name == path.name:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return read(self)
+
+        with mock.patch.object(Path, "read_bytes", read_bytes), self.mirror() as requests:
+            self.assertIn(f"{path} is not MNIST's: it cannot be read (Permission denied)", self.error(download=True))
+            (self.raw / f"{path.name}.gz").write_bytes(self.packed[f"{path.name}.gz"])
+            self.assert_loaded(self.load()[0])
+        self.assertEqual(requests, [])
+
+    def test_missing_files_are_an_error_that_says_what_to_do(self):
+        for download in [False, True]:
+            error = self.error(download=download)
+            for part in [str(self.raw), "4 are missing", *self.content, "--dataset rendered", "download"]:
+                self.assertIn(part, error)
+        self.write()
+        (self.raw / TEST_LABELS).unlink()
+        self.assertIn(f"1 are missing ({TEST_LABELS})", self.error())
+
+    def test_nothing_is_downloaded_if_download_is_switched_off(self):
+        with self.mirror() as requests:
+            self.assertIn("download is switched off", self.error())
+        self.assertEqual((requests, self.raw.exists()), ([], False))
+
+
+class TestHints(FilesTest):
+    """What is found and not taken is named with the reason."""
+
+    def test_files_of_the_right_name(self):
+        """They do not hinder a download."""
+        self.raw.mkdir(parents=True)
+        (self.raw / f"{IMAGES}.gz").write_bytes(b"\n<!DOCTYPE html>\n<html>")
+        (self.raw / f"{LABELS}.gz").write_bytes(self.packed[f"{LABELS}.gz"][:-20])
+        (self.raw / TEST_IMAGES).symlink_to(self.folder / "gone")
+        (self.raw / f"{TEST_LABELS}.gz").mkdir()
+        error = self.error()
+        for part in [
+            f"{IMAGES}.gz (it is a text that begins with '<!DOCTYPE html> <html>'",
+            f"{LABELS}.gz (it cannot be unpacked",
+            f"{TEST_IMAGES} (it cannot be read (No such file or directory))",
+            f"{TEST_LABELS}.gz (it is a folder)",
+        ]:
+            self.assertIn(part, error)
+        with self.mirror():
+            self.assert_loaded(self.load()[0])
+
+    def test_files_of_other_names(self):
+        """They are found by their content, packed or not; the names to give them come first."""
+        self.raw.mkdir(parents=True)
+        (self.raw / "train-images-idx3-ubyte(1).gz").write_bytes(self.packed[f"{IMAGES}.gz"])
+        for name in [LABELS, TEST_IMAGES, TEST_LABELS]:
+            (self.raw / name.replace("-idx", ".idx")).write_bytes(self.content[name])
+        for number in range(20):
+            (self.raw / f"{number}.txt").touch()
+        error = self.error()
+        self.assertIn(f"train-images-idx3-ubyte(1).gz (rename it to {IMAGES})", error)
+        for name in [LABELS, TEST_IMAGES, TEST_LABELS]:
+            self.assertIn(f"{name.replace('-idx', '.idx')} (rename it to {name})", error)
+        self.assertIn(" and 20 more. Run", error)
+
+    def test_a_folder_for_each_file(self):
+        """Kaggle packs them like this. A folder cannot be replaced by a download."""
+        for name, content in self.content.items():
+            (self.raw / name).mkdir(parents=True)
+            (self.raw / name / name.replace("-idx", ".idx")).write_bytes(content)
+        with self.mirror() as requests:
+            self.assertIn(f"{self.raw / IMAGES} is not MNIST's: it is a folder. ", self.error(download=True))
+        self.assertEqual(requests, [])
+
+    def test_archives(self):
+        self.raw.mkdir(parents=True)
+        for path in [self.folder / "MNIST.zip", self.folder / "mnist.tar.gz"]:
+            path.write_bytes(b"PK")
+            self.assertIn(f"Found and not taken: {path.name} (unpack it)", self.error())
+            path.unlink()
+
+    def test_a_data_directory_that_is_too_deep(self):
+        """Neither MNIST nor MNIST/raw is the data directory, and nothing is downloaded into it."""
+        self.write()
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.raw)
+        parent = Path(os.getcwd()).parents[1]
+        with self.mirror() as requests:
+            for root in [self.raw, f"{self.raw.parent}/", ".", Path(".."), "../raw"]:
+                with self.subTest(root):
+                    self.assertRegex(self.error(root, download=True), f"MNIST/raw below .*: give --data_dir {parent}$")
+        self.assertEqual(requests, [])
+
+
+class TestDownload(FilesTest):
+    def test_a_download_is_complete_and_happens_once(self):
+        with self.mirror() as requests:
+            tensors, output = self.load()
+            self.assert_loaded(tensors)
+            self.assertEqual(set(requests), set(self.packed))
+            del requests[:]
+            self.assertEqual(self.load()[1], "")
+            self.assertEqual(requests, [])
+        self.assertEqual(output, f"Downloading MNIST to {self.raw}\n")
+        self.assert_complete()
+
+    def test_only_missing_files_are_downloaded(self):
+        """A link that leads nowhere is replaced."""
+        self.write()
+        (self.raw / TEST_LABELS).unlink()
+        (self.raw / TEST_LABELS).symlink_to(self.folder / "gone")
+        with self.mirror() as requests:
+            self.load()
+        self.assertEqual(set(requests), {f"{TEST_LABELS}.gz"})
+        self.assert_complete()
+
+    def test_a_broken_download_leaves_nothing_behind(self):
+        with self.mirror(lambda name, content, answer: answer.write(content[:50])):
+            self.assertIn("could not be downloaded", self.error(download=True))
+        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+
+    def test_what_a_killed_process_left_is_removed(self):
+        staged = self.raw / ".download" / "MNIST" / "raw"
+        staged.mkdir(parents=True)
+        for name, content in self.content.items():
+            (staged / name).write_bytes(content[:99])
+        with self.mirror():
+            self.load()
+        self.assert_complete()
+
+    def test_a_mirror_that_never_answers(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent, mock.patch.object(mnist_files, "TIMEOUT", 0.2):
+            address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+            with mock.patch.object(KINDS["mnist"], "mirrors", [address]):
+                self.assertIn("timed out", self.error(download=True))
+        self.assertIsNone(socket.getdefaulttimeout())
+
+    def test_a_login_page_instead_of_a_file(self):
+        with self.mirror(packed={**self.packed, f"{IMAGES}.gz": b"<html>\n<title>Log in"}):
+            error = self.error(download=True)
+        self.assertIn(f"{IMAGES}.gz: it is a text that begins with '<html> <title>Log in'", error)
+        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+
+    def test_a_full_disk(self):
+        with self.mirror(), mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left")):
+            self.assertIn("could not be downloaded ([Errno 28] No space left)", self.error(download=True))
+        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+
+    def test_several_processes_download_once(self):
+        """Torchvision asks twice for each file, since it looks for redirections first."""
+        with self.mirror() as requests:
+            self.load_in_processes(4)
+        self.assertEqual({requests.count(name) for name in self.packed}, {requests.count(requests[0])})
+        self.assertLess(len(requests), 9)
+        self.assert_complete()
+
+    def test_several_processes_on_a_file_system_without_locks(self):
+        for number in [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES]:
+            with (
+                self.subTest(errno.errorcode[number]),
+                self.mirror(),
+                mock.patch.object(mnist_files, "PATIENCE", 0.5),
+                mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available")),
+            ):
+                self.load_in_processes(2)
+                for path in self.raw.iterdir():
+                    path.unlink()
+
+    def load_in_processes(self, number):
+        """Loads in so many processes at once."""
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=self.load_in_a_process) for _ in range(number)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()
+        self.assertEqual([process.exitcode for process in processes], [0] * number)
+
+    def load_in_a_process(self):
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+        with contextlib.redirect_stderr(io.StringIO()):
+            tensors, _ = self.load()
+        if not torch.equal(tensors[0], self.images[:60]):
+            sys.exit(3)
+
+
+class TestRelatives(FilesTest):
+    """Fashion-MNIST: its files have MNIST's names and sizes, and their MD5 is only known packed."""
+
+    kind = "fashion"
+
+    def setUp(self):
+        super().setUp()
+        self.mnist = self.content
+        self.images, self.labels = 255 - self.images, 9 - self.labels
+        self.content = {}
+        for name, content in self.mnist.items():
+            head, most = (16, 255) if "images" in name else (8, 9)
+            self.content[name] = content[:head] + bytes(most - byte for byte in content[head:])
+        self.packed = {f"{name}.gz": gzip.compress(content) for name, content in self.content.items()}
+
+    def test_torchvision_knows_files_of_the_same_names(self):
+        for kind in KINDS.values():
+            self.assertEqual([name.removesuffix(".gz") for name, _ in kind.resources], list(mnist_files.FILES))
+
+    def test_they_are_read(self):
+        self.write()
+        self.assert_loaded(self.load(download=False)[0])
+
+    def test_they_are_downloaded_and_verified(self):
+        damaged = {**self.packed, f"{TEST_LABELS}.gz": gzip.compress(self.mnist[TEST_LABELS], 1)}
+        with self.mirror(packed=damaged):
+            self.assertRegex(self.error(download=True), f"{TEST_LABELS}.*could not be downloaded")
+        with self.mirror() as requests:
+            tensors, output = self.load()
+        self.assert_loaded(tensors)
+        self.assertEqual((output, set(requests)), (f"Downloading FashionMNIST to {self.raw}\n", set(self.packed)))
+        self.assert_complete()
+        self.assertFalse((self.folder / "MNIST").exists())
+
+    def test_invalid_files_are_errors(self):
+        images, labels = self.content[IMAGES], self.content[TEST_LABELS]
+        for problem, changes in [
+            ("it has .* bytes instead of .*truncated", {IMAGES: images[:-9]}),
+            (f"it contains {IMAGES} of MNIST", {IMAGES: self.mnist[IMAGES]}),
+            ("it has .* bytes instead of", {IMAGES: self.content[TEST_IMAGES]}),
+            ("it contains a label above 9", {TEST_LABELS: labels[:-1] + b"\x0a"}),
+            ("it is a text", {TEST_LABELS: b"<html>"}),
+            ("begins with the number 2051 instead of 2049", {TEST_LABELS: b"\0\0\x08\x03" + labels[4:]}),
+        ]:
+            with self.subTest(problem):
+                self.write(changes)
+                self.assertRegex(self.error(), f"{next(iter(changes))} is not FashionMNIST's: .*{problem}")
+
+    def test_hints_name_the_data_set(self):
+        self.assertRegex(self.error(), "^FashionMNIST is not complete in .*bmnist.py --dataset fashion")
+        self.write()
+        error = self.error(self.raw.parent)
+        self.assertRegex(error, f"in FashionMNIST/raw below .*: give --data_dir {self.folder}$")
+
+
+if __name__ == "__main__":
+    unittest.main()
