@@ -20,13 +20,13 @@ from harness.checkpoints import load_model
 from harness.data_places import places_of_data
 from harness.errors import FlagError, best_effort, exit_on_error
 from harness.flags import Flag, Parser, check_run_flags, run_flags
-from harness.means import EpochMeans
 from harness.run import Experiment, Run
-from harness.tensorboard import log_picture
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
+from pictures.tensorboard import log_picture
 from sources import complete_dataset
 from utils import (
     KLD,
+    EpochMeans,
     decode,
     elbo_to_bpd,
     eval_mode,

@@ -14,7 +14,6 @@ import shutil
 import textwrap
 import types
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +22,7 @@ import yaml
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.utils._pytree import tree_map_only
 
 from harness.errors import UserError, warn
 from harness.files import atomic_write
@@ -162,16 +162,12 @@ def load_model(
 
 def build_model(model_class, checkpoint, path, strict=None, **hyperparameters):
     """
-    Builds the module of a checkpoint that has been read.
+    Builds the module of a checkpoint that has been read, see load_model. Raises a CheckpointError if hyperparameters are
+    missing or invalid, or if the weights do not fit the module.
     Inputs:
-        model_class - Class of the module.
-        checkpoint - What read_checkpoint returned.
+        model_class, checkpoint - Class of the module, and what read_checkpoint returned.
         path - Path of the file, for messages.
         strict, hyperparameters - As in load_model.
-    Outputs:
-        model - The module, with the checkpoint's weights, on their device.
-    Raises:
-        CheckpointError - if hyperparameters are missing or invalid, or the weights do not fit the module.
     """
     state_dict, given = checkpoint["state_dict"], {**checkpoint.get("hyper_parameters", {}), **hyperparameters}
     arguments = inspect.signature(model_class).parameters
@@ -213,15 +209,10 @@ def read_run_checkpoint(path):
 
 def newest_checkpoint(folder, metric):
     """
-    Finds the checkpoint of the latest epoch in a folder, and makes it last.ckpt if it has another name: if last.ckpt is
-    damaged, or if the process was killed after it had written another one. So it does for best.ckpt.
-    Inputs:
-        folder - The folder of a run's checkpoints.
-        metric - The lowest val_METRIC is that of the best epoch.
-    Outputs:
-        path, checkpoint - Where it is, and what it contains; None, None if there is no checkpoint.
-    Raises:
-        CheckpointError - if there are checkpoints, but none to resume from.
+    The path and the content of the latest epoch's checkpoint in a folder; None, None if there is none. It becomes
+    last.ckpt if it has another name: if last.ckpt is damaged, or if the process was killed before it was written. The
+    same holds for best.ckpt, that of the lowest val_METRIC. Raises a CheckpointError if there are checkpoints, but none
+    to resume from.
     """
     checkpoints, damages = {}, []
     for name in [LAST, BEST, PREVIOUS]:
@@ -363,15 +354,7 @@ def place_for(path):
     return atomic_write(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
 
 
-def copied(value):
-    """
-    What a checkpoint holds, tensors on the CPU, in dicts and lists of its own, which training does not change.
-    (Lightning's apply_to_collection would take three times as long, 2 to 4 ms more in each epoch.)
-    """
-    if isinstance(value, torch.Tensor):
-        return value.to("cpu", copy=True)
-    if type(value) in [dict, OrderedDict]:
-        return type(value)((name, copied(part)) for name, part in value.items())
-    if type(value) in [list, tuple]:
-        return type(value)(map(copied, value))
-    return value
+def copied(checkpoint):
+    """A checkpoint in dicts and lists of its own, which training does not change; its tensors are on the CPU."""
+    # Lightning's apply_to_collection would take three times as long, 2 to 4 ms more in each epoch.
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)

@@ -20,14 +20,13 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 @contextlib.contextmanager
 def atomic_write(path, keep_as=None, sync=False):
     """
-    A context in which to write a file under the name that it yields; at its end the file gets its own name. Where the
-    context ends with an error, or the process with it, the file that was there before is still there.
+    A context in which to write a file under the name that it yields; at its end the file gets its own name. If the
+    context ends with an error, or the process with it, the file that was there before is still there. Raises a
+    UserError if the file cannot be written.
     Inputs:
         path - The file to write.
         keep_as - Where the file that was there before is kept, or None.
         sync - If True, the file is on the disk before it gets its name, in case that the machine goes down.
-    Raises:
-        UserError - if it cannot be written.
     """
     unfinished = f"{path}{UNFINISHED}"
     try:
@@ -55,16 +54,8 @@ def write_text(path, text, sync=False):
 
 def read_results(folder, metric):
     """
-    Reads the results.json of a run, which it leaves once it is finished.
-    Inputs:
-        folder - The run's folder.
-        metric - The metric that chooses the best checkpoint: finished runs have test_METRIC and best_val_METRIC.
-    Outputs:
-        results - What it contains.
-    Raises:
-        FileNotFoundError - if there is none.
-        ValueError - if it is damaged, or another program's.
-        OSError - if it cannot be read.
+    What the results.json of a finished run contains: test_METRIC and best_val_METRIC at least. Raises an OSError if it
+    is not there or cannot be read, and a ValueError if it is damaged, or another program's.
     """
     with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
         try:
@@ -86,13 +77,8 @@ def read_results(folder, metric):
 @contextlib.contextmanager
 def folder_lock(folder, timeout):
     """
-    A context in which a folder is this process's alone.
-    Inputs:
-        folder - The folder.
-        timeout - Number of seconds to wait for another process that has it.
-    Raises:
-        UserError - where another process has it.
-        OSError - where the folder cannot be written.
+    A context in which a folder is this process's alone. Raises a UserError if another process still has it after
+    `timeout` seconds, and an OSError if the folder cannot be written.
     """
     path = os.path.join(folder, LOCK)
     lock, hint = FileLock(path, timeout=timeout), ""

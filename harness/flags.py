@@ -105,14 +105,8 @@ def plain_value(value):
 
 def validate(value, flag: Flag):
     """
-    The value of a flag.
-    Inputs:
-        value - What was given, as a plain value.
-        flag - The Flag.
-    Outputs:
-        value - The same, of the flag's type: an int for 20.0, "32" for 32.
-    Raises:
-        ValueError - if it is invalid; its text says what the flag must be.
+    A plain value as one of the flag's type: an int for 20.0, "32" for 32. Raises a ValueError if it is invalid, whose
+    text says what the flag must be.
     """
     kind, is_number = type(flag.default), isinstance(value, (int, float)) and not isinstance(value, bool)
     if flag.parse:
@@ -169,10 +163,8 @@ def auto_or_number(value):
 
 def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
     """
-    The flags of every run, whatever it trains, for a Parser. A run also has the flags epochs, batch_size and seed,
-    which stand with those of the training.
-    Inputs:
-        log_dir - Default of the directory of all runs.
+    The flags of every run, whatever it trains, for a Parser; log_dir is the default of the directory of all runs. A run
+    also has the flags epochs, batch_size and seed, which stand with those of the training.
     """
     return {
         "run": {
@@ -196,13 +188,7 @@ def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
 
 
 def check_run_flags(args: argparse.Namespace):
-    """
-    Checks the flags that say where a run is and what computes it.
-    Inputs:
-        args - Namespace of every flag.
-    Raises:
-        FlagError - if a value is invalid.
-    """
+    """Checks the flags that say where a run is and what computes it. Raises a FlagError if one is invalid."""
     if args.batch_size % (args.devices * args.num_nodes):
         raise FlagError(
             f"--batch_size {args.batch_size} is the minibatch over all devices: it must be a multiple of "

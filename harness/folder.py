@@ -34,15 +34,12 @@ class RunState(NamedTuple):
 
 def finished_results(folder, flags, defaults, experiment, tell=None):
     """
-    The results of a finished run. Changes nothing.
+    What the results.json of a finished run contains; None if the run is unfinished or new. Changes nothing. Raises a
+    RunError if the folder is another one's: other hyperparameters, or no run at all.
     Inputs:
         folder - The run's folder.
-        flags, defaults, experiment - Dicts of every flag, and of its default, and an Experiment, see Run.
+        flags, defaults, experiment - See Run.
         tell - Function of a line, which is called for what is damaged; None: nothing is said of it.
-    Outputs:
-        results - What results.json contains; None if the run is unfinished or new.
-    Raises:
-        RunError - if the folder is another one's: other hyperparameters, or no run at all.
     """
     existing = flags_of_run(folder, tell)
     if existing is None:
@@ -122,16 +119,14 @@ def may_be_there(entry):
 @contextlib.contextmanager
 def open_folder(log_dir, name, flags, defaults, experiment):
     """
-    Makes the folder of a run, or finds where to resume it, and keeps it to this process while the context lasts.
+    Makes the folder of a run, or makes it that of the epoch to resume from, and keeps it to this process while the
+    context lasts. Raises a RunError if the folder cannot be made, is in use, or is another one's.
     Inputs:
         log_dir - Directory of all runs.
         name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
         flags, defaults, experiment - See Run.
     Outputs:
-        state, checkpoint - A RunState, and the checkpoint to resume from or None. What the folder contains is that of
-            the epochs up to it.
-    Raises:
-        RunError - if the folder cannot be made, is in use, or is another one's (see finished_results).
+        state, checkpoint - A RunState, and the checkpoint to resume from or None.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -155,11 +150,8 @@ def open_folder(log_dir, name, flags, defaults, experiment):
                 f"--epochs {epoch} or more, or choose another --run_name"
             )
         set_aside_results(folder, epoch, experiment.metric)
-        try:
-            for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
-                unfinished.unlink()  # left by a process that was killed
-        except OSError as error:
-            raise RunError(f"cannot write to {folder} ({error.strerror}); choose another --run_name") from error
+        for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
+            unfinished.unlink()  # left by a process that was killed
         write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
         report.write_metrics(folder, history, experiment.quantities)
         yield RunState(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device")), checkpoint
@@ -167,13 +159,8 @@ def open_folder(log_dir, name, flags, defaults, experiment):
 
 def set_aside_results(folder, epoch, metric):
     """
-    Renames the results of fewer epochs, which say that the run is finished, until it is.
-    Inputs:
-        folder - The run's folder.
-        epoch - Number of epochs of the checkpoint that it resumes from.
-        metric - See files.read_results.
-    Raises:
-        RunError - if there is no checkpoint of theirs, and they would be lost.
+    Renames the results of fewer epochs, which say that the run is finished, until it is. Raises a RunError if `epoch`,
+    that of the checkpoint to resume from, is before theirs: they would be lost.
     """
     try:
         epochs = read_results(folder, metric)["hyperparameters"].get("epochs", 0)

@@ -17,8 +17,6 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from harness.means import EpochMeans
-
 # fmt: off
 STEP_HOOKS = [  # Lightning's within an epoch, which would not be called for each minibatch
     "on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
@@ -40,7 +38,7 @@ CHANGE_STEPS = (GradientAccumulationScheduler, StochasticWeightAveraging, Learni
 PLAIN = (bool, int, float, str, bytes)  # may be another object each time, if it is equal
 RANDOM_NUMBERS = (random.Random, np.random.Generator, np.random.RandomState)
 # Changes by itself, or in place, as a graph changes it.
-OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, pl.Trainer, torch.optim.Optimizer, EpochMeans)
+OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, pl.Trainer, torch.optim.Optimizer)
 RANDOM = "training_step draws random numbers that are not the GPU's"
 
 
@@ -107,7 +105,7 @@ def python_state(model):
             found[name] = pickle.dumps(value)
         elif hasattr(value, "__next__"):
             raise CaptureError(f"{name} is an iterator, which a step may advance")
-        elif id(value) not in seen and not isinstance(value, OPAQUE):
+        elif id(value) not in seen and not isinstance(value, OPAQUE) and not getattr(value, "in_place", False):
             seen.add(id(value))
             if isinstance(value, (list, tuple, set, deque)):
                 value = dict(enumerate(value))

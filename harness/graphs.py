@@ -30,13 +30,9 @@ def has_graphs(device):
 @contextlib.contextmanager
 def graphed(trainer, model, train_loader, val_loader):
     """
-    A context in which a Trainer trains a module by CUDA graphs, if it can; if not, a line says why.
-    Inputs:
-        trainer - The Trainer.
-        model - The LightningModule. Its training_step returns the loss, or a dict that has it as "loss".
-        train_loader, val_loader - Loaders such as bmnist.ImageLoader.
-    Outputs:
-        train_loader, val_loader - What to give to trainer.fit.
+    A context in which a Trainer trains a module by CUDA graphs, if it can; if not, a line says why. Yields what to give
+    to trainer.fit instead of the loaders, which are such as bmnist.ImageLoader. The module's training_step returns the
+    loss, or a dict that has it as "loss".
     """
     loaders, device = (train_loader, val_loader), trainer.strategy.root_device
     with contextlib.ExitStack() as undo:

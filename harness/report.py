@@ -131,10 +131,11 @@ class EpochReport(Checkpoint):
         """Suggests --threads 1, once a run, if other processes seem to take the CPU of its training steps."""
         threads, wall = torch.get_num_threads(), time.perf_counter() - self.start
         share = (time.thread_time() - self.cpu_start) / max(wall, 1e-9)
-        if share < CONTENTION and wall > 1 and threads > 1 and (self.device or "").startswith("cpu"):
+        on_cpu = trainer.is_global_zero and (self.device or "").startswith("cpu")
+        if share < CONTENTION and wall > 1 and threads > 1 and on_cpu:
             warn(
                 f"note: training had a CPU for {share:.0%} of this epoch, so other processes seem to use it, and its "
-                f"{threads} threads wait for each other. It may be faster with --threads 1"
+                f"{threads} threads wait for each other: --threads 1 may be faster"
             )
 
     def on_exception(self, trainer, pl_module, exception):

@@ -197,15 +197,11 @@ class Run:
             self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
         self.report.device = self.device_name
         self.trainer.logger = EpochLogger(self.folder, first_epoch=0 if self.is_new else self.place.epoch + 1)
-        experiment = self.experiment
-        self.trainer.logger.set_up_dashboard(self.flags, experiment.quantities, self.metric, experiment.identifying)
-        num_processes = self.trainer.world_size
-        self.print(
-            f"{experiment.describe(loaders)}, on {self.device}"
-            + (f" x {num_processes}" if num_processes > 1 else "")
-            + f", in {self.folder}"
-            + ("" if self.is_new else f", continued after epoch {self.place.epoch}")
-        )
+        self.trainer.logger.set_up_dashboard(self.flags, self.experiment)
+        processes_of_run = f" x {self.trainer.world_size}" if self.trainer.world_size > 1 else ""
+        resumed = "" if self.is_new else f", continued after epoch {self.place.epoch}"
+        what = self.experiment.describe(loaders)
+        self.print(f"{what}, on {self.device}{processes_of_run}, in {self.folder}{resumed}")
         if self.place.device not in [None, self.device_name]:
             self.print(
                 f"The epochs before were trained on {self.place.device}, the next ones are on {self.device_name}: "
@@ -264,9 +260,8 @@ class Run:
 
     def finish(self, test_result):
         """
-        Leaves the results in the run's folder: results.json says that the run is finished. Then it makes the figures.
-        Inputs:
-            test_result - What trainer.test returned for the best checkpoint.
+        Writes results.json, which says that the run is finished, then makes the figures. `test_result` is what
+        trainer.test returned for the best checkpoint.
         """
         self.test_result, test_value = test_result, test_result[0][f"test_{self.metric}"]
         self.results = self.collect_results(test_value)

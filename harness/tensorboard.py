@@ -1,14 +1,10 @@
 """TensorBoard: one logger per run, whose x axis is the number of epochs trained."""
 
 import contextlib
-import io
 
-from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from harness.errors import best_effort
@@ -35,33 +31,28 @@ class EpochLogger(TensorBoardLogger):
         self.logged = {}  # by name of a metric: the epoch of its last value
 
     @rank_zero_only
-    def set_up_dashboard(self, flags, quantities, metric, identifying):
+    def set_up_dashboard(self, flags, experiment):
         """
-        Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with the test result,
-        and to show training and validation in one chart (its tab Custom Scalars).
-        Inputs:
-            flags - Dict of every flag.
-            quantities - Dict from the name of each quantity that has a chart to its title; the last one comes first.
-            metric - Name of the test result, test_METRIC.
-            identifying - Names of the flags that the table shows first.
+        Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with test_METRIC, and
+        to show training and validation of each quantity in one chart (its tab Custom Scalars); see run.Experiment.
         """
         flags = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in flags.items()
             if name not in RUNTIME_FLAGS
         }
-        summaries = hparams(flags, {f"test_{metric}": None})
+        summaries = hparams(flags, {f"test_{experiment.metric}": None})
         # TensorBoard sorts them by name, but for those that differ between runs, and shows the first five.
         plugin_data = summaries[0].value[0].metadata.plugin_data
         table = HParamsPluginData.FromString(plugin_data.content)
         for info in table.experiment.hparam_infos:
-            info.differs = info.name in identifying
+            info.differs = info.name in experiment.identifying
         plugin_data.content = table.SerializeToString()
         for summary in summaries:
             self.experiment.file_writer.add_summary(summary)
         charts = {
             title: ["Multiline", [f"{stage}_{name}" for stage in STAGES]]
-            for name, title in reversed(quantities.items())
+            for name, title in reversed(experiment.quantities.items())
         }
         self.experiment.add_custom_scalars({"Training and validation": charts})
         self.experiment.flush()
@@ -92,26 +83,3 @@ class EpochLogger(TensorBoardLogger):
             with best_effort(f"logging to TensorBoard's files in {self.log_dir}"):
                 function(*args)
                 self.has_failed = False
-
-
-def log_picture(writer, name, picture, epoch):
-    """
-    Adds a picture to TensorBoard as a PNG file. (SummaryWriter.add_image would have it encoded for itself alone.)
-    Inputs:
-        writer - What a logger calls its experiment.
-        name - Tag of the picture.
-        picture - Tensor of shape [3,H,W] of values between 0 and 1.
-        epoch - Number of epochs trained so far.
-    Outputs:
-        png - Bytes of the PNG file.
-    """
-    pixels = picture.mul(255).round().byte().permute(1, 2, 0).cpu()
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, "png", compress_level=1)  # 6, the default, takes three times as long
-    if isinstance(writer, SummaryWriter):
-        height, width, depth = pixels.shape
-        image = Summary.Image(height=height, width=width, colorspace=depth, encoded_image_string=file.getvalue())
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
-    else:
-        writer.add_image(name, picture.cpu(), epoch)
-    return file.getvalue()

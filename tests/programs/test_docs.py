@@ -13,7 +13,6 @@ from PIL import Image
 
 import bmnist
 import evaluate  # noqa: F401 (ahead of the patches)
-import sources
 import train_pl
 from sources import load_file
 from sources.rendered_digits import rendered_mnist

@@ -1,6 +1,4 @@
-"""
-MNIST itself, where it is found, in ../shared/data or ../data: `python -m unittest tests/programs/test_mnist.py`.
-"""
+"""Programs on MNIST itself, if it is in ../shared/data or ../data: `python -m unittest tests/programs/test_mnist.py`."""
 
 import os
 import shutil
@@ -11,7 +9,7 @@ from tests.helpers import MNIST_DIR, NO_MNIST, NO_NETWORK, CommandTest
 
 @unittest.skipUnless(MNIST_DIR, NO_MNIST)
 class TestMNIST(CommandTest):
-    def test_fetch_command(self):
+    def test_bmnist_prints_the_splits(self):
         code, stdout, stderr = self.run_command("bmnist.py", "--data_dir", MNIST_DIR, **NO_NETWORK)
         self.assertEqual((code, stderr), (0, ""))
         self.assertEqual(
@@ -23,7 +21,7 @@ class TestMNIST(CommandTest):
             ],
         )
 
-    def test_bad_files(self):
+    def test_damaged_files_are_errors_of_one_line(self):
         data = self.folder / "data"
         raw = data / "MNIST" / "raw"
         shutil.copytree(MNIST_DIR / "MNIST" / "raw", raw)
@@ -47,14 +45,14 @@ class TestMNIST(CommandTest):
         self.assert_one_line(self.run_forked("bmnist.py", "--data_dir", data), 1, "swapped", "train-images-idx3-ubyte")
         self.assertFalse((self.folder / "logs").exists())
 
-    def test_mlp(self):
+    def test_the_mlp_reaches_its_bpd(self):
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--epochs", "2")
         self.assertEqual(results["dataset"], "mnist")
         self.assertTrue(1.0 < results["first_step_bpd"] < 1.1)
         self.assertLess(results["final_train_bpd"], 0.21)  # 0.206 after 2 epochs, 0.146 after 80
         self.assertLess(results["test_bpd"], 0.195)
 
-    def test_cnn(self):
+    def test_the_cnn_reaches_its_bpd(self):
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--model", "CNN", "--epochs", "1")
         self.assertTrue(0.99 < results["first_step_bpd"] < 1.1)
         self.assertLess(results["test_bpd"], 0.32)

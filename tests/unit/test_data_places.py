@@ -1,6 +1,5 @@
 """Tests of harness/data_places.py: `python -m unittest tests/unit/test_data_places.py`."""
 
-import contextlib
 import os
 import unittest
 from pathlib import Path
@@ -10,8 +9,10 @@ from harness.data_places import find_data_dir, places_of_data, places_of_file, r
 from tests.helpers import SeededTest
 
 
-class PlacesTest(SeededTest):
-    """A test with files in its folder."""
+class TestPlaces(SeededTest):
+    def setUp(self):
+        self.path = Path(os.path.realpath(self.folder))
+        self.addCleanup(os.chdir, os.getcwd())
 
     def make(self, *names):
         """Makes files, and the folders that they are in; returns the first one."""
@@ -20,23 +21,11 @@ class PlacesTest(SeededTest):
             (self.folder / name).touch()
         return self.folder / names[0]
 
-    @contextlib.contextmanager
-    def working_directory(self, name):
-        """A context in which a folder is the working directory."""
-        before = os.getcwd()
-        os.chdir(self.folder / name)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-
     def run_folder(self, path, directory):
         """What run_folder finds in a working directory, as a path without links."""
-        with self.working_directory(directory):
-            return run_folder(Path(path)).resolve()
+        os.chdir(self.path / directory)
+        return run_folder(Path(path)).resolve()
 
-
-class TestRunFolder(PlacesTest):
     def test_a_run_is_found_from_any_working_directory(self):
         best = self.make("logs/run/checkpoints/best.ckpt", "logs/run/hparams.yaml", "other/x")
         for path, directory in [
@@ -50,9 +39,9 @@ class TestRunFolder(PlacesTest):
             ("../../run/checkpoints/../checkpoints/best.ckpt", "logs/run/checkpoints"),
         ]:
             with self.subTest(path, directory=directory):
-                self.assertEqual(self.run_folder(path, directory), (self.folder / "logs" / "run").resolve())
-        with self.working_directory("logs"):
-            self.assertEqual(run_folder(Path("run/checkpoints/best.ckpt")), Path("run"))  # as short as it was given
+                self.assertEqual(self.run_folder(path, directory), self.path / "logs" / "run")
+        os.chdir(self.path / "logs")
+        self.assertEqual(run_folder(Path("run/checkpoints/best.ckpt")), Path("run"))  # as short as it was given
 
     def test_a_run_is_found_by_links(self):
         """The link may be of the checkpoint, of the run's folder, or of its folder of checkpoints."""
@@ -76,7 +65,7 @@ class TestRunFolder(PlacesTest):
             ("to_2/../checkpoints/best.ckpt", "other", "2"),
         ]:
             with self.subTest(path, directory=directory):
-                self.assertEqual(self.run_folder(path, directory), (self.folder / "logs" / run).resolve())
+                self.assertEqual(self.run_folder(path, directory), self.path / "logs" / run)
 
     def test_a_checkpoint_of_no_run_has_the_folder_that_it_is_in(self):
         self.make("models/a.ckpt", "models/checkpoints/b.ckpt")
@@ -84,18 +73,14 @@ class TestRunFolder(PlacesTest):
         for path, directory in [("a.ckpt", "models"), ("c.ckpt", "."), ("b.ckpt", "models/checkpoints")]:
             self.assertEqual(self.run_folder(path, directory).name, "models")
 
-
-class TestData(PlacesTest):
     def test_places_are_kept_as_absolute_paths_and_from_the_run(self):
         self.make("logs/run/x", "data/x", "own/x")
-        with self.working_directory("own"):
-            flags = {"data_dir": "../data/", "dataset": str(self.folder / "own" / "my.npz")}
-            places = places_of_data(flags, self.folder / "logs" / "run")
-        data = os.path.realpath(self.folder / "data")
+        os.chdir(self.path / "own")
+        data, flags = str(self.path / "data"), {"data_dir": "../data/", "dataset": str(self.path / "own" / "my.npz")}
         expected = {"data_dir": data, "data_dir_from_run": "../../data", "dataset_from_run": "../../own/my.npz"}
-        self.assertEqual(places, expected)
+        self.assertEqual(places_of_data(flags, self.path / "logs" / "run"), expected)
         with mock.patch.object(os.path, "relpath", side_effect=ValueError("another drive")):
-            self.assertEqual(places_of_data(flags | {"data_dir": data}, "logs"), {"data_dir": data})
+            self.assertEqual(places_of_data(flags, "logs"), {"data_dir": data})
         self.assertNotIn("dataset_from_run", places_of_data(flags | {"dataset": "mnist"}, "logs"))
 
     def test_data_is_found_in_the_first_place_that_contains_it(self):
@@ -117,12 +102,9 @@ class TestData(PlacesTest):
         self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
 
     def test_a_file_may_be_in_its_place_seen_from_the_run_or_where_it_was(self):
-        run = Path(os.path.realpath(self.folder)) / "run"
-        for kept, expected in [
-            ({"dataset_from_run": "../my.npz"}, [str(run.parent / "my.npz"), "/was"]),
-            ({}, ["/was"]),
-        ]:
-            self.assertEqual(places_of_file(run, kept, "/was"), expected)
+        places = places_of_file(self.path / "run", {"dataset_from_run": "../my.npz"}, "/was")
+        self.assertEqual(places, [str(self.path / "my.npz"), "/was"])
+        self.assertEqual(places_of_file(self.path, {}, "/was"), ["/was"])
 
 
 if __name__ == "__main__":

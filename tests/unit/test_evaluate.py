@@ -12,13 +12,12 @@ from unittest import mock
 
 import torch
 import torch.distributions as D
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
 from harness.data_places import places_of_data
 from harness.errors import FlagError, UserError
-from pictures import explorer, figures, latent_space
+from pictures import explorer, latent_space
 from tests.helpers import SeededTest, printed_lines, small_loaders
 from train_pl import VAE, complete_flags, make_vae
 from utils import log_likelihood, quadrature_log_likelihood
@@ -32,25 +31,19 @@ class EvaluateTest(SeededTest):
     def setUp(self):
         self.load_data = mock.Mock(side_effect=functools.partial(small_loaders, sizes=(300, 100, 200)))
         self.out = self.folder / "out"
-        for patch in [
-            mock.patch.multiple(
-                evaluate,
-                load_data=self.load_data,
-                quadrature_log_likelihood=functools.partial(quadrature_log_likelihood, step=0.2),
-            ),
-            mock.patch.object(latent_space, "save_pictures"),
-        ]:
-            patch.start()
-            self.addCleanup(patch.stop)
+        coarse = functools.partial(quadrature_log_likelihood, step=0.2)
+        mock.patch.multiple(evaluate, load_data=self.load_data, quadrature_log_likelihood=coarse).start()
+        mock.patch.object(latent_space, "save_pictures").start()
+        self.addCleanup(mock.patch.stopall)
 
-    def checkpoint(self, scale=2, **flags):
+    def checkpoint(self, **flags):
         """Saves a checkpoint after epoch 3 of the run `run`, and returns its path and the VAE."""
         flags = {"z_dim": 3, "hidden_dims": [32], "dataset": "rendered", "data_dir": "there", **flags}
         args = complete_flags(argparse.Namespace(**flags))
         model, run = make_vae(args), self.folder / "run"
         with torch.no_grad():
             for weight in model.parameters():
-                weight.mul_(scale)  # so that latents and pixels vary, as in a trained model
+                weight.mul_(1.5)  # so that latents and pixels vary, as in a trained model
         kept = {"flags": vars(args), **places_of_data(vars(args), run)}
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "hparams.yaml").touch()
@@ -78,8 +71,8 @@ class TestNumbers(EvaluateTest):
         # Four standard deviations of a mean over these images, with one sample of the posterior each, and rounding.
         delta = 4 * math.sqrt(elbos.var(dim=0).mean().item() / 200) + 0.01
         self.assertAlmostEqual(results["elbo"], elbos.mean().item(), delta=delta)
-        standard_error = elbos[0].std().item() / math.sqrt(200)
-        self.assertAlmostEqual(results["elbo_standard_error"] / standard_error, 1, delta=0.1)
+        standard_error = elbos.std(dim=1).mean().item() / math.sqrt(200)
+        self.assertAlmostEqual(results["elbo_standard_error"] / standard_error, 1, delta=0.2)
         self.assertAlmostEqual(results["test_bpd"] * -784 * math.log(2), results["elbo"], places=3)
         self.assertAlmostEqual(results["log_likelihood"], estimates.mean().item(), delta=delta)
         self.assertAlmostEqual(results["log_likelihood_bpd"] * -784 * math.log(2), results["log_likelihood"], places=3)
@@ -121,48 +114,13 @@ class TestNumbers(EvaluateTest):
     def test_a_progress_bar_is_shown_on_a_terminal_only(self):
         test_set = small_loaders(argparse.Namespace(batch_size=50))[2].dataset
         model = VAE("MLP", [4], 4, 3, 1e-3)
-        for is_terminal in [True, False]:
-            stderr = io.StringIO()
-            stderr.isatty = lambda is_terminal=is_terminal: is_terminal
+        terminal, file = io.StringIO(), io.StringIO()
+        terminal.isatty = lambda: True
+        for stderr in [terminal, file, None]:
             with contextlib.redirect_stderr(stderr), torch.no_grad():
                 evaluate.likelihoods(model, test_set, 1, progress_bar=True)
-            self.assertEqual("100%" in stderr.getvalue(), is_terminal)
-        with contextlib.redirect_stderr(None), torch.no_grad():
-            evaluate.likelihoods(model, test_set, 1, progress_bar=True)
-
-
-class NoDoubles(TorchDispatchMode):
-    """Makes the device `meta` refuse double precision, as a Mac's GPU does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if torch.is_tensor(value) and value.device.type != "cpu" and value.dtype == torch.float64:
-                raise TypeError("the MPS framework doesn't support float64")
-        return result
-
-
-class TestMac(SeededTest):
-    def test_an_evaluation_needs_no_double_precision_on_the_gpu(self):
-        with NoDoubles(), self.assertRaises(TypeError):
-            torch.zeros(1, device="meta").double()
-        model = VAE("MLP", [16], 32, 2, 1e-3).to("meta")
-        test_set = small_loaders(argparse.Namespace(batch_size=50))[2].dataset
-        cpu = torch.Tensor.cpu
-
-        def from_meta(tensor):
-            return torch.rand(tensor.shape) if tensor.is_meta else cpu(tensor)
-
-        with (
-            mock.patch.multiple(figures, image_table=mock.DEFAULT, latent_space=mock.DEFAULT) as plot,
-            mock.patch.object(torch.Tensor, "cpu", from_meta),
-            NoDoubles(),
-            torch.no_grad(),
-        ):
-            results, means = evaluate.likelihoods(model, test_set, 2, progress_bar=False)
-            latent_space.save_pictures(self.folder, model, *test_set[torch.arange(50)], means)
-        self.assertIn("log_likelihood_by_quadrature", results)
-        plot["latent_space"].assert_called_once()
+        self.assertIn("100%", terminal.getvalue())
+        self.assertEqual(file.getvalue(), "")
 
 
 class TestFolder(EvaluateTest):
@@ -179,11 +137,8 @@ class TestFolder(EvaluateTest):
             with self.subTest(name, content=content):
                 (self.out / name).parent.mkdir(parents=True)
                 (self.out / name).write_text(content)
-                message = f"out holds {name.split('/')[0]}, .*not overwrite: choose .*--out"
-                with (
-                    mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED),
-                    self.assertRaisesRegex(UserError, message),
-                ):
+                words = self.assertRaisesRegex(UserError, f"out holds {name.split('/')[0]}, .*not overwrite: .*--out")
+                with mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED), words:
                     self.evaluate(checkpoint, out=self.out)
                 self.assertEqual([path.read_text() for path in self.out.rglob("*") if path.is_file()], [content])
                 shutil.rmtree(self.out)
@@ -207,34 +162,27 @@ class TestFolder(EvaluateTest):
         read_only = mock.patch.object(evaluate.tempfile, "TemporaryFile", side_effect=OSError(30, "Read-only"))
         for out, context in [
             ("file", contextlib.nullcontext()),
-            ("file/out", contextlib.nullcontext()),
-            ("", read_only),
+            ("file/x", contextlib.nullcontext()),
+            ("x", read_only),
         ]:
-            message = "cannot write to .* .*: choose another folder with --out"
-            with (
-                self.subTest(out),
-                context,
-                mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED),
-                self.assertRaisesRegex(UserError, message),
-            ):
+            words = self.assertRaisesRegex(UserError, "cannot write to .* .*: choose another folder with --out")
+            with mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED), context, words:
                 self.evaluate(checkpoint, out=self.folder / out)
 
     def test_the_explorer_shows_the_facts_of_the_evaluation(self):
-        """But not where it is on this machine. Without a new page, there is no old one."""
+        """But not where it is on this machine. If there is no new page, the old one is removed."""
         checkpoint, _ = self.checkpoint()
         page = self.folder / "run" / "evaluation" / "explorer.html"
         with mock.patch.object(evaluate, "write_explorer", wraps=explorer.write_explorer) as write:
             results, _ = self.evaluate(checkpoint)
-        *_, plane, facts = write.call_args.args
-        self.assertEqual(facts, {**results, "run": "run", "legend": "digit"})
-        self.assertEqual(plane.labels.shape, (200,))
+        self.assertEqual(write.call_args.args[-1], {**results, "run": "run", "legend": "digit"})
         self.assertNotIn(str(self.folder), page.read_text())
-        self.evaluate(checkpoint, no_explorer=True)
-        self.assertFalse(page.exists())
-        self.evaluate(checkpoint)
         with mock.patch.object(explorer, "MAX_WEIGHTS", 9), contextlib.redirect_stderr(io.StringIO()) as error:
             self.evaluate(checkpoint)
         self.assertRegex(error.getvalue(), r"^writing .*explorer.html failed, .* \(the networks have .* than 9\)\n$")
+        self.assertFalse(page.exists())
+        page.touch()
+        self.evaluate(checkpoint, no_explorer=True)
         self.assertFalse(page.exists())
 
 
@@ -249,15 +197,6 @@ class TestFlags(EvaluateTest):
             (args,), options = self.load_data.call_args
             self.assertEqual((args.dataset, args.data_dir, options["download"]), expected)
             self.assertEqual(args.binarization, "stochastic")
-
-    def test_a_checkpoint_of_an_older_version_is_evaluated(self):
-        """It may have been moved, and kept the run's flags elsewhere."""
-        checkpoint, _ = self.checkpoint()
-        saved, moved = torch.load(checkpoint, weights_only=True), self.folder / "model.ckpt"
-        saved["callbacks"] = {"EpochReport": saved.pop(RUN)}
-        torch.save(saved, moved)
-        results, folder = self.evaluate(moved)
-        self.assertEqual((results["dataset"], folder), ("rendered", self.folder / "evaluation"))
 
     def test_invalid_flags_in_a_checkpoint_are_an_error_of_one_line(self):
         checkpoint, _ = self.checkpoint()

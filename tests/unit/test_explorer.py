@@ -39,7 +39,7 @@ class Elements(html.parser.HTMLParser):
             self.texts[self.inside] = self.texts.get(self.inside, "") + data
 
 
-class ExplorerTest(SeededTest):
+class TestExplorer(SeededTest):
     def write(self, encoder, decoder, num_images=50, size=(28, 28), **facts):
         """Writes the page of networks and random images. Returns its Elements and keeps its path and the means."""
         imgs = torch.rand(num_images, 1, *size).round()
@@ -51,8 +51,6 @@ class ExplorerTest(SeededTest):
         write_explorer(self.path, encoder, decoder, imgs, self.means, plane(self.means, labels), facts)
         return Elements(self.path.read_text(encoding="utf-8"))
 
-
-class TestPage(ExplorerTest):
     def test_the_page_contains_weights_and_points(self):
         encoder, decoder = MLPEncoder(hidden_dims=[16, 8], z_dim=3), MLPDecoder(3, [8, 16])
         with mock.patch.object(explorer, "MAX_FULL_PRECISION_WEIGHTS", 1_000):
@@ -86,8 +84,7 @@ class TestPage(ExplorerTest):
             self.assertLess(size, most)
             self.assertEqual(json.loads(page.texts["data"])["num_points"], 50)
 
-    def test_of_too_many_points_some_are_shown(self):
-        """They are spread over the test set."""
+    def test_of_too_many_points_some_of_the_whole_test_set_are_shown(self):
         with mock.patch.object(explorer, "MAX_POINTS", 25):
             few = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
         self.assertEqual(json.loads(few.texts["data"])["num_points"], 25)
@@ -114,7 +111,6 @@ class TestPage(ExplorerTest):
             self.assertEqual((facts["run"], facts["dataset"]), (text, text))
 
     def test_the_policy_allows_the_page_nothing_but_its_own_script_and_style(self):
-        """It names them by their checksums."""
         page = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
         policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
         rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -125,9 +121,8 @@ class TestPage(ExplorerTest):
         self.assertEqual(rules, {**nothing, "img-src": "data:"})
         self.assertNotRegex(self.path.read_text(encoding="utf-8"), r"@[A-Z]+@|https?:|\bon[a-z]+=")
 
-
-class TestNetworks(ExplorerTest):
     def kinds(self, net, x):
+        """The kinds of the layers of a network with an input x."""
         with torch.no_grad():
             return [layer["kind"] for layer in layers_of(net, x, net(x), "network")[0]]
 

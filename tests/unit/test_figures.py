@@ -6,18 +6,16 @@ from unittest import mock
 import matplotlib
 import numpy as np
 from matplotlib import style
-from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
-from harness.errors import DiskFullError
 from pictures import figures
 from tests.helpers import SeededTest
 
 TABLE = np.arange(6).reshape(2, 3, 1, 1) / 6 * np.ones((2, 3, 4, 5))
 
 
-class FiguresTest(SeededTest):
-    """A test that makes a figure of each kind."""
+class TestFigures(SeededTest):
+    """Each function writes readable files and shows what it was given."""
 
     def curves(self, path):
         figures.bpd_curves(path, {1: 0.3, 2: 0.2}, {0: 1.0, 1: 0.4, 2: 0.25}, 0.24, "MLP")
@@ -36,10 +34,6 @@ class FiguresTest(SeededTest):
     def latents(self, name):
         labels = np.array([0, 1, 1, 9])
         figures.latent_space(name, np.arange(8.0).reshape(4, 2), labels, ["first", "second"], "Means")
-
-
-class TestFigures(FiguresTest):
-    """Each function writes readable files and shows what it was given."""
 
     def axes_of(self, plot, *args, **options):
         """The axes of the figure that a function would save."""
@@ -68,18 +62,6 @@ class TestFigures(FiguresTest):
                         picture = imread(self.folder / name, format="png")
                         self.assertGreater(min(picture.shape[:2]), 150)
                         self.assertGreater(picture[..., :3].std(), 0.01, "it is blank")
-
-    def test_files_are_written_atomically(self):
-        def full_disk(figure, path, **options):
-            with open(path, "wb") as file:
-                file.write(b"half")
-            raise OSError(28, "No space left on device")
-
-        (self.folder / "one").write_bytes(b"old")
-        for plot in [self.curves, self.samples, self.settings]:
-            with mock.patch.object(Figure, "savefig", full_disk), self.assertRaises(DiskFullError):
-                plot(self.folder / "one")
-            self.assertEqual((self.folder / "one").read_bytes(), b"old")
 
     def test_curves_are_those_of_training_and_validation(self):
         (axes,) = self.axes_of(self.curves)
@@ -195,25 +177,22 @@ class TestFigures(FiguresTest):
             if scale:
                 self.assertEqual((scale[0].get_ylabel(), scale[0].get_ylim()), ("digit", (0, number - 1)))
 
+    def test_figures_do_not_depend_on_the_user_settings(self):
+        """The files are bit-identical, and the settings are in force again afterwards."""
 
-class TestUserSettings(FiguresTest):
-    def pngs(self):
-        """The bytes of figures of two kinds."""
-        self.settings(self.folder / "settings.png")
-        self.table(self.folder / "table")
-        return [(self.folder / name).read_bytes() for name in ["settings.png", "table.png"]]
+        def pngs():
+            self.settings(self.folder / "settings.png")
+            self.table(self.folder / "table")
+            return [(self.folder / name).read_bytes() for name in ["settings.png", "table.png"]]
 
-    def test_figures_do_not_depend_on_the_user_style(self):
-        """The files are bit-identical, and the style is in force again afterwards."""
-        expected = self.pngs()
+        expected = pngs()
         with matplotlib.rc_context():
             style.use("dark_background")
             matplotlib.rcParams.update({"text.usetex": True, "savefig.transparent": True, "savefig.bbox": "tight"})
             matplotlib.rcParams.update({"font.family": "Comic Sans MS", "path.sketch": (1, 100, 2), "font.size": 20})
             before = dict(dict.items(matplotlib.rcParams))  # rcParams["backend"] would look for a backend
-            pngs = self.pngs()
+            self.assertTrue(pngs() == expected)
             self.assertEqual(dict(dict.items(matplotlib.rcParams)), before)
-        self.assertTrue(pngs == expected)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from train_pl import VAE
 PICTURES = {"reconstructions", "interpolations", "traversals", "samples", "sample_means", "latent_space"}
 
 
-class PicturesTest(SeededTest):
-    """A test that saves the pictures of a model and 200 digits."""
+class TestPictures(SeededTest):
+    """Tests of the pictures of a model and 200 digits."""
 
     @torch.no_grad()
     def setUp(self):
@@ -48,14 +48,12 @@ class PicturesTest(SeededTest):
         return error.getvalue()
 
     def shown(self):
-        """What the pictures show, by name: the arguments of the functions that plot them."""
+        """What the pictures show: dict from name to the arguments of the function that plots it."""
         with mock.patch.multiple(figures, image_table=mock.DEFAULT, latent_space=mock.DEFAULT) as plot:
             self.assertEqual(self.save(), "")
         calls = [call for function in plot.values() for call in function.call_args_list]
         return {call.args[0].name: (*call.args[1:], call.kwargs) for call in calls}
 
-
-class TestFiles(PicturesTest):
     def test_each_picture_is_a_png_and_a_pdf_file(self):
         savefig = Figure.savefig
 
@@ -68,8 +66,7 @@ class TestFiles(PicturesTest):
                 with mock.patch.object(Figure, "savefig", save_small):
                     self.assertEqual(self.save(), "")
                 files = {path.name for path in self.folder.iterdir()}
-                self.assertEqual(files, {f"{name}.{kind}" for name in names for kind in ["png", "pdf"]})
-                self.assertLessEqual(files, {*latent_space.FILES})
+                self.assertEqual(files, {name for name in latent_space.FILES if Path(name).stem in names})
                 for name in names:
                     picture = imread(self.folder / f"{name}.png")
                     self.assertGreater(min(picture.shape[:2]), 50, name)
@@ -78,7 +75,7 @@ class TestFiles(PicturesTest):
 
     def test_a_picture_that_fails_costs_no_other_one(self):
         """Its old version is removed, too, and the reason is printed. A full disk ends the program."""
-        all_files = {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]}
+        all_files = {name for name in latent_space.FILES if name[:-4] != "manifold"}
 
         def save(figure, path, **options):
             if "samples.png" in path and error:
@@ -96,8 +93,6 @@ class TestFiles(PicturesTest):
             with self.assertRaisesRegex(DiskFullError, "cannot write .*samples.png .No space left"):
                 self.save()
 
-
-class TestContent(PicturesTest):
     @torch.no_grad()
     def decode(self, z):
         """Means of the pixels [...,28,28] of latents [...,3]."""
@@ -137,18 +132,11 @@ class TestContent(PicturesTest):
         self.means = torch.zeros_like(self.means)
         self.assertEqual(set(self.shown()), PICTURES - {"traversals"})
 
-    def test_samples_belong_to_their_means(self):
-        shown = self.shown()
-        (samples, _), (means, _) = shown["samples"], shown["sample_means"]
-        self.assertEqual((samples.shape, set(samples.unique().tolist())), ((8, 8, 28, 28), {0, 1}))
-        self.assertLess((samples - means).abs().mean(), (samples - means.roll(1)).abs().mean() - 0.05)
-
     def test_the_manifold_grows_to_the_right_and_upwards(self):
         self.use_model(z_dim=2)
         images, options = self.shown()["manifold"]
-        rows, columns = ([float(label) for label in options[name]] for name in ["rows", "columns"])
-        self.assertEqual((rows, columns), (sorted(rows, reverse=True), sorted(rows)))
-        z = torch.tensor([columns[4], rows[2]])
+        z = torch.tensor([float(options["columns"][4]), float(options["rows"][2])])
+        self.assertTrue(z[0] < 0 < z[1])
         torch.testing.assert_close(images[2, 4], self.decode(z), atol=0.02, rtol=0)
 
     def test_latent_space_shows_the_first_two_principal_components(self):
@@ -168,16 +156,12 @@ class TestPlane(SeededTest):
     def test_places_are_the_projections_of_the_means(self):
         labels = torch.arange(50) % 10
         for z_dim in [1, 2, 5]:
-            with self.subTest(z_dim=z_dim):
-                means = torch.randn(50, z_dim)
-                shown = plane(means, labels)
-                expected = (means - shown.center) @ shown.directions
-                if z_dim == 1:
-                    self.assertEqual((shown.places[:, 1].tolist(), shown.axes[1]), (labels.tolist(), "digit"))
-                    expected[:, 1] = labels
-                torch.testing.assert_close(shown.places, expected)
-                if z_dim <= 2:
-                    torch.testing.assert_close(shown.places[:, :z_dim], means)
+            means = torch.randn(50, z_dim)
+            shown = plane(means, labels)
+            expected = (means - shown.center) @ shown.directions if z_dim > 2 else means
+            torch.testing.assert_close(shown.places[:, : expected.shape[1]], expected)
+            if z_dim == 1:
+                self.assertEqual((shown.places[:, 1].tolist(), shown.axes[1]), (labels.tolist(), "digit"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import socket
-import sys
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -68,11 +67,9 @@ class FilesTest(SeededTest):
 
     def assert_loaded(self, tensors):
         """The tensors are those of the stand-in."""
-        for tensor, expected in zip(
-            tensors, [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]], strict=True
-        ):
-            self.assertEqual(tensor.dtype, expected.dtype)
-            self.assertTrue(torch.equal(tensor, expected))
+        expected = [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]]
+        self.assertEqual([tensor.dtype for tensor in tensors], [tensor.dtype for tensor in expected])
+        self.assertTrue(all(map(torch.equal, tensors, expected)))
 
     def assert_complete(self):
         """The folder has the four files and nothing else."""
@@ -154,18 +151,15 @@ class TestReading(FilesTest):
         self.assertEqual(requests, [])
 
     def test_missing_files_are_an_error_that_says_what_to_do(self):
-        for download in [False, True]:
-            error = self.error(download=download)
-            for part in [str(self.raw), "4 are missing", *self.content, "--dataset rendered", "download"]:
-                self.assertIn(part, error)
+        """Nothing is downloaded or written if download is False."""
+        with self.mirror() as requests:
+            error = self.error()
+        for part in [f"not complete in {self.raw}", *self.content, "download is switched off", "--dataset rendered"]:
+            self.assertIn(part, error)
+        self.assertEqual((requests, self.raw.exists()), ([], False))
         self.write()
         (self.raw / TEST_LABELS).unlink()
-        self.assertIn(f"1 are missing ({TEST_LABELS})", self.error())
-
-    def test_nothing_is_downloaded_if_download_is_switched_off(self):
-        with self.mirror() as requests:
-            self.assertIn("download is switched off", self.error())
-        self.assertEqual((requests, self.raw.exists()), ([], False))
+        self.assertIn(f"1 are missing ({TEST_LABELS})", self.error(download=True))  # there is no mirror
 
 
 class TestHints(FilesTest):
@@ -255,20 +249,6 @@ class TestDownload(FilesTest):
         self.assertEqual(set(requests), {f"{TEST_LABELS}.gz"})
         self.assert_complete()
 
-    def test_a_broken_download_leaves_nothing_behind(self):
-        with self.mirror(lambda name, content, answer: answer.write(content[:50])):
-            self.assertIn("could not be downloaded", self.error(download=True))
-        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
-
-    def test_what_a_killed_process_left_is_removed(self):
-        staged = self.raw / ".download" / "MNIST" / "raw"
-        staged.mkdir(parents=True)
-        for name, content in self.content.items():
-            (staged / name).write_bytes(content[:99])
-        with self.mirror():
-            self.load()
-        self.assert_complete()
-
     def test_a_mirror_that_never_answers(self):
         with socket.create_server(("127.0.0.1", 0)) as silent, mock.patch.object(mnist_files, "TIMEOUT", 0.2):
             address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
@@ -276,26 +256,21 @@ class TestDownload(FilesTest):
                 self.assertIn("timed out", self.error(download=True))
         self.assertIsNone(socket.getdefaulttimeout())
 
-    def test_a_login_page_instead_of_a_file(self):
-        with self.mirror(packed={**self.packed, f"{IMAGES}.gz": b"<html>\n<title>Log in"}):
-            error = self.error(download=True)
-        self.assertIn(f"{IMAGES}.gz: it is a text that begins with '<html> <title>Log in'", error)
-        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
+    def test_a_failed_download_leaves_nothing_behind(self):
+        login = {**self.packed, f"{IMAGES}.gz": b"<html>\n<title>Log in"}
+        no_space = mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left"))
+        for words, server, context in [
+            ("could not be downloaded (", self.mirror(lambda name, content, answer: answer.write(content[:50])), None),
+            (f"{IMAGES}.gz: it is a text that begins with '<html> <title>Log in'", self.mirror(packed=login), None),
+            ("could not be downloaded ([Errno 28] No space left)", self.mirror(), no_space),
+        ]:
+            with self.subTest(words), server, context or contextlib.nullcontext():
+                self.assertIn(words, self.error(download=True))
+                self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
 
-    def test_a_full_disk(self):
-        with self.mirror(), mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left")):
-            self.assertIn("could not be downloaded ([Errno 28] No space left)", self.error(download=True))
-        self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
-
-    def test_several_processes_download_once(self):
-        """Torchvision asks twice for each file, since it looks for redirections first."""
-        with self.mirror() as requests:
-            self.load_in_processes(4)
-        self.assertEqual({requests.count(name) for name in self.packed}, {requests.count(requests[0])})
-        self.assertLess(len(requests), 9)
-        self.assert_complete()
-
-    def test_several_processes_on_a_file_system_without_locks(self):
+    def test_two_processes_on_a_file_system_without_locks(self):
+        """They take turns, or both of them download; the result is the same."""
+        context = multiprocessing.get_context("fork")
         for number in [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES]:
             with (
                 self.subTest(errno.errorcode[number]),
@@ -303,27 +278,22 @@ class TestDownload(FilesTest):
                 mock.patch.object(mnist_files, "PATIENCE", 0.5),
                 mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available")),
             ):
-                self.load_in_processes(2)
+                processes = [context.Process(target=self.load_in_a_process) for _ in range(2)]
+                for process in processes:
+                    process.start()
+                for process in processes:
+                    process.join(60)
+                    process.kill()
+                self.assertEqual([process.exitcode for process in processes], [0, 0])
                 for path in self.raw.iterdir():
                     path.unlink()
 
-    def load_in_processes(self, number):
-        """Loads in so many processes at once."""
-        context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=self.load_in_a_process) for _ in range(number)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-            process.kill()
-        self.assertEqual([process.exitcode for process in processes], [0] * number)
-
     def load_in_a_process(self):
+        """Ends a process with an error if it loads something else."""
         torch.set_num_threads(1)  # a forked process has lost the threads of its parent
         with contextlib.redirect_stderr(io.StringIO()):
             tensors, _ = self.load()
-        if not torch.equal(tensors[0], self.images[:60]):
-            sys.exit(3)
+        self.assert_loaded(tensors)
 
 
 class TestRelatives(FilesTest):
@@ -345,10 +315,6 @@ class TestRelatives(FilesTest):
         for kind in KINDS.values():
             self.assertEqual([name.removesuffix(".gz") for name, _ in kind.resources], list(mnist_files.FILES))
 
-    def test_they_are_read(self):
-        self.write()
-        self.assert_loaded(self.load(download=False)[0])
-
     def test_they_are_downloaded_and_verified(self):
         damaged = {**self.packed, f"{TEST_LABELS}.gz": gzip.compress(self.mnist[TEST_LABELS], 1)}
         with self.mirror(packed=damaged):
@@ -358,6 +324,7 @@ class TestRelatives(FilesTest):
         self.assert_loaded(tensors)
         self.assertEqual((output, set(requests)), (f"Downloading FashionMNIST to {self.raw}\n", set(self.packed)))
         self.assert_complete()
+        self.assert_loaded(self.load(download=False)[0])
         self.assertFalse((self.folder / "MNIST").exists())
 
     def test_invalid_files_are_errors(self):

@@ -1,12 +1,13 @@
-"""Tests of rendered_digits.py: `python -m unittest tests/unit/test_rendered_digits.py`."""
+"""Tests of sources/rendered_digits.py: `python -m unittest tests/unit/test_rendered_digits.py`."""
 
 import importlib.util
-import inspect
+import unittest
 from unittest import mock
 
-import rendered_digits as module
 import torch
 
+from harness.errors import DataError
+from sources import rendered_digits as module
 from sources.rendered_digits import rendered_digits, rendered_mnist
 from tests.helpers import SeededTest
 
@@ -24,7 +25,7 @@ class TestRenderedDigits(SeededTest):
         self.assertEqual(self.labels.shape, (60_000,))
         self.assertEqual(self.labels.dtype, torch.int64)
 
-    def test_number_of_images(self):
+    def test_fewer_images_are_the_first_of_more(self):
         for number in [1, 3, 1_000, 1_001]:
             images, labels = rendered_digits(number)
             self.assertTrue(torch.equal(images, self.images[:number]))
@@ -33,53 +34,44 @@ class TestRenderedDigits(SeededTest):
             with self.assertRaisesRegex(ValueError, "num_images must be at least 1"):
                 rendered_digits(number)
 
-    def test_in_two_parts_as_mnist(self):
+    def test_rendered_mnist_is_two_parts_of_the_same_images(self):
         train_images, train_labels, test_images, test_labels = rendered_mnist(1_500, 700)
         self.assertTrue(torch.equal(train_images, self.images[:1_500]))
         self.assertTrue(torch.equal(train_labels, self.labels[:1_500]))
         self.assertTrue(torch.equal(test_images, self.images[1_500:2_200]))
         self.assertTrue(torch.equal(test_labels, self.labels[1_500:2_200]))
-        defaults = [p.default for p in inspect.signature(rendered_mnist).parameters.values()]
-        self.assertEqual(defaults, [60_000, 10_000])
 
-    def test_seed(self):
-        images, labels = rendered_digits(5_000, seed=0)
-        self.assertTrue(torch.equal(images, self.images[:5_000]))
-        self.assertTrue(torch.equal(labels, self.labels[:5_000]))
+    def test_another_seed_gives_other_images(self):
         images, labels = rendered_digits(5_000, seed=1)
         self.assertLess((labels == self.labels[:5_000]).float().mean().item(), 0.2)
         same = (images == self.images[:5_000]).flatten(1).all(1)
         self.assertFalse(same.any())
 
-    def test_fonts_of_a_distribution(self):
-        """Debian's matplotlib keeps its data outside of the package; the digits are the same."""
+    def test_fonts_of_a_linux_distribution_give_the_same_digits(self):
+        """Debian's matplotlib has its data outside of the package. Fonts that are missing are an error."""
         package, data = self.folder / "matplotlib", self.folder / "share"
         fonts = data / "fonts" / "ttf"
         for folder in [package, fonts]:
             folder.mkdir(parents=True)
         for name in module.FONTS:
             (fonts / f"{name}.ttf").symlink_to(module.font_path(name))
-        (package / "__init__.py").touch()
         spec = importlib.util.spec_from_file_location("matplotlib", package / "__init__.py")
+        folder_spec = importlib.machinery.ModuleSpec("matplotlib", None, is_package=True)  # of any folder of that name
         self.addCleanup(module.glyphs.cache_clear)
-        with mock.patch.object(importlib.util, "find_spec", return_value=spec) as find_spec:
-            with mock.patch.object(module, "SYSTEM_DATA", data):
+        with mock.patch.object(module, "SYSTEM_DATA", data):
+            for found in [spec, None, folder_spec]:
                 module.glyphs.cache_clear()
-                images, _ = rendered_digits(1_000)
-                self.assertTrue(torch.equal(images, self.images[:1_000]))
-                module.glyphs.cache_clear()
-                (fonts / "cmr10.ttf").unlink()
-                with self.assertRaises(FileNotFoundError) as caught:
-                    rendered_digits(1)
-            for part in ["cmr10.ttf", package / "mpl-data" / "fonts" / "ttf", fonts, "pip install"]:
-                self.assertIn(str(part), str(caught.exception))
-            # Not installed, or there is a folder of that name.
-            for spec in [None, importlib.machinery.ModuleSpec("matplotlib", None, is_package=True)]:
-                find_spec.return_value = spec
-                with self.assertRaisesRegex(FileNotFoundError, "pip install matplotlib"):
-                    rendered_digits(1)
+                with mock.patch.object(importlib.util, "find_spec", return_value=found):
+                    self.assertTrue(torch.equal(rendered_digits(1_000)[0], self.images[:1_000]))
+            (fonts / "cmr10.ttf").unlink()
+            module.glyphs.cache_clear()
+            with (
+                mock.patch.object(importlib.util, "find_spec", return_value=spec),
+                self.assertRaisesRegex(DataError, "font cmr10.ttf, which is missing: pip install"),
+            ):
+                rendered_digits(1)
 
-    def test_number_of_threads_does_not_matter(self):
+    def test_the_number_of_threads_does_not_matter(self):
         before = torch.get_num_threads()
         try:
             for threads in [1, 2]:
@@ -91,26 +83,26 @@ class TestRenderedDigits(SeededTest):
         finally:
             torch.set_num_threads(before)
 
-    def test_global_random_numbers_untouched(self):
+    def test_the_global_random_numbers_are_untouched(self):
         before = torch.get_rng_state()
         rendered_digits(100, seed=5)
         self.assertTrue(torch.equal(torch.get_rng_state(), before))
 
-    def test_ink(self):
-        # MNIST has 0.13 of its pixels inked; no digit is empty or a blot.
+    def test_the_share_of_ink_is_that_of_mnist(self):
+        """MNIST has 0.13 of its pixels inked. No digit is empty or a blot."""
         shares = self.ink.flatten(1).float().mean(1)
         self.assertGreater(shares.mean().item(), 0.11)
         self.assertLess(shares.mean().item(), 0.15)
         self.assertGreater(shares.min().item(), 0.03)
         self.assertLess(shares.max().item(), 0.35)
 
-    def test_inside_the_frame(self):
+    def test_digits_stay_inside_of_the_image(self):
         border = torch.ones(28, 28, dtype=torch.bool)
         border[1:-1, 1:-1] = False
         touching = self.ink[:, border].any(1).float().mean().item()
         self.assertLess(touching, 0.01)  # the feet of some sevens; MNIST has 0.011
 
-    def test_size_and_centre(self):
+    def test_size_and_centre_are_those_of_mnist(self):
         rows, columns = self.ink.any(2), self.ink.any(1)
         height, width = (28 - side.byte().argmax(1) - side.flip(1).byte().argmax(1) for side in [rows, columns])
         longer = torch.maximum(height, width)
@@ -132,7 +124,7 @@ class TestRenderedDigits(SeededTest):
             self.assertLess(share.max().item(), 0.12)
 
     def test_labels_belong_to_the_images(self):
-        # Nearest class mean: 0.96 of all, 0.85 of the fives, with the right labels; 0.1 with shuffled ones.
+        """The nearest class mean finds 0.96 of all, 0.85 of the fives; with shuffled labels 0.1."""
         train, test = self.ink[:45_000].flatten(1).float(), self.ink[50_000:].flatten(1).float()
         train_labels, test_labels = self.labels[:45_000], self.labels[50_000:]
         means = torch.stack([train[train_labels == digit].mean(0) for digit in range(10)])
@@ -141,8 +133,10 @@ class TestRenderedDigits(SeededTest):
             self.assertGreater(right[test_labels == digit].float().mean().item(), 0.75, f"digit {digit}")
 
     def test_labels_name_the_digits(self):
-        # Closed loops tell what a mean cannot: whether the pictures called 8 are eights. Background is filled from a
-        # corner; what stays dry is a hole. Zero, four, six, eight and nine have one; the others none.
+        """
+        Holes show what class means cannot, whether the images labelled 8 are eights: 0, 4, 6, 8 and 9 have one, the
+        others none. The background is flooded from a corner; what stays dry is a hole.
+        """
         paper = ~self.ink[50_000:52_000]
         labels = self.labels[50_000:52_000]
         wet = torch.zeros_like(paper)
@@ -169,3 +163,7 @@ class TestRenderedDigits(SeededTest):
         mean_row = {digit: (dry[labels == digit] * rows).sum() / dry[labels == digit].sum() for digit in [6, 9]}
         self.assertGreater(mean_row[6].item(), 15)  # the loop of a six is below the middle,
         self.assertLess(mean_row[9].item(), 13)  # that of a nine above
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,4 +1,4 @@
-"""Tests of harness/means.py: `python -m unittest tests/unit/test_means.py`."""
+"""Tests of EpochMeans in utils.py: `python -m unittest tests/unit/test_epoch_means.py`."""
 
 import contextlib
 import copy
@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
 
-from harness.means import EpochMeans
 from harness.report import quiet_libraries
 from tests.helpers import TrainingTest, small_loaders
 from train_pl import VAE
+from utils import EpochMeans
 
 
 class TestEpochMeans(unittest.TestCase):
