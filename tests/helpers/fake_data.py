@@ -48,8 +48,8 @@ def known_files(content):
 @contextlib.contextmanager
 def mirror(packed, write=None):
     """
-    A context with a local HTTP server as MNIST's only mirror. It has the files `packed`, content by name. `write`, if
-    given, is a function of (name, content, file to write the answer to). Yields its URL and the list of the names requested.
+    A context with a local HTTP server as MNIST's only mirror, with the files `packed` (content by name). `write`, if
+    given, is a function of (name, content, output file) that answers. Yields its URL and the list of requested names.
     """
     requests = []
 

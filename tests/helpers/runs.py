@@ -105,7 +105,7 @@ class GraphTest(TrainingTest):
         super().setUp()
         self.captures, self.replays = [], []  # the number of images of each minibatch
         stand_ins = dict(has_graphs=lambda device: True, side_stream=lambda device: contextlib.nullcontext())
-        self.enter(mock.patch.multiple(graphs, MINIBATCHES=2, capture=self.capture, **stand_ins))
+        self.enter(mock.patch.multiple(graphs, MINIBATCHES=2, capture=self.capture, gc=mock.Mock(), **stand_ins))
 
     def capture(self, function, previous):
         """
