@@ -1,11 +1,16 @@
-"""Tests of train_torch.py: `python -m unittest tests/unit/test_train_torch.py`."""
+"""
+Tests of train_torch.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+tests/unit/test_train_torch.py`.
+"""
 
 import argparse
 import contextlib
 import copy
 import io
 import math
+import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -24,7 +29,7 @@ TAGS = ["BPD", "Reconstruction Loss", "Regularization Loss", "ELBO"]
 
 
 class TestAgreement(SeededTest):
-    """With the same weights, minibatches and noise, train_pl.py and train_torch.py do the same."""
+    """With the same weights, minibatches and noise, train_pl.py and train_torch.py compute the same."""
 
     def setUp(self):
         quiet_libraries()
@@ -34,34 +39,34 @@ class TestAgreement(SeededTest):
         self.loader = DataLoader(batches, batch_size=None)
         self.noise = [torch.randn(len(imgs), 3) for imgs, _ in 2 * batches]
 
-    def randn_like(self):
-        """A source of the noise, which is the same each time."""
+    def same_noise(self):
+        """A context in which torch.randn_like returns the same noise each time."""
         noise = iter(self.noise)
-        return lambda share: next(noise).view(share.shape)
+        return mock.patch.object(torch, "randn_like", lambda tensor: next(noise).view(tensor.shape))
 
     def with_lightning(self, model):
-        """Averages of an epoch of training and of validation; the model is trained in place."""
+        """Trains a model for an epoch in place. Returns the averages in training and in validation."""
         off = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
         trainer = pl.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, **dict.fromkeys(off, False))
-        with mock.patch.object(torch, "randn_like", self.randn_like()):
+        with self.same_noise():
             trainer.fit(model, self.loader, self.loader)
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
     def with_the_loop(self, model):
-        """The same of train_torch.py."""
+        """Does the same with the functions of train_torch.py."""
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-        with mock.patch.object(torch, "randn_like", self.randn_like()):
+        with self.same_noise():
             parts = [train_torch.train_vae(model, self.loader, optimizer), train_torch.test_vae(model, self.loader)]
         names = ["bpd", "reconstruction_loss", "regularization_loss"]
         return {
             f"{stage}_{name}": part[i] for stage, part in zip(["train", "val"], parts) for i, name in enumerate(names)
         }
 
-    def test_an_epoch(self):
+    def test_an_epoch_changes_the_weights_and_averages_the_losses_alike(self):
         for model_name in ["MLP", "CNN"]:
             model = train_pl.VAE(model_name, lr=1e-3, **SIZES)
             loop_model = train_torch.VAE(model_name, lr=1e-3, **SIZES)
-            loop_model.load_state_dict(model.state_dict())
+            loop_model.load_state_dict(model.state_dict())  # the checkpoints are interchangeable
             untrained = copy.deepcopy(model.state_dict())
             metrics, averages = self.with_lightning(model), self.with_the_loop(loop_model)
             for name, value in averages.items():
@@ -71,18 +76,9 @@ class TestAgreement(SeededTest):
                 torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
                 self.assertFalse(torch.equal(weight, untrained[name]), name)
 
-    def test_checkpoints_of_each_other(self):
-        for model_name in ["MLP", "CNN"]:
-            models = [module.VAE(model_name, lr=1e-3, **SIZES) for module in [train_pl, train_torch]]
-            for model, other in [models, models[::-1]]:
-                path = self.folder / "epoch.pt"
-                torch.save(other.state_dict(), path)
-                model.load_state_dict(torch.load(path, weights_only=True))
-
 
 class TestModes(SeededTest):
-    def test_layers_that_behave_differently_in_training(self):
-        """BatchNorm and Dropout: trained in train mode, tested and drawn in eval mode."""
+    def test_batch_norm_and_dropout_train_in_train_mode_and_are_tested_and_sampled_in_eval_mode(self):
         model = train_torch.VAE("CNN", **SIZES)
         model.encoder.net.insert(1, norm := torch.nn.BatchNorm2d(4))
         model.decoder.net.append(dropout := torch.nn.Dropout())
@@ -103,20 +99,20 @@ class TestModes(SeededTest):
 
 class TestMain(SeededTest):
     def main(self, **flags):
-        """The test bpd, what was printed, and the run's folder, of a run on few digits."""
-        args = argparse.Namespace(**{"z_dim": 3, "hidden_dims": [16], "log_dir": str(self.folder), **flags})
-        args.dataset = "rendered"
+        """Trains on few digits. Returns the test bpd, the output, and the run's folder."""
+        flags = {"z_dim": 3, "hidden_dims": [16], "batch_size": 100, **flags}
+        flags["log_dir"] = flags.get("log_dir") or tempfile.mkdtemp(dir=self.folder)
+        args = argparse.Namespace(dataset="rendered", **flags)
         with (
             mock.patch.object(train_torch, "rendered_mnist", return_value=[]),
             mock.patch.object(train_torch, "data_loaders", lambda *sizes: small_loaders(args)),
             mock.patch.object(torch, "set_flush_denormal"),  # in the process of the tests
             contextlib.redirect_stdout(io.StringIO()) as output,
         ):
-            args.batch_size = 100
             test_bpd = train_torch.main(args)
-        return test_bpd, output.getvalue(), max(self.folder.iterdir())
+        return test_bpd, output.getvalue(), max(Path(args.log_dir).iterdir())
 
-    def test_what_a_run_leaves(self):
+    def test_a_run_leaves_pictures_a_checkpoint_and_curves_in_its_folder(self):
         test_bpd, output, folder = self.main(epochs=5, z_dim=2)
         self.assertRegex(folder.name, r"^\d{4}(_\d\d){5}$")
         pictures = {f"epoch_{epoch}_{name}.png" for epoch in [0, 5] for name in ["samples", "means"]}
@@ -167,32 +163,28 @@ class TestMain(SeededTest):
         self.assertEqual(self.main(epochs=1)[0], first)
         self.assertNotEqual(self.main(epochs=1, seed=43)[0], first)
 
-    def test_two_runs_in_one_second(self):
+    def test_the_second_run_of_a_second_waits_for_the_next_one(self):
         (self.folder / "1" / "checkpoints").mkdir(parents=True)
         with mock.patch.object(train_torch.time, "strftime", side_effect=["1", "1", "2"]):
-            self.assertEqual(self.main(epochs=1)[2].name, "2")
+            self.assertEqual(self.main(epochs=1, log_dir=str(self.folder))[2].name, "2")
         self.assertEqual([path.name for path in (self.folder / "1").rglob("*")], ["checkpoints"])
 
-    def test_flags_of_no_use(self):
-        for flags in [dict(z_dim=0), dict(hidden_dims=[3, 0]), dict(lr=math.nan), dict(epochs=-1), dict(num_filters=0)]:
-            with self.assertRaisesRegex(ValueError, f"--{next(iter(flags))} must be above 0, got "):
-                self.main(**flags)
+    def test_an_invalid_flag_is_a_value_error_before_anything_is_written(self):
+        for name, value in dict(z_dim=0, hidden_dims=[3, 0], lr=math.nan, epochs=-1, num_filters=0).items():
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name} must be above 0, got "):
+                self.main(**{name: value, "log_dir": str(self.folder)})
         self.assertEqual(list(self.folder.iterdir()), [])
         with self.assertRaisesRegex(ValueError, "model_name must be 'MLP' or 'CNN', got 'RNN'"):
             self.main(model="RNN")
 
-    def test_a_loss_that_is_not_finite(self):
+    def test_a_loss_that_is_not_finite_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "the loss of epoch 1 is not finite: try a smaller --lr"):
             self.main(epochs=2, lr=1e30)
 
 
 class TestFlags(unittest.TestCase):
-    def test_those_of_train_pl(self):
-        """With its defaults; the assignment's, and where the data is."""
-        flags = vars(train_torch.parser.parse_args([]))
-        numbers = {"z_dim", "hidden_dims", "num_filters", "lr", "batch_size", "epochs", "seed", "num_workers"}
-        self.assertEqual(set(flags), {*numbers, "model", "log_dir", "progress_bar", "dataset", "data_dir"})
-        for name, default in flags.items():
+    def test_every_flag_has_the_name_and_the_default_of_train_pls(self):
+        for name, default in vars(train_torch.parser.parse_args([])).items():
             self.assertEqual(default, train_pl.make_parser().defaults[name], name)
 
 
