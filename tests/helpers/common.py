@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)  # for a test that is started by its own path
+sys.path[:0] = [str(REPOSITORY)] * (str(REPOSITORY) not in sys.path)  # since '' is another folder after os.chdir
 
 DATA_DIRS = [REPOSITORY.parent / "shared" / "data", REPOSITORY.parent / "data"]
 MNIST_DIR = next((path for path in DATA_DIRS if (path / "MNIST").is_dir()), None)

@@ -5,7 +5,6 @@ tests/programs/test_benchmarks.py`.
 
 import json
 import re
-import unittest
 
 from tests.helpers import CommandTest, few_digits
 
@@ -70,7 +69,3 @@ class TestBenchmarks(CommandTest):
         images = measured["images"][0]
         self.assertEqual((images["images"], images["bytes_per_pixel"]), (200_000, 1))
         self.assertLess(images["process_mib"] * 2**20 / (784 * 200_000), 1.3)  # no second copy
-
-
-if __name__ == "__main__":
-    unittest.main()

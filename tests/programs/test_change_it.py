@@ -1,7 +1,6 @@
 """A test of the README's section "Change it": `python -m unittest tests/programs/test_change_it.py`."""
 
 import re
-import unittest
 
 from tests.helpers import REPOSITORY, CommandTest, metrics, results
 
@@ -51,7 +50,3 @@ class TestChangeIt(CommandTest):
         row = {name: float(value) for name, value in metrics(run)[1].items()}
         for stage in ["train", "val"]:
             self.assertTrue(0 < row[f"{stage}_KL_of_z0"] < row[f"{stage}_regularization_loss"])
-
-
-if __name__ == "__main__":
-    unittest.main()

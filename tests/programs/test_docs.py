@@ -5,7 +5,6 @@ import inspect
 import io
 import os
 import re
-import unittest
 from argparse import Namespace
 from unittest import mock
 
@@ -113,7 +112,3 @@ class TestDocs(SeededTest):
         self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(1_080, 28, 28), (120, 28, 28)])
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

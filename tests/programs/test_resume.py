@@ -7,7 +7,6 @@ import re
 import select
 import signal
 import time
-import unittest
 from collections import Counter
 from statistics import median
 
@@ -148,7 +147,3 @@ class ResumeTest(CommandTest):
         self.assertEqual([stderr for _, stderr in [outputs[0], outputs[2]]], ["", ""])
         self.assertIn("continued after epoch", outputs[2][0])
         assert_left_the_same(self, self.folder / "undisturbed" / "run", self.folder / "killed" / "run")
-
-
-if __name__ == "__main__":
-    unittest.main()

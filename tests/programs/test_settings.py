@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import unittest
 
 from harness import figures
 from tests.helpers import REPOSITORY, CommandTest, few_digits
@@ -63,7 +62,3 @@ class TestSettings(CommandTest):
         checkpoint = folder / "checkpoints" / "best.ckpt"
         code, _, error = self.run_command("evaluate.py", checkpoint, "--iw_samples", "1", **variables)
         self.assertEqual((code, error), (0, ""))
-
-
-if __name__ == "__main__":
-    unittest.main()

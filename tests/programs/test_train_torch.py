@@ -52,7 +52,3 @@ class TestCommand(CommandTest):
             _, stderr = process.communicate(timeout=60)
             self.assertEqual(process.returncode, expected)
             self.assertEqual(stderr, "" if expected < 0 else "train_torch.py: error: interrupted\n")
-
-
-if __name__ == "__main__":
-    unittest.main()

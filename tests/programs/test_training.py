@@ -11,7 +11,6 @@ import subprocess
 import sys
 import termios
 import time
-import unittest
 import urllib.request
 from pathlib import Path
 
@@ -189,7 +188,3 @@ class TestTraining(CommandTest):
         result = self.run_forked("train_pl.py", "--data_dir", "data", "--log_dir", "logs", **NO_NETWORK)
         self.assert_one_line(result, 1, Path("data/MNIST/raw"), *bmnist.FILES, "refused", "--dataset rendered")
         self.assertFalse((self.folder / "logs").exists())
-
-
-if __name__ == "__main__":
-    unittest.main()

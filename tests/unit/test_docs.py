@@ -91,7 +91,3 @@ class TestDocs(unittest.TestCase):
         lines = PAGES[0].read_text().splitlines()
         for program in ["python train_pl.py --dataset rendered --epochs 5", "python -m unittest unittests.py"]:
             self.assertEqual(lines.count(f"pip install -r requirements.txt && {program}"), 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -327,15 +327,9 @@ class TestCheck(GraphTest):
 
     def test_settings_of_the_trainer_that_change_its_steps_hinder_graphs(self):
         for setting in [
-            dict(accumulate_grad_batches=2),
-            dict(gradient_clip_val=1.0),
-            dict(precision="bf16-true"),
-            dict(max_steps=5),
-            dict(limit_train_batches=3),
-            dict(limit_train_batches=1),
-            dict(overfit_batches=1),
-            dict(limit_val_batches=2),
-            dict(val_check_interval=0.5),
+            *(dict(accumulate_grad_batches=2), dict(gradient_clip_val=1.0), dict(precision="bf16-true")),
+            *(dict(limit_train_batches=3), dict(limit_train_batches=1), dict(overfit_batches=1), dict(max_steps=5)),
+            *(dict(limit_val_batches=2), dict(val_check_interval=0.5)),
         ]:
             with self.subTest(setting):
                 words = f"the Trainer.s ({next(iter(setting))}|limit_train_batches) is"
@@ -377,7 +371,3 @@ class TestParts(unittest.TestCase):
     def test_this_torch_has_the_private_names_that_end_a_capture(self):
         for names in [{"_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"}, {"_cuda_releasePool"}]:
             self.assertTrue(names & set(dir(torch._C)), names)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -76,7 +76,3 @@ class TestInTraining(TrainingTest):
             logged.append(trainer.callback_metrics["train_bpd"].item())
         for value in logged[1:]:
             self.assertAlmostEqual(value, logged[0], delta=0.01)
-
-
-if __name__ == "__main__":
-    unittest.main()

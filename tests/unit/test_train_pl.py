@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import types
-import unittest
 from unittest import mock
 
 import torch
@@ -309,7 +308,3 @@ class TestSchedules(NamedRunTest):
             values = {name.removeprefix(f"{stage}_"): float(row[name]) for name in row if name.startswith(stage)}
             self.assertLess(values["IWAE"], values["ELBO"])
             self.assertAlmostEqual(values["bpd"], values["ELBO"] * BPD, places=4)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -7,7 +7,6 @@ import argparse
 import functools
 import math
 import types
-import unittest
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -167,7 +166,3 @@ class TestVAE(SeededTest):
     def test_an_unknown_kind_of_network_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "'MLP' or 'CNN'"):
             VAE("RNN", [512], 32, 20, 1e-3)
-
-
-if __name__ == "__main__":
-    unittest.main()
