@@ -51,7 +51,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # no window of a training program ma
 
 def load_tests(loader, tests, pattern):
     """Adds the tests of tests/unit, where they are: those of the package that this file belongs to."""
-    if (HERE / "tests" / "helpers.py").is_file():
+    if (HERE / "tests" / "helpers").is_dir():
         names = [f"tests.unit.{path.stem}" for path in sorted((HERE / "tests" / "unit").glob("test_*.py"))]
         tests.addTests(loader.loadTestsFromNames(names))
     return tests

@@ -1,26 +1,25 @@
 """
-The benchmarks run and write what they print_line, whatever they measure: `python -m unittest
+Tests that the benchmarks run and write what they announce, whatever they measure: `python -m unittest
 tests/programs/test_benchmarks.py`.
 """
 
 import json
 import re
-import unittest
 
 from tests.helpers import CommandTest, few_digits
 
 
 class TestBenchmarks(CommandTest):
     def assert_written(self, name, *flags):
-        variables = few_digits(self.folder, (6400, 200, 200))  # of fewer than 50 steps, Lightning's logs would warn
-        variables["TMPDIR"] = str(self.folder)  # where its processes leave runs, since they end in the middle of one
+        variables = few_digits(self.folder, (6400, 200, 200))  # with fewer than 50 steps, Lightning would warn
+        variables["TMPDIR"] = str(self.folder)  # where killed processes leave their runs
         code, stdout, stderr = self.run_command(f"benchmarks/{name}.py", "--rounds", "1", *flags, **variables)
         self.assertEqual((code, stderr), (0, ""))
         (path,) = self.folder.glob(f"{name}_*.json")
         self.assertEqual(path.with_suffix(".png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
         return stdout, json.loads(path.read_text())
 
-    def test_speed(self):
+    def test_speed_measures_each_way_to_train(self):
         stdout, measured = self.assert_written("speed", "--dataset", "rendered", "--whole_run", "1")
         for way, row in measured["summary"].items():
             self.assertRegex(stdout, rf"(?m)^{way} .*{re.escape(measured['ways'][way])}$")
@@ -29,12 +28,13 @@ class TestBenchmarks(CommandTest):
         self.assertGreater(measured["whole_run"]["process"], measured["whole_run"]["fit"])
         self.assertGreater(min(measured["start"]["first step"]), 0)
 
-    def test_step(self):
-        """Where the time of the steps goes, in full."""
+    def test_step_splits_the_whole_time_of_the_steps(self):
         variables = few_digits(self.folder, (6400, 200, 200))
         for model in ["MLP", "CNN"]:
             flags = ["--dataset", "rendered", "--steps", "3", "--model", model]
-            code, stdout, _ = self.run_command("benchmarks/step.py", *flags, **variables)  # torch's profiler talks
+            code, stdout, _ = self.run_command(
+                "benchmarks/step.py", *flags, **variables
+            )  # torch's profiler prints to stderr
             first, *rows = stdout.splitlines()
             self.assertEqual(code, 0)
             self.assertRegex(first, rf"^{model}: \d+\.\d\d ms per step, median of 3, \d+ threads$")
@@ -42,8 +42,7 @@ class TestBenchmarks(CommandTest):
             self.assertAlmostEqual(sum(shares.values()), 100, delta=len(shares))
             self.assertIn("convolutions" if model == "CNN" else "matrix products", shares)
 
-    def test_epoch(self):
-        """What lies outside of the steps is less than the epoch, and more than its largest part."""
+    def test_the_time_outside_of_the_steps_is_below_the_epochs_and_above_its_largest_part(self):
         variables = few_digits(self.folder, (2000, 200, 200))
         flags = ["--dataset", "rendered", "--epochs", "3", "--batch_size", "500"]
         code, stdout, stderr = self.run_command("benchmarks/epoch.py", *flags, **variables)
@@ -53,8 +52,7 @@ class TestBenchmarks(CommandTest):
         self.assertTrue(total > outside > float(parts[0]) > 0, stdout)
         self.assertIn("[Callback]EpochReport.on_train_epoch_end", stdout)
 
-    def test_gpu(self):
-        """Here, of a machine without one: what needs it is left out, with a word."""
+    def test_gpu_on_a_machine_without_one_says_what_it_leaves_out(self):
         variables = {"CUDA_VISIBLE_DEVICES": "", **few_digits(self.folder, (6400, 200, 200))}
         code, stdout, stderr = self.run_command("benchmarks/gpu.py", "--models", "MLP", **variables)
         self.assertEqual((code, stderr), (0, ""))
@@ -65,13 +63,9 @@ class TestBenchmarks(CommandTest):
         self.assertGreater(measured["run MLP"]["process"], measured["run MLP"]["fit"])
         self.assertLess(measured["evaluation MLP"]["log_likelihood"], -50)
 
-    def test_growth(self):
+    def test_growth_holds_a_data_set_in_memory_only_once(self):
         _, measured = self.assert_written("growth", "--batch_sizes", "500", "--widths", "16", "--num_images", "200000")
         self.assertTrue(all(measured[name][0]["seconds"] > 0 for name in ["batch size", "hidden width"]))
         images = measured["images"][0]
         self.assertEqual((images["images"], images["bytes_per_pixel"]), (200_000, 1))
         self.assertLess(images["process_mib"] * 2**20 / (784 * 200_000), 1.3)  # no second copy
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,13 +1,12 @@
-"""README's "Change it", applied to a copy and run: `python -m unittest tests/programs/test_change_it.py`."""
+"""A test of the README's section "Change it": `python -m unittest tests/programs/test_change_it.py`."""
 
 import re
-import unittest
 
 from tests.helpers import REPOSITORY, CommandTest, metrics, results
 
 
 def apply(block, source):
-    """Source code with the changes of a diff block, each of whose lines that are not new is there exactly once."""
+    """Applies a diff block to source code, which must contain each line that is not new exactly once."""
     to_insert, anchor = [], None
     for line in block.splitlines():
         kind, text = line[0], f"\n{line[1:]}\n"
@@ -19,7 +18,7 @@ def apply(block, source):
                 anchor = text
             continue
         if source.count(text) != 1:
-            raise AssertionError(f"not once in train_pl.py: {line}")
+            raise AssertionError(f"train_pl.py must contain this line of the README once: {line}")
         source = source.replace(text, "".join(new.removesuffix("\n") for new in to_insert) + text)
         to_insert, anchor = [], text
     for line in block.splitlines():
@@ -29,7 +28,7 @@ def apply(block, source):
 
 
 class TestChangeIt(CommandTest):
-    def test_all_changes_at_once(self):
+    def test_all_changes_at_once_train_a_model_in_a_copy_of_the_repository(self):
         section = re.search(r"## Change it\n(.*?)\n## ", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
         blocks = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
         self.assertEqual(len(blocks), 2)
@@ -51,7 +50,3 @@ class TestChangeIt(CommandTest):
         row = {name: float(value) for name, value in metrics(run)[1].items()}
         for stage in ["train", "val"]:
             self.assertTrue(0 < row[f"{stage}_KL_of_z0"] < row[f"{stage}_regularization_loss"])
-
-
-if __name__ == "__main__":
-    unittest.main()

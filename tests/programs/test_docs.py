@@ -1,11 +1,10 @@
-"""The blocks of Python in README.md and docs/, run page by page: `python -m unittest tests/programs/test_docs.py`."""
+"""Runs the Python of README.md and docs/, page by page: `python -m unittest tests/programs/test_docs.py`."""
 
 import contextlib
 import inspect
 import io
 import os
 import re
-import unittest
 from argparse import Namespace
 from unittest import mock
 
@@ -24,24 +23,24 @@ data_loaders = bmnist.data_loaders
 
 
 def load_few_digits(root="../data/", download=True, kind="mnist"):
-    """In the place of load_mnist: 350 digits of the training set, 150 of the test set."""
+    """A stand-in for load_mnist: 350 digits of the training set, 150 of the test set."""
     return rendered_mnist(350, 150)
 
 
 def loaders_of_few_digits(*data, **options):
-    """In the place of data_loaders: of the 350 digits, 300 train."""
+    """A stand-in for data_loaders: 300 of the 350 digits train."""
     arguments = inspect.signature(data_loaders).bind(*data, **options).arguments
     with mock.patch.multiple(bmnist, TRAIN_SIZES=[300], NUM_VAL=50):
         return data_loaders(**{**arguments, "train_size": 300})
 
 
 def blocks_of(page):
-    """The blocks of Python in a page."""
+    """The Python blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def shapes(line):
-    """The variables that a line assigns to, with the shapes that its comment says: '[128], [2, z_dim]', 'each [2]'."""
+    """The variables that a line assigns, with the shapes in its comment: '[128], [2, z_dim]', or 'each [2]'."""
     code, _, comment = line.partition("#")
     names = re.match(r"(\w+(?:, \w+)*) = ", code)
     found = [
@@ -56,20 +55,18 @@ def shapes(line):
 
 class TestDocs(SeededTest):
     def setUp(self):
-        """An empty folder with one short run; the digits are few, whoever loads them."""
-        patches = contextlib.ExitStack()
-        self.addCleanup(patches.close)
-        patches.callback(os.chdir, os.getcwd())
+        """Makes a folder with one short run. All data are a few digits."""
+        self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         for module in [bmnist, data_sources]:
-            patches.enter_context(mock.patch.object(module, "load_mnist", load_few_digits))
-            patches.enter_context(mock.patch.object(module, "data_loaders", loaders_of_few_digits))
-        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stand_ins = dict(load_mnist=load_few_digits, data_loaders=loaders_of_few_digits)
+            self.enter(mock.patch.multiple(module, **stand_ins))
+        self.enter(contextlib.redirect_stdout(io.StringIO()))
         train_pl.train_vae(Namespace(z_dim=Z_DIM, hidden_dims=[16], epochs=1, accelerator="cpu"))
         self.runs = self.folder / "VAE_logs" / "lightning_logs"
 
     def run_page(self, name):
-        """Runs a page's blocks as one program; returns its variables. Shapes that its comments say are checked."""
+        """Runs a page's blocks as one program, checks the shapes in its comments, and returns its variables."""
         namespace = {}
         for block in blocks_of(REPOSITORY / name):
             exec(compile(block, name, "exec"), namespace)
@@ -78,37 +75,35 @@ class TestDocs(SeededTest):
                     self.assertEqual((*namespace[variable].shape,), shape, line)
         return namespace
 
-    def test_pages(self):
-        """Each page with a block of Python has a test here."""
+    def test_each_page_with_python_has_a_test_here(self):
         pages = [page.name for page in PAGES if blocks_of(page)]
         self.assertEqual(pages, ["README.md", "evaluation.md", "kl.md", "runs.md"])
 
-    def test_shapes(self):
+    def test_shapes_in_comments_are_found(self):
         self.assertEqual(shapes("a, b = f(c)  # each [2, z_dim]: good"), [("a", (2, 3)), ("b", (2, 3))])
         self.assertEqual(shapes("a, b = f()  # [2] of zeros, [4, 1]"), [("a", (2,)), ("b", (4, 1))])
         self.assertEqual(shapes("f(a)  # [2]") + shapes('a = f()  # b["c"], b[0]'), [])
         lines = [line for page in PAGES for block in blocks_of(page) for line in block.splitlines()]
         self.assertGreater(len([shape for line in lines for shape in shapes(line)]), 10)
 
-    def test_readme(self):
+    def test_the_readme_runs(self):
         names = self.run_page("README.md")
         self.assertEqual(set(names["imgs"].unique().tolist()), {0, 1})
         self.assertEqual(names["L_rec"].dim() + names["L_reg"].dim() + names["bpd"].dim(), 0)
         self.assertEqual(results(self.runs / "version_1")["hyperparameters"]["epochs"], 10)
 
-    def test_evaluation(self):
+    def test_the_page_on_evaluation_runs(self):
         names = self.run_page("docs/evaluation.md")
         self.assertLess(names["results"]["elbo"], names["results"]["log_likelihood"])
         self.assertEqual(names["folder"].resolve(), (self.runs / "version_0" / "evaluation").resolve())
         self.assertTrue((self.folder / "reconstructions.png").exists())
 
-    def test_kl(self):
+    def test_the_page_on_the_divergence_runs(self):
         names = self.run_page("docs/kl.md")
-        self.assertAlmostEqual(
-            (784 * names["mistaken"] / (names["L_rec"] + 784 * names["L_reg"]).mean()).item(), 1, places=4
-        )
+        ratio = 784 * names["mistaken"] / (names["L_rec"] + 784 * names["L_reg"]).mean()
+        self.assertAlmostEqual(ratio.item(), 1, places=4)
 
-    def test_runs(self):
+    def test_the_page_on_runs_runs(self):
         (self.folder / "pictures").mkdir()
         for number, image in enumerate(rendered_mnist(1_200, 1)[0]):
             Image.fromarray(image.numpy()).convert("RGB").resize((40, 30)).save(f"pictures/{number:04}.png")
@@ -116,7 +111,3 @@ class TestDocs(SeededTest):
         self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(1_080, 28, 28), (120, 28, 28)])
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,4 +1,4 @@
-"""Downloads of a small stand-in for MNIST by several processes: `python -m unittest tests/programs/test_download.py`."""
+"""Several processes that download a stand-in for MNIST: `python -m unittest tests/programs/test_download.py`."""
 
 import contextlib
 import threading

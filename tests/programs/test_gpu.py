@@ -169,7 +169,3 @@ class TestManyEpochs(GPUTest):
         }
         print(f"\ntest bpd of seeds 1, 2, 3: graphs {bpds[False]}, ordinary steps {bpds[True]}")
         self.assertAlmostEqual(sum(bpds[False]) / 3, sum(bpds[True]) / 3, delta=0.001)
-
-
-if __name__ == "__main__":
-    unittest.main()

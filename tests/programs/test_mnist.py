@@ -1,4 +1,4 @@
-"""Programs on MNIST itself, if it is in ../shared/data or ../data: `python -m unittest tests/programs/test_mnist.py`."""
+"""Programs on MNIST itself, if ../shared/data or ../data has it: `python -m unittest tests/programs/test_mnist.py`."""
 
 import os
 import shutil

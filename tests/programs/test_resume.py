@@ -1,7 +1,4 @@
-"""
-Runs that are killed and started again, against runs that never were: `python -m unittest
-tests/programs/test_resume.py`.
-"""
+"""Tests that killed runs resume as if nothing had happened: `python -m unittest tests/programs/test_resume.py`."""
 
 import functools
 import os
@@ -10,7 +7,6 @@ import re
 import select
 import signal
 import time
-import unittest
 from collections import Counter
 from statistics import median
 
@@ -27,18 +23,14 @@ from tests.helpers import (
 )
 
 KILLS = 20
-SIZES = (2000, 200, 200)  # an epoch is long enough to be hit, and so is the writing after it
+SIZES = (2000, 200, 200)  # so that a kill may hit an epoch or the writing after it
 FLAGS = ["--dataset", "rendered", "--run_name", "run"]
 
 
 def wait_for_lines(process, text, number, seconds):
     """
-    Reads what a run prints until it is so many lines, but for that of epoch 0, for some seconds at most.
-    Inputs:
-        process - Its process; nobody else reads its stdout meanwhile.
-        text - What it has printed so far.
-    Outputs:
-        text - The same with what has come since.
+    Reads the output of a run until there are `number` lines, not counting that of epoch 0, or the seconds are over.
+    Returns the text read so far, which is the argument, with the new output.
     """
     end = time.monotonic() + seconds
     while len(re.findall(r"^(?!epoch +0/).*\n", text, re.MULTILINE)) < number:
@@ -54,21 +46,21 @@ def wait_for_lines(process, text, number, seconds):
 class ResumeTest(CommandTest):
     @classmethod
     def setUpClass(cls):
-        Forked("train_pl.py", "--help", cwd=REPOSITORY).communicate()  # the first one waits for the imports
+        Forked("train_pl.py", "--help", cwd=REPOSITORY).communicate()  # only the first one waits for the imports
 
     def start_run(self, where, *flags):
-        """A run on few digits in a folder of that name."""
+        """Starts a run on few digits in a folder of that name."""
         (self.folder / where).mkdir(exist_ok=True)
         return Forked(
             *("train_pl.py", *FLAGS, *flags), cwd=self.folder / where, setup=functools.partial(use_few_digits, SIZES)
         )
 
     def run_left(self, where):
-        """What start_run makes there."""
+        """The folder of the run that start_run starts there."""
         return self.folder / where / "VAE_logs" / "run"
 
     def undisturbed(self, *flags):
-        """Lets a run end. Returns the seconds up to its first line, from there to its first epoch's, and per epoch."""
+        """Trains to the end. Returns the seconds to its first line, from there to its first epoch's, and per epoch."""
         start = time.monotonic()
         process = self.start_run("undisturbed", *flags)
         moments = []
@@ -78,7 +70,7 @@ class ResumeTest(CommandTest):
         return moments[0], moments[2] - moments[0], median(b - a for a, b in zip(moments[2:-3], moments[3:-2]))
 
     def where_it_was(self, text):
-        """What a process was doing when it was killed, as far as its output and its folder tell."""
+        """What a run was doing when it was killed, according to its output and its folder."""
         folder = self.run_left("killed")
         if "\n" not in text:
             return "before its first line"
@@ -92,8 +84,8 @@ class ResumeTest(CommandTest):
 
     def kill_at_random(self, *flags):
         """
-        Kills a run KILLS times at random moments, evenly spread over each of four stages of its life, and lets it end:
-        before its first line, before its first epoch's, and, for half of them, within an epoch after that.
+        Kills a run KILLS times at random moments, then lets it end. The moments are spread evenly over the time before
+        its first line, the time before the line of its first epoch, and, for half of them, a later epoch.
         """
         to_first_line, to_first_epoch, epoch = self.undisturbed(*flags)
         seed = random.randrange(1000)
@@ -110,7 +102,7 @@ class ResumeTest(CommandTest):
         for lines, seconds in lives:
             process = self.start_run("killed", *flags)
             text = wait_for_lines(process, "", lines, 120)
-            # Or at the next line: however fast the machine, no life takes the run further than two epochs.
+            # Or at the next line: even on a fast machine, no attempt takes the run further than two epochs.
             text = wait_for_lines(process, text, lines + 1, seconds)
             process.kill()
             stdout, stderr = process.communicate()
@@ -119,7 +111,7 @@ class ResumeTest(CommandTest):
             self.assertEqual((stderr, process.returncode), ("", -signal.SIGKILL))
             if match := re.search(r"(continued after epoch (\d+))?\n", text):
                 continued = int(match[2] or 0)
-                # Where writing takes longer than an epoch, its line comes before the checkpoint of the one before.
+                # If writing takes longer than an epoch, its line comes before the checkpoint of the epoch before.
                 self.assertGreaterEqual(continued, reported - 2)
                 print(continued, end=" ", flush=True)
             reported = max([reported, *map(int, re.findall(r"^epoch +(\d+)/", text, re.MULTILINE))])
@@ -132,14 +124,14 @@ class ResumeTest(CommandTest):
             self.assertIn("continued after epoch", stdout)
         assert_left_the_same(self, self.run_left("undisturbed"), self.run_left("killed"))
 
-    def test_random_kills_mlp(self):
+    def test_an_mlp_killed_at_random_moments_ends_as_if_it_had_never_been_killed(self):
         self.kill_at_random("--epochs", "30", "--hidden_dims", "32", "--z_dim", "2")
 
-    def test_random_kills_cnn(self):
+    def test_a_cnn_killed_at_random_moments_ends_as_if_it_had_never_been_killed(self):
         self.kill_at_random("--epochs", "30", "--model", "CNN", "--num_filters", "1", "--batch_size", "500")
 
-    def test_two_processes(self):
-        """Killed once; the second process ends by itself, since it has lost the first."""
+    def test_two_processes_resume_after_a_kill_of_the_first(self):
+        """The second process ends by itself, since it has lost the first."""
         words = [*FLAGS, "--accelerator", "cpu", "--devices", "2", "--epochs", "20", "--hidden_dims", "32"]
         variables = few_digits(self.folder)
         outputs = []
@@ -155,7 +147,3 @@ class ResumeTest(CommandTest):
         self.assertEqual([stderr for _, stderr in [outputs[0], outputs[2]]], ["", ""])
         self.assertIn("continued after epoch", outputs[2][0])
         assert_left_the_same(self, self.folder / "undisturbed" / "run", self.folder / "killed" / "run")
-
-
-if __name__ == "__main__":
-    unittest.main()

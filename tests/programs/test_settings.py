@@ -1,14 +1,13 @@
-"""Programs under settings of the user's: `python -m unittest tests/programs/test_settings.py`."""
+"""Tests of programs with users' own settings: `python -m unittest tests/programs/test_settings.py`."""
 
 import os
 import subprocess
 import sys
-import unittest
 
 from pictures import figures
 from tests.helpers import REPOSITORY, CommandTest, few_digits
 
-# A program that draws a figure, and then imports what Lightning imports.
+# A program that plots a figure, and then imports what Lightning imports.
 PROGRAM = """
 import os
 before = dict(os.environ)
@@ -20,11 +19,10 @@ figures.bpd_by_setting("plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
 
 
 class TestSettings(CommandTest):
-    def test_figures(self):
-        """They say nothing about settings, and those that matplotlib cannot use do not stop them."""
+    def test_figures_do_not_depend_on_matplotlibs_settings_even_if_these_are_invalid(self):
         figures.bpd_by_setting(self.folder / "plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
         expected = (self.folder / "plot").read_bytes()
-        nowhere = self.folder / "plot" / "x"  # no folder can be made below a file
+        nowhere = self.folder / "plot" / "x"  # a folder cannot be below a file
         wanted = self.folder / "wanted"
         wanted.write_text("text.usetex: True\nsavefig.transparent: True\nlines.linewidth: 9\nno.such.key: 1\nnonsense")
         damaged = self.folder / "matplotlibrc"
@@ -34,13 +32,12 @@ class TestSettings(CommandTest):
         (styles / "my.mplstyle").write_bytes(b"\xff\xfe")
         nowhere_to_write = dict.fromkeys(["HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"], nowhere)
         processes = []
-        for number, variables in enumerate(
-            [
-                {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": nowhere},
-                {"MATPLOTLIBRC": wanted, **nowhere_to_write},
-                {"MPLCONFIGDIR": self.folder},  # with damaged settings and styles
-            ]
-        ):
+        settings = [
+            {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": nowhere},
+            {"MATPLOTLIBRC": wanted, **nowhere_to_write},
+            {"MPLCONFIGDIR": self.folder},  # with damaged settings and styles
+        ]
+        for number, variables in enumerate(settings):
             folder = self.folder / str(number)
             folder.mkdir()
             if number == 0:
@@ -55,8 +52,8 @@ class TestSettings(CommandTest):
                 self.assertEqual(process.communicate(timeout=300)[1], "")
                 self.assertEqual((folder / "plot").read_bytes(), expected)
 
-    def test_training(self):
-        """With the backend of a notebook, as every command has it that is started from one."""
+    def test_programs_run_with_the_matplotlib_backend_of_a_notebook(self):
+        """Every command that is started from a notebook has it."""
         variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x", "LOCAL_RANK": ""}
         variables |= few_digits(self.folder, (300, 50, 200))
         folder, left = self.train("--z_dim", "2", run=self.run_command, **variables)
@@ -65,7 +62,3 @@ class TestSettings(CommandTest):
         checkpoint = folder / "checkpoints" / "best.ckpt"
         code, _, error = self.run_command("evaluate.py", checkpoint, "--iw_samples", "1", **variables)
         self.assertEqual((code, error), (0, ""))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -380,7 +380,3 @@ class TestSlurm(unittest.TestCase):
         self.assertEqual(sum("Downloading" in self.output(task) for task in tasks), 1)
         self.assertEqual({requests.count(name) for name in packed}, {requests.count(next(iter(packed)))})
         self.assertLess(len(requests), 9)  # one task asked; torchvision looks for redirections first
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,4 +1,4 @@
-"""`python train_torch.py` as a user runs it: `python -m unittest tests/programs/test_train_torch.py`."""
+"""Tests of `python train_torch.py` as users run it: `python -m unittest tests/programs/test_train_torch.py`."""
 
 import signal
 import unittest
@@ -16,12 +16,11 @@ class TestCommand(CommandTest):
         test_line, folder_line = stdout.splitlines()[-2:]
         return self.folder / folder_line.removeprefix("run folder "), float(test_line.removeprefix("test bpd "))
 
-    def test_a_run_and_its_evaluation(self):
+    def test_a_run_is_trained_and_evaluated(self):
         run, test_bpd = self.train_torch("--dataset", "rendered")
         flags = [run / "checkpoints" / "epoch.pt", "--dataset", "rendered", "--iw_samples", "1"]
-        self.assert_one_line(
-            self.run_forked("evaluate.py", *flags), 1, "size mismatch", "give --model", "--hidden_dims"
-        )
+        without_sizes = self.run_forked("evaluate.py", *flags)
+        self.assert_one_line(without_sizes, 1, "size mismatch", "give --model", "--hidden_dims")
         code, stdout, stderr = self.run_forked("evaluate.py", *flags, "--hidden_dims", "16")
         self.assertEqual((code, stderr), (0, ""))
         (line,) = (line for line in stdout.splitlines() if line.startswith("test bpd"))
@@ -29,13 +28,13 @@ class TestCommand(CommandTest):
         self.assertTrue((run / "evaluation" / "evaluation.json").exists())
 
     @unittest.skipUnless(MNIST_DIR, NO_MNIST)
-    def test_mnist(self):
-        """It ends about where train_pl.py does: the order of the images is another one."""
+    def test_an_epoch_on_mnist_reaches_about_the_bpd_of_train_pl(self):
+        """The order of the images differs."""
         _, test_bpd = self.train_torch("--data_dir", MNIST_DIR)
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, *SMALL)
         self.assertAlmostEqual(test_bpd, results["test_bpd"], delta=0.01)
 
-    def test_bad_flags_and_missing_data(self):
+    def test_an_invalid_flag_or_missing_data_ends_the_command_in_a_line(self):
         for flags, code, *parts in [
             (["--epochs", "0"], 1, "--epochs must be above 0, got 0"),
             (["--model", "RNN"], 2, "--model"),
@@ -43,8 +42,8 @@ class TestCommand(CommandTest):
         ]:
             self.assert_one_line(self.run_command("train_torch.py", *flags, **NO_NETWORK), code, *parts)
 
-    def test_it_does_not_end_half_way_with_code_0(self):
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it left behind
+    def test_a_signal_ends_the_command_with_an_exit_code_that_is_not_0(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
         self.addCleanup(signal.signal, signal.SIGINT, before)
         for number, expected in [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]:
             process = self.start(REPOSITORY / "train_torch.py", "--dataset", "rendered", "--epochs", "10000")
@@ -53,7 +52,3 @@ class TestCommand(CommandTest):
             _, stderr = process.communicate(timeout=60)
             self.assertEqual(process.returncode, expected)
             self.assertEqual(stderr, "" if expected < 0 else "train_torch.py: error: interrupted\n")
-
-
-if __name__ == "__main__":
-    unittest.main()

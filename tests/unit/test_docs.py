@@ -1,4 +1,4 @@
-"""Tests of what README.md and docs/ say of the code: `python -m unittest tests/unit/test_docs.py`."""
+"""Tests that README.md and docs/ agree with the code: `python -m unittest tests/unit/test_docs.py`."""
 
 import re
 import subprocess
@@ -11,44 +11,43 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def text_outside_of_blocks(page):
-    """What a page holds but for its blocks of code."""
+    """The text of a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page):
-    """What can follow # in a link to a page: a name for each of its headings."""
+    """The names of a page's headings, which can follow # in a link."""
     headings = re.findall(r"^#+ (.*)$", text_outside_of_blocks(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def rows_of_flags(page):
-    """List of those headings of a page below which a table has flags, with the first two cells of each flag's row."""
+    """The headings of a page that have a table of flags, with the first two cells of each flag's row."""
     sections = re.split(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     row = re.compile(r"^\| `(--.*?)` \| (.*?) \| .* \|$", re.MULTILINE)
     rows = [(heading, row.findall(text)) for heading, text in zip(sections[1::2], sections[2::2])]
     return [(heading, flags) for heading, flags in rows if flags]
 
 
-def first_cells(flag):
-    """How the first two cells of a table show a flag of argparse: with its choices, and its default."""
-    choices = "{" + ",".join(map(str, flag.choices)) + "}" if flag.choices else ""
-    default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
-    words = {"run_name": "(numbered)"} | ({flag.dest: "off"} if flag.default is False else {})
-    return f"{flag.option_strings[0]} {choices}".rstrip(), words.get(flag.dest, default)
+def first_cells(name, default, possible):
+    """The first two cells of a table for a flag of train_pl.FLAGS: its name with its choices, and its default."""
+    choices = " {" + ",".join(map(str, possible)) + "}" if isinstance(possible, list) else ""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    words = {name: "off" if default is False else shown, "run_name": "(numbered)"}
+    return f"--{name}{choices}", words[name]
 
 
 class TestDocs(unittest.TestCase):
     maxDiff = None
 
-    def test_tables_of_flags(self):
-        """Each group has a table of its flags, in their order, with their choices and defaults."""
-        groups = train_pl.make_parser()._action_groups[2:]  # after those that argparse makes
-        expected = [(group.title.title(), [first_cells(flag) for flag in group._group_actions]) for group in groups]
-        self.assertEqual([len(flags) for _, flags in expected], [len(flags) for flags in train_pl.FLAGS.values()])
+    def test_the_tables_of_flags_have_all_flags_in_their_order_with_choices_and_defaults(self):
+        expected = [
+            (title.title(), [first_cells(name, *flag[:2]) for name, flag in flags.items()])
+            for title, flags in train_pl.FLAGS.items()
+        ]
         self.assertEqual(rows_of_flags(REPOSITORY / "docs" / "runs.md"), expected)
 
-    def test_code_map(self):
-        """It names every program and every file of the harness, and nothing else there is not."""
+    def test_the_code_map_names_every_program_and_harness_file_and_nothing_that_does_not_exist(self):
         table = re.search(r"^## The code\n(.*?)^(?:##|More)", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)[1]
         cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
         named = []
@@ -64,8 +63,7 @@ class TestDocs(unittest.TestCase):
         self.assertEqual(there - set(named), set())
         self.assertEqual([name for name in named if not (REPOSITORY / name).exists()], [])
 
-    def test_links(self):
-        """Every file that a page links to or shows is there, and so is every heading."""
+    def test_every_link_and_every_shown_file_exists(self):
         count = 0
         for page in PAGES:
             text = text_outside_of_blocks(page)
@@ -81,8 +79,7 @@ class TestDocs(unittest.TestCase):
                 count += 1
         self.assertGreater(count, 20)
 
-    def test_files_that_are_named(self):
-        """Paths in backticks that begin with a folder of the repository lead to something."""
+    def test_every_path_in_backticks_that_begins_with_a_folder_of_the_repository_exists(self):
         count = 0
         for page in PAGES:
             for path in re.findall(r"`((?:harness|tests|docs|benchmarks|slurm|\.ci)/[\w./]*)`", page.read_text()):
@@ -90,12 +87,7 @@ class TestDocs(unittest.TestCase):
                 count += 1
         self.assertGreater(count, 10)
 
-    def test_first_commands(self):
-        """The two that a newcomer copies, each alone on a line."""
+    def test_the_two_commands_that_a_newcomer_copies_are_alone_on_their_lines(self):
         lines = PAGES[0].read_text().splitlines()
         for program in ["python train_pl.py --dataset rendered --epochs 5", "python -m unittest unittests.py"]:
             self.assertEqual(lines.count(f"pip install -r requirements.txt && {program}"), 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -17,8 +17,8 @@ from utils import EpochMeans
 
 
 class TestEpochMeans(unittest.TestCase):
-    def test_values_of_all_kinds(self):
-        """A value per image, one of the minibatch, a number; in any precision the sums have all their digits."""
+    def test_a_mean_weighs_each_image_alike_and_keeps_its_digits_in_any_precision(self):
+        """A value may be one per image, one of the minibatch, or a number."""
         for dtype in [torch.float32, torch.bfloat16, torch.float64]:
             means = EpochMeans()
             self.assertEqual(means.compute(), ({}, 0))
@@ -33,7 +33,7 @@ class TestEpochMeans(unittest.TestCase):
             means.add({"other": 5}, 2)
             self.assertEqual(means.compute(), ({"other": 5}, 2))
 
-    def test_other_names_within_an_epoch(self):
+    def test_names_that_change_within_an_epoch_are_an_error(self):
         means = EpochMeans()
         means.add({"a": torch.ones(2)}, 2)
         with self.assertRaisesRegex(ValueError, "a step logs b, the steps before it a"):
@@ -41,18 +41,14 @@ class TestEpochMeans(unittest.TestCase):
 
 
 class TestInTraining(TrainingTest):
-    def test_a_quantity_of_another_shape(self):
-        def quantities(model, terms, imgs):
-            return {"mean": terms.mean}
-
-        with (
-            mock.patch.object(VAE, "quantities", quantities),
-            self.assertRaisesRegex(ValueError, r"the quantity mean must .* shape \[50\], .* got shape \[50, 2\]"),
-        ):
+    def test_a_quantity_of_another_shape_is_an_error_that_names_it(self):
+        words = r"the quantity mean must .* shape \[50\], .* got shape \[50, 2\]"
+        quantities = mock.patch.object(VAE, "quantities", lambda model, terms, imgs: {"mean": terms.mean})
+        with quantities, self.assertRaisesRegex(ValueError, words):
             self.train(epochs=1)
 
-    def test_metrics_of_an_epoch_are_its_own(self):
-        """Whatever came before in this process: Lightning's search for a learning rate, or a fit that was stopped."""
+    def test_metrics_of_an_epoch_do_not_depend_on_what_came_before_in_this_process(self):
+        """Such as Lightning's search for a learning rate, or a fit that failed."""
         loader = small_loaders(self.namespace(batch_size=50))[0]
         options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
         options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)
@@ -80,7 +76,3 @@ class TestInTraining(TrainingTest):
             logged.append(trainer.callback_metrics["train_bpd"].item())
         for value in logged[1:]:
             self.assertAlmostEqual(value, logged[0], delta=0.01)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,88 +1,36 @@
-"""Tests of train_pl.py: `python -m unittest tests/unit/test_train_pl.py`."""
+"""
+Tests of train_pl.py beyond those of the assignment's contract in unittests.py, but for class VAE: `python -m unittest
+tests/unit/test_train_pl.py`.
+"""
 
-import argparse
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import types
-import unittest
 from unittest import mock
 
-import pytorch_lightning as pl
 import torch
-import torch.distributions as D
-from torch.utils.data import DataLoader, TensorDataset
 
 import bmnist
 import train_pl
 from harness import processes, report, run
-from harness.report import quiet_libraries
 from tests.helpers import (
-    REPOSITORY,
+    NamedRunTest,
     SeededTest,
     TrainingTest,
+    assert_left_the_same,
     load,
     metrics,
     results,
     scalars_and_images,
     small_loaders,
 )
-from train_pl import TITLES, VAE, GenerateCallback, Terms, train_vae
+from train_pl import TITLES, VAE, GenerateCallback, train_vae
 
 BPD = 1 / math.log(2) / 784  # bits per dimension in a nat of an image
-
-
-def known_terms(L_rec, L_reg):
-    """What VAE.terms returns for losses [B]."""
-    return Terms(L_rec, L_reg, L_rec + L_reg, *[None] * 4)
-
-
-class TestVAE(SeededTest):
-    def models(self, **hyperparameters):
-        """A model of each kind."""
-        defaults = dict(hidden_dims=[32], num_filters=4, z_dim=5, lr=1e-3)
-        for model_name in ["MLP", "CNN"]:
-            yield VAE(model_name, **{**defaults, **hyperparameters})
-
-    def test_losses_are_the_negative_elbo_of_each_image(self):
-        imgs = torch.rand(6, 1, 28, 28).round()
-        for model in self.models():
-            torch.manual_seed(1)
-            terms = model.terms(imgs)
-            torch.manual_seed(1)
-            mean, log_std = model.encoder(imgs)
-            posterior = D.Normal(mean, log_std.exp())
-            z = posterior.rsample()
-            logits = model.decoder(z)
-            log_likelihood = D.Bernoulli(logits=logits).log_prob(imgs).sum(dim=(1, 2, 3))
-            kl = D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1)
-            expected = known_terms(-log_likelihood, kl)[:3]
-            torch.testing.assert_close(terms[:3], expected)
-            torch.testing.assert_close(terms[3:], (mean, log_std, z.unsqueeze(1), logits.unsqueeze(1)))
-
-    def test_predict(self):
-        """The posterior of a batch, by Lightning's predict, of the loaders and of images alone."""
-        loader = small_loaders(argparse.Namespace(batch_size=20))[2]
-        images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        quiet_libraries()
-        for model in self.models():
-            expected = model.encoder(images.dataset[:][0])
-            for data in [loader, images]:
-                found = map(torch.cat, zip(*trainer.predict(model, data)))
-                torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))
-
-    def test_hyperparameters_and_optimizer(self):
-        for model in self.models(lr=0.03):
-            own = {"img_size", "beta", "objective", "train_samples"}  # beside the assignment's
-            self.assertEqual(set(model.hparams) - own, {"model_name", "hidden_dims", "num_filters", "z_dim", "lr"})
-            optimizer = model.configure_optimizers()
-            self.assertIsInstance(optimizer, torch.optim.Adam)
-            self.assertEqual(optimizer.param_groups[0]["lr"], 0.03)
-        with self.assertRaisesRegex(ValueError, "'MLP' or 'CNN'"):
-            VAE("RNN", [512], 32, 20, 1e-3)
 
 
 class TestGenerateCallback(SeededTest):
@@ -92,27 +40,21 @@ class TestGenerateCallback(SeededTest):
         self.trainer = types.SimpleNamespace(logger=logger, current_epoch=0)
 
     def pictures(self):
-        """{(tag, epoch): picture} of all that went to TensorBoard."""
+        """{(tag, epoch): picture} of all that was written to TensorBoard."""
         return {(call.args[0], call.args[2]): call.args[1] for call in self.writer.add_image.call_args_list}
 
-    def test_rhythm_and_tags(self):
-        for z_dim, tags in [(3, {"Samples", "Means"}), (2, {"Samples", "Means", "Manifold"})]:
-            self.writer.reset_mock()
-            callback, model = GenerateCallback(), VAE("MLP", [8], 32, z_dim, 1e-3)
-            callback.sample_and_save(self.trainer, model, epoch=0)
-            for self.trainer.current_epoch in range(12):
-                callback.on_train_epoch_end(self.trainer, model)
-            self.assertEqual(set(self.pictures()), {(tag, epoch) for tag in tags for epoch in [0, 5, 10]})
-            for (tag, _), picture in self.pictures().items():
-                self.assertEqual(picture.shape, (3, 602, 602) if tag == "Manifold" else (3, 242, 242))
-        self.assertEqual(os.listdir(self.folder), [])
-
-    def test_files(self):
-        callback = GenerateCallback(save_to_disk=True)
-        callback.imgs = torch.zeros(32, 1, 28, 28)
-        callback.sample_and_save(self.trainer, VAE("CNN", [8], 4, 3, 1e-3), epoch=10)
-        names = {f"epoch_10_{name}.png" for name in ["samples", "means", "reconstructions"]}
-        self.assertEqual(set(os.listdir(self.folder)), names)
+    def test_pictures_and_files_of_an_epoch(self):
+        """The manifold is for two latents only, and reconstructions need images."""
+        names = {"Samples", "Means", "Reconstructions"}
+        for z_dim, imgs, expected in [(3, None, {"Samples", "Means"}), (2, torch.zeros(32, 1, 28, 28), names)]:
+            callback = GenerateCallback(save_to_disk=imgs is not None)
+            callback.imgs = imgs
+            callback.sample_and_save(self.trainer, VAE("CNN", [8], 4, z_dim, 1e-3), epoch=z_dim)
+            manifold = {"Manifold"} if z_dim == 2 else set()
+            self.assertEqual({tag for tag, epoch in self.pictures() if epoch == z_dim}, expected | manifold)
+        self.assertEqual(self.pictures()["Manifold", 2].shape, (3, 602, 602))
+        self.assertEqual(self.pictures()["Samples", 2].shape, (3, 242, 242))
+        self.assertEqual(set(os.listdir(self.folder)), {f"epoch_2_{name.lower()}.png" for name in names})
 
     def test_reconstructions_are_beside_their_originals(self):
         callback, model = GenerateCallback(), VAE("MLP", [8], 32, 3, 1e-3)
@@ -125,19 +67,18 @@ class TestGenerateCallback(SeededTest):
         self.assertTrue(torch.equal(grid[0, 2:30, 32:60], expected[0, 0]))
         self.assertTrue(torch.equal(grid[0, 32:60, 2:30], imgs[4, 0]))
 
-    def test_same_latents_and_no_trace_in_the_random_numbers(self):
+    def test_pictures_of_all_epochs_have_the_same_latents_and_do_not_change_the_random_numbers(self):
         callback, model = GenerateCallback(batch_size=4), VAE("MLP", [8], 32, 3, 1e-3)
-        state = torch.get_rng_state()
         for epoch in [1, 2]:
-            callback.sample_and_save(self.trainer, model, epoch)
-            self.assertTrue(torch.equal(torch.get_rng_state(), state))
             torch.rand(1)
             state = torch.get_rng_state()
+            callback.sample_and_save(self.trainer, model, epoch)
+            self.assertTrue(torch.equal(torch.get_rng_state(), state))
         pictures = self.pictures()
         self.assertTrue(torch.equal(pictures["Samples", 1], pictures["Samples", 2]))
 
-    def test_in_eval_mode_and_the_modes_put_back(self):
-        """Of layers that behave differently in training: what they keep stays, and the pictures repeat themselves."""
+    def test_pictures_are_of_eval_mode_and_each_layer_gets_its_own_mode_back(self):
+        """BatchNorm keeps its statistics, and with Dropout pictures are reproducible."""
         model = VAE("CNN", [8], 4, 2, 1e-3)
         for net in [model.encoder.net, model.decoder.net]:
             net.insert(1, torch.nn.BatchNorm2d(net[0].out_channels) if net is model.encoder.net else torch.nn.Dropout())
@@ -160,33 +101,36 @@ class TestGenerateCallback(SeededTest):
 
 
 class TestFlags(TrainingTest):
-    def test_flags_and_defaults(self):
-        defaults = dict(model="MLP", z_dim=20, hidden_dims=[512], num_filters=32, lr=1e-3, batch_size=128, epochs=80)
-        defaults.update(seed=42, num_workers=0, log_dir="VAE_logs", progress_bar=False, dataset="mnist", init="pytorch")
-        defaults.update(data_dir="../data/", binarization="threshold", train_size=45_000, lr_schedule="constant")
-        defaults.update(accelerator="auto", no_cuda_graph=False, run_name=None, devices=1, num_nodes=1)
-        defaults.update(precision="32", threads="auto", beta=1.0, beta_warmup=0, objective="elbo", train_samples=1)
-        self.assertEqual(vars(train_pl.make_parser().parse_args([])), defaults)
-
-    def test_bad_flags(self):
-        log_dir = self.folder / "logs"
-        for flags in [
-            *("--z_dim 0", "--hidden_dims -3", "--hidden_dims 512 0", "--hidden_dims", "--lr nan", "--lr 0"),
-            *("--lr inf", "--batch_size 0", "--epochs -1", "--epochs 0", "--num_filters 0", "--num_workers -1"),
-            *("--seed -1", "--seed 4294967296", "--devices 0", "--num_nodes 0", "--batch_size 7 --devices 2"),
-            *("--run_name ..", "--init he --model CNN", "--z_dim two", "--model RNN", "--dataset cifar"),
-            *("--train_size 50000", "--no_such_flag"),
+    def test_an_invalid_flag_is_named_in_one_line_with_exit_code_2(self):
+        for command in [
+            *(
+                "--z_dim 0",
+                "--z_dim two",
+                "--hidden_dims -3",
+                "--hidden_dims 512 0",
+                "--hidden_dims",
+                "--num_filters 0",
+            ),
+            *("--lr nan", "--lr 0", "--lr inf", "--batch_size 0", "--batch_size 7 --devices 2", "--epochs -1"),
+            *("--epochs 0", "--num_workers -1", "--seed -1", "--seed 4294967296", "--devices 0", "--num_nodes 0"),
+            *("--run_name ..", "--init he --model CNN", "--model RNN", "--dataset cifar", "--train_size 50000"),
+            *("--beta -1", "--beta nan", "--beta_warmup -1", "--train_samples 0", "--no_such_flag", "--objective vae"),
+            *("--objective iwae --beta 2", "--objective iwae --beta_warmup 2"),
         ]:
-            code, message = self.main(*flags.split(), "--log_dir", str(log_dir))
-            self.assertEqual(code, 2, flags)
-            self.assertRegex(message, r"^train_pl.py: error: .*\n\Z")
-            self.assertIn(flags.split()[0], message)
-        for name, value in dict(z_dim=0, hidden_dims=[], lr=float("nan"), model="RNN", zdim=2, run_name="a\n").items():
-            with self.assertRaisesRegex(ValueError, f"--{name} "):
-                train_vae(self.namespace(log_dir=str(log_dir), **{name: value}))
-        self.assertFalse(log_dir.exists())
+            with self.subTest(command):
+                code, message = self.main(*command.split(), "--log_dir", str(self.folder / "logs"))
+                self.assertEqual(code, 2)
+                self.assertRegex(message, r"^train_pl.py: error: .*\n\Z")
+                self.assertIn(command.split()[0], message)
+        self.assertFalse((self.folder / "logs").exists())
 
-    def test_other_errors_are_one_line(self):
+    def test_an_invalid_flag_of_a_namespace_is_a_value_error(self):
+        for name, value in dict(z_dim=0, hidden_dims=[], lr=float("nan"), model="RNN", zdim=2, run_name="a\n").items():
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name} "):
+                train_vae(self.namespace(**{name: value}))
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_other_errors_are_one_line_with_exit_code_1(self):
         log_dir = self.folder / "logs"
         with mock.patch.object(train_pl, "load_data", mock.Mock(side_effect=bmnist.DataError("no data"))):
             self.assertEqual(self.main("--log_dir", str(log_dir)), (1, "train_pl.py: error: no data"))
@@ -202,25 +146,10 @@ class TestFlags(TrainingTest):
 
 class TestTraining(TrainingTest):
     def namespace(self, **flags):
-        return super().namespace(**{"z_dim": 3, **flags})  # without a manifold, which takes its time
+        return super().namespace(**{"z_dim": 3, "epochs": 1, **flags})  # without a manifold, which is slow
 
-    def test_epoch_means_weigh_every_image_alike(self):
-        """The last minibatch of an epoch is smaller: 44 of 300 images."""
-
-        def terms(model, imgs, num_samples=1):
-            loss = model.decoder.net[0].bias[0] * 0 + torch.full((len(imgs),), len(imgs) * (model.current_epoch + 1.0))
-            return known_terms(loss, 3 * loss)
-
-        with mock.patch.object(VAE, "terms", terms):
-            folder, _ = self.train(epochs=2)
-        for epoch, row in enumerate(metrics(folder)[1:], start=1):  # of its own images alone
-            for stage, mean in [("train", epoch * (2 * 128**2 + 44**2) / 300), ("val", epoch * 50)]:
-                for name, factor in [("reconstruction_loss", 1), ("regularization_loss", 3), ("ELBO", 4)]:
-                    self.assertAlmostEqual(float(row[f"{stage}_{name}"]), factor * mean, places=3)
-                self.assertAlmostEqual(float(row[f"{stage}_bpd"]), 4 * mean * BPD, places=6)
-
-    def test_checkpoints(self):
-        """best.ckpt is that of the lowest validation bpd and is what is tested; last.ckpt is the last epoch's."""
+    def test_the_best_checkpoint_has_the_lowest_validation_bpd_and_is_tested(self):
+        """The last one is that of the last epoch."""
 
         def log_val_bpd(model):
             model.log("val_bpd", abs(model.current_epoch - 1.5) if model.trainer.state.fn == "fit" else 0.1)
@@ -243,8 +172,8 @@ class TestTraining(TrainingTest):
         with torch.no_grad():
             return model(imgs)[2].item()
 
-    def test_the_loss_is_apart_from_the_metrics(self):
-        """Four times the KL divergence is minimised; what is logged, selects and is tested is the ELBO."""
+    def test_metrics_are_of_the_elbo_and_weigh_every_image_alike_whatever_is_minimised(self):
+        """Here it is four times the divergence; the last minibatch is smaller, 44 of 300 images."""
         terms, seen = VAE.terms, {}
 
         def watched_terms(model, imgs, num_samples=1):
@@ -253,20 +182,18 @@ class TestTraining(TrainingTest):
             stage, epoch = "train" if model.training else model.trainer.state.fn.value, model.current_epoch + 1
             if stage == "fit":  # validation: by the ELBO epoch 2 is the best, with four times the divergence epoch 3
                 L_rec, L_reg = L_rec + [6000, 0, 3000][epoch - 1], L_reg + [0, 2000, 0][epoch - 1]
-            sums = torch.tensor([len(imgs), L_rec.sum(), L_reg.sum()])
-            seen.setdefault((stage, epoch), []).append(sums)
+            seen.setdefault((stage, epoch), []).append(torch.tensor([len(imgs), L_rec.sum(), L_reg.sum()]))
             return found._replace(L_rec=L_rec, L_reg=L_reg, loss=L_rec + 4 * L_reg)
 
-        flags = dict(epochs=3, lr=0.01)
-        plain_folder, _ = self.train(**flags)
+        plain_folder, _ = self.train(epochs=3, lr=0.01)
         with mock.patch.object(VAE, "terms", watched_terms):
-            folder, _ = self.train(**flags)
+            folder, _ = self.train(epochs=3, lr=0.01)
         for epoch, row in enumerate(metrics(folder)[1:], start=1):
             for logged, stage in [("train", "train"), ("val", "fit")]:
                 num_imgs, L_rec, L_reg = torch.stack(seen[stage, epoch]).sum(dim=0).tolist()
-                bpd = (L_rec + L_reg) / num_imgs * BPD
-                self.assertAlmostEqual(float(row[f"{logged}_bpd"]), bpd, places=5)
-                self.assertAlmostEqual(float(row[f"{logged}_regularization_loss"]), L_reg / num_imgs, places=3)
+                found = [float(row[f"{logged}_{name}"]) for name in TITLES]
+                for name, value, expected in zip(TITLES, found, [L_rec, L_reg, L_rec + L_reg, (L_rec + L_reg) * BPD]):
+                    self.assertAlmostEqual(value, expected / num_imgs, places=5 if name == "bpd" else 3)
         first_step = seen["train", 1][0][1:].sum().item() / 128 * BPD
         self.assertAlmostEqual(results(folder)["first_step_bpd"], first_step, places=5)
         self.assertEqual((results(folder)["best_epoch"], load(folder, "best")["epoch"] + 1), (2, 2))
@@ -275,123 +202,109 @@ class TestTraining(TrainingTest):
         divergences = [float(metrics(run)[3]["train_regularization_loss"]) for run in [folder, plain_folder]]
         self.assertLess(divergences[0], divergences[1] / 2)
 
-    def test_one_more_quantity(self):
-        """A line in VAE.quantities, as the README says, which may use anything of the step."""
-        source = (REPOSITORY / "train_pl.py").read_text()
-        line = '            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),\n'
-        self.assertEqual(source.count(line), 1)
-        new = '            "squared_loss": terms.L_rec**2,\n            "batch": len(imgs),\n'
-        new += '            "KL_of_z0": KLD(terms.mean[:, :1], terms.log_std[:, :1]),\n'
-        new += '            "active": (terms.mean.var(dim=0) > 0.01).sum(),\n'
-        source = source.replace(line, line + new)
-        changed = types.ModuleType("changed")
-        exec(compile(source, "changed", "exec"), vars(changed))
-        changed.load_data = small_loaders
+    def test_further_quantities_are_logged_and_reported_like_the_others(self):
+        """A quantity has a value per image, or one of the minibatch, a tensor or a number."""
+        quantities, new = VAE.quantities, ["active", "batch", "ink"]  # in the order of the columns
 
-        terms = changed.VAE.terms
+        def more(model, terms, imgs):
+            active = (terms.mean.var(dim=0) > 0.01).sum()
+            return quantities(model, terms, imgs) | {"ink": imgs.sum((1, 2, 3)), "batch": len(imgs), "active": active}
 
-        def known_losses(model, imgs, num_samples=1):
-            L_rec = model.decoder.net[0].bias[0] * 0 + torch.full((len(imgs),), len(imgs) / 10)
-            return terms(model, imgs)._replace(L_rec=L_rec, loss=L_rec)
-
-        changed.VAE.terms = known_losses
-        with contextlib.redirect_stdout(io.StringIO()):
-            changed.train_vae(self.namespace(accelerator="cpu", epochs=1))
-        folder = self.run_folder()
+        with mock.patch.object(VAE, "quantities", more):
+            folder, _ = self.train()
         row = metrics(folder)[1]
-        self.assertAlmostEqual(float(row["train_squared_loss"]), (256 * 12.8**2 + 44 * 4.4**2) / 300, places=3)
-        self.assertAlmostEqual(float(row["train_batch"]), (256 * 128 + 44 * 44) / 300, places=3)
-        self.assertAlmostEqual(float(row["val_squared_loss"]), 25, places=3)
-        self.assertTrue(0 < float(row["val_KL_of_z0"]) < float(row["val_regularization_loss"]))
+        train, val, _ = small_loaders(self.namespace())
+        for name, loader in [("train_ink", train), ("val_ink", val)]:
+            imgs, _ = loader.dataset[torch.arange(len(loader.dataset))]
+            self.assertAlmostEqual(float(row[name]), imgs.sum().item() / len(imgs), places=3)
+        self.assertAlmostEqual(float(row["train_batch"]), (2 * 128**2 + 44**2) / 300, places=3)
         self.assertTrue(0 <= float(row["val_active"]) <= 3)
-        new = ["KL_of_z0", "active", "batch", "squared_loss"]
-        self.assertEqual(
-            list(row)[1:],
-            [f"{stage}_{name}" for names in [TITLES, new] for stage in ["train", "val"] for name in names],
-        )
-        steps = {step for tag, step, _ in scalars_and_images(folder) if tag == "val_squared_loss"}
-        self.assertEqual(steps, {0, 1})
+        columns = [f"{stage}_{name}" for names in [TITLES, new] for stage in ["train", "val"] for name in names]
+        self.assertEqual(list(row)[1:], columns)
+        self.assertEqual({step for tag, step, _ in scalars_and_images(folder) if tag == "val_ink"}, {0, 1})
 
-    def test_initial_weights(self):
-        with mock.patch.object(train_pl, "he_init") as init:
-            self.train(epochs=1)
-            init.assert_not_called()
-            self.train(epochs=1, init="he")
-        self.assertEqual([net[0].in_features for (net,), _ in init.call_args_list], [784, 3])
+    def test_initial_weights_are_those_of_the_flag_init(self):
+        for init, is_zero in [("pytorch", False), ("he", True)]:
+            model = train_pl.make_vae(train_pl.complete_flags(self.namespace(init=init)))
+            for network in [model.encoder, model.decoder]:
+                self.assertEqual(not network.net[0].bias.any(), is_zero, init)
 
-    def test_same_seed_same_weights(self):
+    def test_a_seed_gives_the_same_weights_with_any_number_of_workers_and_another_seed_gives_others(self):
         def weights(**flags):
-            folder, _ = self.train(epochs=2, **flags)
-            return load(folder, "last")["state_dict"].values()
+            return load(self.train(**flags)[0], "last")["state_dict"].values()
 
         first = list(weights())
         self.assertTrue(all(map(torch.equal, first, weights())))
         self.assertTrue(all(map(torch.equal, first, weights(num_workers=2))))
         self.assertFalse(all(map(torch.equal, first, weights(seed=43))))
 
-    def test_loss_that_is_not_finite(self):
+    def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_epoch_before(self):
         terms = VAE.terms
         for value in [float("nan"), float("inf")]:
 
             def diverge(model, imgs, num_samples=1, value=value):
                 found = terms(model, imgs)
-                return found._replace(L_rec=found.L_rec + (value if model.training and model.current_epoch == 2 else 0))
+                return found._replace(L_rec=found.L_rec + (value if model.training and model.current_epoch == 1 else 0))
 
-            with (
-                mock.patch.object(VAE, "terms", diverge),
-                self.assertRaisesRegex(report.TrainingDiverged, r"^train_bpd became \w+ in epoch 3.* --lr"),
-            ):
-                self.train()
+            diverged = self.assertRaisesRegex(report.TrainingDiverged, r"^train_bpd became \w+ in epoch 2.* --lr")
+            with mock.patch.object(VAE, "terms", diverge), diverged:
+                self.train(epochs=3)
             last = load(self.run_folder(), "last")
-            self.assertEqual(last["epoch"], 1)
+            self.assertEqual(last["epoch"], 0)
             self.assertTrue(all(weight.isfinite().all() for weight in last["state_dict"].values()))
         with self.assertRaisesRegex(report.TrainingDiverged, r"in epoch 1: try .*no checkpoint was written"):
             self.train(lr=1e30)
 
-    def test_training_minimises_the_bpd(self):
-        imgs, model = torch.rand(6, 1, 28, 28).round(), VAE("MLP", [8], 4, 3, 1e-3)
-        torch.manual_seed(1)
-        _, _, bpd = model(imgs)
-        torch.manual_seed(1)
-        outputs = model.training_step((imgs, None), 0)
-        torch.testing.assert_close((outputs["loss"], outputs["bpd"]), (bpd, bpd))
-        outputs["loss"].backward()
-        self.assertTrue(all(parameter.grad.any() for parameter in model.parameters()))
-
-    def test_everything_is_logged_once_per_epoch(self):
-        """A call of self.log in every step would cost a third of the time."""
-        log, logged = VAE.log, []
-
-        def count(model, name, *args, **kwargs):
-            logged.append(name)
-            log(model, name, *args, **kwargs)
-
-        with mock.patch.object(VAE, "log", count):
+    def test_everything_is_logged_once_per_epoch_since_logging_in_every_step_is_slow(self):
+        with mock.patch.object(VAE, "log", autospec=True, side_effect=VAE.log) as log:
             self.train(epochs=2)  # of three minibatches each; validated before the first one, too
+        logged = [call.args[1] for call in log.call_args_list]
         for name in TITLES:
             self.assertEqual((logged.count(f"train_{name}"), logged.count(f"val_{name}")), (2, 3))
 
-    def test_progress_bar(self):
-        """On a terminal; in a file the lines of the epochs are there instead."""
-        with mock.patch.object(run, "shows_bar", lambda args: args.progress_bar):
-            _, output = self.train(epochs=1, progress_bar=True)
-        self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
-        self.assertNotIn("epoch   1/1", output)
-        _, output = self.train(epochs=1, progress_bar=True)
+    def test_a_progress_bar_is_for_terminals_and_elsewhere_each_epoch_has_a_line(self):
+        _, output = self.train(progress_bar=True)
         self.assertNotIn("Epoch 0", output)
         self.assertIn("epoch   1/1", output)
-
-    def test_progress_bar_where_rich_is_installed(self):
-        """Lightning would take its bar then."""
         connector = "pytorch_lightning.trainer.connectors.callback_connector"
-        with (
-            mock.patch(f"{connector}._RICH_AVAILABLE", True, create=True),  # Lightning 2.5 does not look for it
+        with (  # Lightning would use rich's bar if rich is installed; Lightning 2.5 does not look for it
+            mock.patch(f"{connector}._RICH_AVAILABLE", True, create=True),
             mock.patch(f"{connector}.RichProgressBar", mock.Mock(side_effect=AssertionError)),
             mock.patch.object(run, "shows_bar", lambda args: args.progress_bar),
         ):
-            _, output = self.train(epochs=1, progress_bar=True)
+            _, output = self.train(progress_bar=True)
         self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
+        self.assertNotIn("epoch   1/1", output)
 
 
-if __name__ == "__main__":
-    unittest.main()
+class TestSchedules(NamedRunTest):
+    def test_the_learning_rate_is_constant_or_falls_along_half_a_cosine(self):
+        for lr_schedule, shares in [("constant", [1, 1, 1, 1]), ("cosine", [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])]:
+            rates, step = [], VAE.training_step
+
+            def training_step(model, batch, batch_idx, rates=rates, step=step):
+                rates.append(model.trainer.optimizers[0].param_groups[0]["lr"])
+                return step(model, batch, batch_idx)
+
+            with mock.patch.object(VAE, "training_step", training_step):
+                self.train(epochs=4, lr=0.01, batch_size=300, run_name=lr_schedule, lr_schedule=lr_schedule)
+            torch.testing.assert_close(rates, [0.01 * share for share in shares])
+
+    def test_beta_rises_linearly_and_is_logged_and_so_it_does_in_a_run_that_resumes(self):
+        wish = dict(epochs=4, beta=4.0, beta_warmup=2, train_samples=2)
+        folder = self.folder / "undisturbed"
+        self.train(run_name=folder.name, **wish)
+        self.assertEqual([float(row["train_beta"]) for row in metrics(folder)[1:]], [0, 2, 4, 4])
+        self.assertEqual(VAE.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").hparams.beta, 4.0)
+        self.stop_at(VAE, "on_validation_epoch_end", 1, **wish)
+        self.train(**wish)
+        assert_left_the_same(self, self.run_folder(), folder)
+        self.train(epochs=1, run_name="plain")
+        self.assertNotIn("train_beta", metrics(self.folder / "plain")[0])
+
+    def test_the_importance_weighted_bound_is_logged_beside_the_elbo(self):
+        folder, _ = self.train(epochs=1, objective="iwae", train_samples=5)
+        for row, stage in itertools.product(metrics(folder)[1:], ["train", "val"]):
+            values = {name.removeprefix(f"{stage}_"): float(row[name]) for name in row if name.startswith(stage)}
+            self.assertLess(values["IWAE"], values["ELBO"])
+            self.assertAlmostEqual(values["bpd"], values["ELBO"] * BPD, places=4)

@@ -1,0 +1,168 @@
+"""
+Tests of class VAE in train_pl.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+tests/unit/test_vae.py`.
+"""
+
+import argparse
+import functools
+import math
+import types
+from unittest import mock
+
+import pytorch_lightning as pl
+import torch
+import torch.distributions as D
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import train_pl
+from harness.processes import SharedNoise
+from harness.report import quiet_libraries
+from mlp_encoder_decoder import MLPDecoder, MLPEncoder
+from tests.helpers import SeededTest, small_loaders
+from train_pl import VAE
+from utils import decode
+
+
+def small_vae(objective, beta=1.0):
+    """The parts of a VAE that VAE.terms uses: with 2 latents, for images of 6 pixels, in double precision."""
+    decoder = MLPDecoder(z_dim=2, hidden_dims=[8], output_shape=[1, 1, 6])
+    nn.init.normal_(decoder.net[-1].weight)
+    vae = nn.Module()
+    vae.encoder, vae.decoder = MLPEncoder(input_dim=6, hidden_dims=[8], z_dim=2), decoder
+    vae.hparams, vae.beta = types.SimpleNamespace(objective=objective), beta
+    return vae.double()
+
+
+def mean_losses(vae, imgs, num_samples):
+    """L_rec, L_reg and the loss, as means over a batch."""
+    return [loss.mean() for loss in VAE.terms(vae, imgs, num_samples)[:3]]
+
+
+def some_images(number):
+    """The first of the 64 images of 6 pixels."""
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6).view(64, 1, 1, 6).double()[:number]
+
+
+def gradients(loss, vae):
+    """The gradients of all weights, as one vector."""
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(vae.parameters()))])
+
+
+class TestTerms(SeededTest):
+    def test_the_terms_of_a_single_sample_are_those_of_the_negative_elbo_of_each_image(self):
+        imgs = torch.rand(6, 1, 28, 28).round()
+        for model_name in ["MLP", "CNN"]:
+            model = VAE(model_name, [32], 4, 5, 1e-3, beta=3.0)
+            torch.manual_seed(1)
+            terms = model.terms(imgs)
+            torch.manual_seed(1)
+            mean, log_std = model.encoder(imgs)
+            posterior = D.Normal(mean, log_std.exp())
+            z = posterior.rsample()
+            logits = model.decoder(z)
+            L_rec = -D.Bernoulli(logits=logits).log_prob(imgs).sum(dim=(1, 2, 3))
+            L_reg = D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1)
+            expected = L_rec, L_reg, L_rec + 3 * L_reg, mean, log_std, z.unsqueeze(1), logits.unsqueeze(1)
+            torch.testing.assert_close(tuple(terms), expected)
+
+    def test_training_minimises_the_negative_elbo_in_bpd_with_beta_as_the_weight_of_the_divergence(self):
+        imgs = torch.rand(6, 1, 28, 28).round()
+        for options in [dict(), dict(beta=4.0), dict(objective="iwae")]:
+            with self.subTest(options):
+                model = VAE("MLP", [32], 4, 5, 1e-3, **options)
+                torch.manual_seed(1)
+                L_rec, L_reg, bpd = model(imgs)
+                loss = (L_rec + options.get("beta", 1) * L_reg) / math.log(2) / 784
+                torch.manual_seed(1)
+                output = model.training_step((imgs, None), 0)
+                torch.testing.assert_close((output["loss"], output["bpd"]), (loss, bpd))
+                torch.testing.assert_close(gradients(output["loss"], model), gradients(loss, model))
+
+    def test_the_importance_weighted_gradient_is_that_of_the_normalised_weights(self):
+        """Each log w_k is computed by itself, image by image."""
+        vae, imgs = small_vae("iwae"), some_images(7)
+        torch.manual_seed(1)
+        L_rec, L_reg, loss = mean_losses(vae, imgs, 5)
+        torch.manual_seed(1)
+        noise = torch.randn(7, 5, 2, dtype=torch.float64)
+        bound, gradient, recs, regs = 0, 0, [], []
+        for img, eps in zip(imgs, noise):
+            log_weights, of_each = [], []
+            for eps_k in eps:
+                mean, log_std = (output[0] for output in vae.encoder(img.unsqueeze(0)))
+                q, prior = D.Normal(mean, log_std.exp()), D.Normal(torch.zeros(2).double(), torch.ones(2).double())
+                z = mean + log_std.exp() * eps_k
+                log_p_x = D.Bernoulli(logits=vae.decoder(z.unsqueeze(0))[0]).log_prob(img).sum()
+                log_weight = log_p_x + prior.log_prob(z).sum() - q.log_prob(z).sum()
+                of_each.append(gradients(log_weight, vae))
+                log_weights.append(log_weight.item())
+                recs.append(-log_p_x.item())
+            regs.append(D.kl_divergence(q, prior).sum().item())
+            weights = torch.tensor(log_weights, dtype=torch.float64).exp()
+            bound += weights.mean().log() / 7
+            gradient += sum(weight * one for weight, one in zip(weights / weights.sum(), of_each)) / 7
+        torch.testing.assert_close(-loss.detach(), bound)
+        torch.testing.assert_close(-gradients(loss, vae), gradient)
+        self.assertAlmostEqual(L_rec.item(), sum(recs) / len(recs))
+        self.assertAlmostEqual(L_reg.item(), sum(regs) / len(regs))
+
+    def test_several_samples_of_the_elbo_are_averaged(self):
+        vae, imgs = small_vae("elbo", beta=3.0), some_images(7)
+        L_rec, L_reg, loss = mean_losses(vae, imgs, 2_000)
+        torch.testing.assert_close(loss, L_rec + 3 * L_reg)
+        two = torch.stack([mean_losses(vae, imgs, 2)[0] for _ in range(500)])
+        self.assertAlmostEqual(L_rec.item(), two.mean().item(), delta=7 * two.std().item() / math.sqrt(500))
+
+    def test_memory_is_bounded_whatever_the_number_of_samples(self):
+        """The losses and their gradients are the same."""
+        vae, imgs = small_vae("iwae"), some_images(10)
+
+        def losses(max_pixels):
+            """The terms, their gradient, the bytes kept for it, and the most images that are decoded at once."""
+            torch.manual_seed(1)
+            kept, decoded = [], []
+            handle = vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
+            keep = torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+            )
+            with keep, mock.patch.object(train_pl, "decode", functools.partial(decode, max_pixels=max_pixels)):
+                terms = VAE.terms(vae, imgs, 100)
+            gradient = gradients(terms.loss.mean(), vae)
+            handle.remove()
+            return terms, gradient, sum(kept), max(decoded)
+
+        whole, in_parts = (losses(number * imgs[0].numel()) for number in [1_000, 64])
+        torch.testing.assert_close([whole[0].L_rec, whole[1]], [in_parts[0].L_rec, in_parts[1]])
+        self.assertEqual((whole[3], in_parts[3]), (1_000, 60))
+        self.assertEqual((whole[0].logits.shape, in_parts[0].logits), ((10, 100, 1, 1, 6), None))
+        self.assertLess(in_parts[2], whole[2] / 3)  # latents and weights are left, of each sample 8 numbers
+
+    def test_processes_share_the_noise_of_a_minibatch(self):
+        """Two processes with every other image draw the samples that one process draws."""
+        vae, imgs = small_vae("iwae"), some_images(8)
+        torch.manual_seed(1)
+        expected = mean_losses(vae, imgs, 3)
+        shares = []
+        for rank in range(2):
+            torch.manual_seed(1)
+            with SharedNoise(rank, 2):
+                shares.append(torch.stack(mean_losses(vae, imgs[rank::2], 3)))
+        torch.testing.assert_close(torch.stack(expected), sum(shares) / 2)
+
+
+class TestVAE(SeededTest):
+    def test_predict_gives_the_posterior_of_labelled_and_of_plain_images(self):
+        loader = small_loaders(argparse.Namespace(batch_size=20))[2]
+        images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        quiet_libraries()
+        model = VAE("MLP", [32], 4, 5, 1e-3)
+        expected = model.encoder(images.dataset[:][0])
+        for data in [loader, images]:
+            found = map(torch.cat, zip(*trainer.predict(model, data)))
+            torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))
+
+    def test_an_unknown_kind_of_network_is_an_error(self):
+        with self.assertRaisesRegex(ValueError, "'MLP' or 'CNN'"):
+            VAE("RNN", [512], 32, 20, 1e-3)
