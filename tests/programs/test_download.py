@@ -2,11 +2,10 @@
 
 import contextlib
 import threading
-import unittest
 
 from sources import mnist_files
 from tests.helpers import REPOSITORY, CommandTest
-from tests.helpers_fake_data import known_files, mirror, resources, small_mnist, stand_in_code
+from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
 
 
 class TestDownload(CommandTest):
@@ -16,7 +15,7 @@ class TestDownload(CommandTest):
         server = contextlib.ExitStack()
         self.addCleanup(server.close)
         address, _ = server.enter_context(mirror(packed, self.write))
-        code = stand_in_code(address, resources(packed), known_files(self.content))
+        code = stand_in_code(address, known_resources(packed), known_files(self.content))
         self.program = f"{code}print(len(bmnist.bmnist('data')[0].dataset))"
 
     def write(self, name, content, file):
@@ -59,7 +58,3 @@ class TestDownload(CommandTest):
         stdout, stderr = self.start_program().communicate(timeout=120)
         self.assertEqual((stdout.splitlines()[-1], stderr), ("60", ""))
         self.assert_complete()
-
-
-if __name__ == "__main__":
-    unittest.main()

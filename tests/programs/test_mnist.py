@@ -56,7 +56,3 @@ class TestMNIST(CommandTest):
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--model", "CNN", "--epochs", "1")
         self.assertTrue(0.99 < results["first_step_bpd"] < 1.1)
         self.assertLess(results["test_bpd"], 0.32)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import sys
-import unittest
 from unittest import mock
 
 import numpy as np
@@ -265,7 +264,3 @@ class TestProgram(SeededTest):
         error = bmnist.DataError("t10k-labels is damaged")
         self.assertEqual(self.main(side_effect=error), ("", "bmnist.py: error: t10k-labels is damaged"))
         self.assertEqual(self.main(side_effect=KeyboardInterrupt), ("", "bmnist.py: interrupted"))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -16,7 +16,7 @@ import torch.distributions as D
 import evaluate
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
 from harness.data_places import places_of_data
-from harness.errors import FlagError, UserError
+from harness.errors import DataError, FlagError, UserError
 from pictures import explorer, latent_space
 from tests.helpers import SeededTest, printed_lines, small_loaders
 from train_pl import VAE, complete_flags, make_vae
@@ -25,8 +25,8 @@ from utils import log_likelihood, quadrature_log_likelihood
 NOT_COMPUTED = AssertionError("the error came after minutes of computing")
 
 
-class EvaluateTest(SeededTest):
-    """A test that evaluates checkpoints, as a training leaves them, on 200 digits, and saves no pictures."""
+class TestEvaluate(SeededTest):
+    """Evaluations of checkpoints, as a training leaves them, on 200 digits and without pictures."""
 
     def setUp(self):
         self.load_data = mock.Mock(side_effect=functools.partial(small_loaders, sizes=(300, 100, 200)))
@@ -56,8 +56,6 @@ class EvaluateTest(SeededTest):
         """What evaluate returns."""
         return evaluate.evaluate(checkpoint, **{"iw_samples": 20, "accelerator": "cpu", **flags})
 
-
-class TestNumbers(EvaluateTest):
     @torch.no_grad()
     def check(self, results, model):
         """Computes the numbers of an evaluation in another way."""
@@ -95,10 +93,7 @@ class TestNumbers(EvaluateTest):
             results, folder = self.evaluate(str(checkpoint))
         self.assertEqual((read.call_count, folder), (1, self.folder / "run" / "evaluation"))
         self.assertEqual(json.loads((folder / "evaluation.json").read_text()), results)
-        with (
-            mock.patch.object(evaluate, "prepare", side_effect=ZeroDivisionError),
-            self.assertRaises(ZeroDivisionError),
-        ):
+        with mock.patch.object(evaluate, "prepare", side_effect=KeyError), self.assertRaises(KeyError):
             self.evaluate(checkpoint)
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
         self.assertEqual(torch.backends.cudnn.deterministic, deterministic)
@@ -122,15 +117,12 @@ class TestNumbers(EvaluateTest):
         self.assertIn("100%", terminal.getvalue())
         self.assertEqual(file.getvalue(), "")
 
-
-class TestFolder(EvaluateTest):
     def test_files_of_others_are_not_touched(self):
         checkpoint, _ = self.checkpoint()
         for name, content in [
             ("samples.png", "mine"),
             ("explorer.html", "mine"),
             ("evaluation.json", '{"score": 3}'),
-            ("evaluation.json", "[]"),
             ("latent_space.pdf/more", "mine"),
             ("evaluation.json/more", "mine"),
         ]:
@@ -159,15 +151,14 @@ class TestFolder(EvaluateTest):
     def test_a_folder_that_cannot_be_written_is_refused_at_once(self):
         checkpoint, _ = self.checkpoint()
         (self.folder / "file").touch()
-        read_only = mock.patch.object(evaluate.tempfile, "TemporaryFile", side_effect=OSError(30, "Read-only"))
-        for out, context in [
-            ("file", contextlib.nullcontext()),
-            ("file/x", contextlib.nullcontext()),
-            ("x", read_only),
-        ]:
-            words = self.assertRaisesRegex(UserError, "cannot write to .* .*: choose another folder with --out")
-            with mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED), context, words:
-                self.evaluate(checkpoint, out=self.folder / out)
+        words = "cannot write to .* .*: choose another folder with --out"
+        with mock.patch.object(evaluate, "likelihoods", side_effect=NOT_COMPUTED):
+            for out in ["file", "file/x"]:
+                with self.subTest(out), self.assertRaisesRegex(UserError, words):
+                    self.evaluate(checkpoint, out=self.folder / out)
+            read_only = mock.patch.object(evaluate.tempfile, "TemporaryFile", side_effect=OSError(30, "Read-only"))
+            with read_only, self.assertRaisesRegex(UserError, words):
+                self.evaluate(checkpoint, out=self.out)
 
     def test_the_explorer_shows_the_facts_of_the_evaluation(self):
         """But not where it is on this machine. If there is no new page, the old one is removed."""
@@ -185,8 +176,6 @@ class TestFolder(EvaluateTest):
         self.evaluate(checkpoint, no_explorer=True)
         self.assertFalse(page.exists())
 
-
-class TestFlags(EvaluateTest):
     def test_the_data_is_that_of_the_training_unless_flags_say_otherwise(self):
         checkpoint, _ = self.checkpoint(binarization="stochastic")
         for flags, expected in [
@@ -197,17 +186,16 @@ class TestFlags(EvaluateTest):
             (args,), options = self.load_data.call_args
             self.assertEqual((args.dataset, args.data_dir, options["download"]), expected)
             self.assertEqual(args.binarization, "stochastic")
+        self.load_data.side_effect = DataError("MNIST is not complete")
+        with self.assertRaisesRegex(UserError, r"complete \(--data_dir says where MNIST is now\)$"):
+            self.evaluate(checkpoint)
+        with self.assertRaisesRegex(UserError, "complete$"):
+            self.evaluate(checkpoint, data_dir="here")
 
     def test_invalid_flags_in_a_checkpoint_are_an_error_of_one_line(self):
         checkpoint, _ = self.checkpoint()
         saved = torch.load(checkpoint, weights_only=True)
-        for flags in [
-            "mnist",
-            {"dataset": "faces"},
-            {"batch_size": "many"},
-            {"hidden_dims": None},
-            {"dataset_sha256": "0"},
-        ]:
+        for flags in ["mnist", {"dataset": "x"}, {"batch_size": "x"}, {"hidden_dims": None}, {"dataset_sha256": "0"}]:
             with self.subTest(flags):
                 saved[RUN]["flags"] = flags
                 torch.save(saved, checkpoint)
@@ -223,9 +211,8 @@ class TestFlags(EvaluateTest):
             with self.assertRaisesRegex(FlagError, "best.ckpt does not say what data .* give --dataset"):
                 self.evaluate(checkpoint)
             results, folder = self.evaluate(checkpoint, dataset="rendered")
-            self.assertEqual(
-                (results["binarization"], results["epoch"]), ("threshold", 3 if "epoch" in parts else None)
-            )
+            expected = ("threshold", 3 if "epoch" in parts else None)
+            self.assertEqual((results["binarization"], results["epoch"]), expected)
             with printed_lines() as lines:
                 evaluate.print_results(results, folder)
             self.assertIn(f"after {results['epoch'] or 'some'} epoch", lines[0])

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import socket
-import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +16,7 @@ from harness.errors import DataError
 from sources import mnist_files
 from sources.mnist_files import KINDS, load_mnist
 from tests.helpers import SeededTest
-from tests.helpers_fake_data import known_files, mirror, resources, small_mnist
+from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = mnist_files.FILES
 
@@ -46,7 +45,7 @@ class FilesTest(SeededTest):
     @contextlib.contextmanager
     def mirror(self, write=None, packed=None):
         """The stand-in's mirror, which may have other files than it should; yields the names that it is asked for."""
-        known = resources(self.packed)
+        known = known_resources(self.packed)
         with (
             mirror(packed or self.packed, write) as (address, requests),
             mock.patch.multiple(KINDS[self.kind], mirrors=[address], resources=known),
@@ -346,7 +345,3 @@ class TestRelatives(FilesTest):
         self.write()
         error = self.error(self.raw.parent)
         self.assertRegex(error, f"in FashionMNIST/raw below .*: give --data_dir {self.folder}$")
-
-
-if __name__ == "__main__":
-    unittest.main()

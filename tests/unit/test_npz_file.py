@@ -2,7 +2,6 @@
 
 import gzip
 import tracemalloc
-import unittest
 import zipfile
 from unittest import mock
 
@@ -117,7 +116,3 @@ class TestLoadFile(SeededTest):
         self.addCleanup(tracemalloc.stop)
         load_file(str(path), sha256)
         self.assertLess(tracemalloc.get_traced_memory()[1], 2.5 * 2**20)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,7 +1,6 @@
 """Tests of sources/rendered_digits.py: `python -m unittest tests/unit/test_rendered_digits.py`."""
 
 import importlib.util
-import unittest
 from unittest import mock
 
 import torch
@@ -163,7 +162,3 @@ class TestRenderedDigits(SeededTest):
         mean_row = {digit: (dry[labels == digit] * rows).sum() / dry[labels == digit].sum() for digit in [6, 9]}
         self.assertGreater(mean_row[6].item(), 15)  # the loop of a six is below the middle,
         self.assertLess(mean_row[9].item(), 13)  # that of a nine above
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import shutil
-import unittest
 from unittest import mock
 
 import numpy as np
@@ -190,7 +189,3 @@ class TestRunsOnYourOwnImages(NamedRunTest):
         ):
             self.train(epochs=1)
         self.assertFalse(self.run_folder().exists())
-
-
-if __name__ == "__main__":
-    unittest.main()
