@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from bmnist import bmnist, data_loaders
+from bmnist import DataError, bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from sources.rendered_digits import rendered_mnist
@@ -160,5 +160,5 @@ add("--data_dir", default="../data/", help="Directory of MNIST, downloaded where
 if __name__ == "__main__":
     try:
         main(parser.parse_args())
-    except (OSError, ValueError, KeyboardInterrupt) as error:
+    except (DataError, OSError, ValueError, KeyboardInterrupt) as error:
         parser.exit(1, f"train_torch.py: error: {str(error) or 'interrupted'}\n")

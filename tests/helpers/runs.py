@@ -15,18 +15,19 @@ from unittest import mock
 
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 import train_pl
 from harness import graphs, run
-from harness.program import RUNTIME_FLAGS
+from harness.flags import RUNTIME_FLAGS
 from tests.helpers.common import REPOSITORY, Killed, SeededTest, printed_lines
 from tests.helpers.fake_data import small_loaders
 
 
-def leave_empty_figures(run, test_bpd):
-    """A stand-in for Run.draw_figures, which takes longer than the few epochs of a test."""
-    for name in ["bpd_curves.png", "samples_over_training.png"]:
+def leave_empty_figures(run):
+    """A stand-in for Run.make_figures, which takes longer than the few epochs of a test."""
+    for name in run.experiment.figures:
         open(Path(run.folder, name), "a").close()  # leaves the time of an existing file as it is
 
 
@@ -41,10 +42,10 @@ def few_digits(folder, sizes=(300, 50, 50)):
     """Environment variables that make a process of Python train on few digits and find the repository."""
     num_train, num_val, num_test = sizes
     (folder / "sitecustomize.py").write_text(  # which Python runs at its start
-        "import bmnist, rendered_digits\n"
-        "rendered_mnist = rendered_digits.rendered_mnist\n"
-        f"rendered_digits.rendered_mnist = lambda num_train: rendered_mnist(num_train, {num_test})\n"
-        f"bmnist.TRAIN_SIZES, bmnist.NUM_VAL = [{num_train}], {num_val}\n"
+        "import sources\n"
+        "rendered_mnist = sources.rendered_mnist\n"
+        f"sources.rendered_mnist = lambda num_train: rendered_mnist(num_train, {num_test})\n"
+        f"sources.TRAIN_SIZES, sources.NUM_VAL = [{num_train}], {num_val}\n"
     )
     return {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
 
@@ -71,7 +72,7 @@ class TrainingTest(SeededTest):
         self.enter(mock.patch.object(train_pl, "load_data", small_loaders))
         self.enter(mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32))  # TensorBoard's, in Python, is slow
         if not self.draws_figures:
-            self.enter(mock.patch.object(run.Run, "draw_figures", leave_empty_figures))
+            self.enter(mock.patch.object(run.Run, "make_figures", leave_empty_figures))
 
     def namespace(self, **flags):
         """The flags of the assignment's template, and no others unless they are given."""
@@ -178,9 +179,17 @@ def load(folder, name):
 
 
 def summaries(folder):
-    """(step, summary) of all entries in a run's event files."""
-    events = (event for path in folder.glob("events.out*") for event in EventFileLoader(str(path)).Load())
-    return [(event.step, summary) for event in events for summary in event.summary.value]
+    """
+    (step, summary) of all that TensorBoard shows of a run: without what a process that was killed had logged of epochs
+    that were trained again.
+    """
+    shown = []
+    for path in sorted(folder.glob("events.out*"), key=lambda path: path.stat().st_mtime_ns):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.status == SessionLog.START:
+                shown = [(step, summary) for step, summary in shown if step < event.step]
+            shown += [(event.step, summary) for summary in event.summary.value]
+    return shown
 
 
 def scalars_and_images(folder):

@@ -13,7 +13,8 @@ from train_pl import VAE
 
 
 class TestCommand(CommandTest):
-    def test_command(self):
+    def test_an_evaluation_prints_its_results(self):
+        """Errors are a line each, and leave nothing behind."""
         run, trained = self.train(
             *("--hidden_dims", "16", "--binarization", "stochastic", "--train_size", "55000"),
             *("--lr_schedule", "cosine", "--data_dir", "nowhere"),
@@ -41,8 +42,8 @@ class TestCommand(CommandTest):
             self.assert_one_line(self.run_forked("evaluate.py", *flags), code, *parts)
         self.assertEqual(sorted(self.folder.rglob("*")), before)
 
-    def test_of_the_assignments_template(self):
-        """As ModelCheckpoint(save_weights_only=True) writes it, in the folders that Lightning makes."""
+    def test_a_checkpoint_of_the_assignment_template_is_evaluated(self):
+        """ModelCheckpoint(save_weights_only=True) writes it, in the folders that Lightning makes."""
         run = self.folder / "lightning_logs" / "version_0"
         (run / "checkpoints").mkdir(parents=True)
         (run / "hparams.yaml").touch()
@@ -62,7 +63,7 @@ class TestCommand(CommandTest):
         self.assertTrue((run / "evaluation" / "evaluation.json").exists())
         self.assertEqual([path.name for path in (run / "checkpoints").iterdir()], ["epoch=4.ckpt"])
 
-    def test_malicious_checkpoint(self):
+    def test_a_malicious_checkpoint_is_refused(self):
         made = self.folder / "made"
 
         class Exploit:
@@ -75,14 +76,10 @@ class TestCommand(CommandTest):
         self.assertEqual([path.name for path in self.folder.iterdir()], ["bad.ckpt"])
 
     @unittest.skipUnless(MNIST_DIR, NO_MNIST)
-    def test_mnist(self):
+    def test_mnist_is_taken_from_where_the_training_had_it(self):
         run, trained = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--hidden_dims", "16")
         code, stdout, stderr = self.run_forked("evaluate.py", run / "checkpoints" / "best.ckpt", "--iw_samples", "2")
         self.assertEqual((code, stderr), (0, ""))
         results = json.loads((run / "evaluation" / "evaluation.json").read_text())
         self.assertAlmostEqual(results["test_bpd"], trained["test_bpd"], delta=0.002)
         self.assertEqual((results["dataset"], results["binarization"]), ("mnist", "threshold"))
-
-
-if __name__ == "__main__":
-    unittest.main()

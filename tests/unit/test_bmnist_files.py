@@ -115,7 +115,7 @@ class TestFiles(SeededTest):
         self.assertEqual((requests, self.raw.exists()), ([], False))
 
     def test_errors_are_of_the_world_outside(self):
-        """harness.program.ending ends a program on them in one line, as on full disks."""
+        """harness.errors.exit_on_error ends a program on them in one line, as on full disks."""
         self.assertTrue(issubclass(bmnist.DataError, OSError))
 
     def test_damaged_files(self):

@@ -250,7 +250,7 @@ class TestFiles(SeededTest):
         self.assertEqual(self.epochs(), {"last.ckpt": 3, "previous.ckpt": 2})
 
     def test_errors_are_of_the_world_outside(self):
-        """harness.program.ending ends a program on them in one line."""
+        """harness.errors.exit_on_error ends a program on them in one line."""
         self.assertTrue(issubclass(checkpoints.CheckpointError, OSError))
 
     def test_on_the_disk_before_it_has_its_name(self):

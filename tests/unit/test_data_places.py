@@ -1,7 +1,6 @@
 """Tests of harness/data_places.py: `python -m unittest tests/unit/test_data_places.py`."""
 
 import os
-import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -105,7 +104,3 @@ class TestPlaces(SeededTest):
         places = places_of_file(self.path / "run", {"dataset_from_run": "../my.npz"}, "/was")
         self.assertEqual(places, [str(self.path / "my.npz"), "/was"])
         self.assertEqual(places_of_file(self.path, {}, "/was"), ["/was"])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import shutil
-import unittest
 from unittest import mock
 
 import torch
@@ -32,9 +31,8 @@ class TestEvaluate(SeededTest):
         self.load_data = mock.Mock(side_effect=functools.partial(small_loaders, sizes=(300, 100, 200)))
         self.out = self.folder / "out"
         coarse = functools.partial(quadrature_log_likelihood, step=0.2)
-        mock.patch.multiple(evaluate, load_data=self.load_data, quadrature_log_likelihood=coarse).start()
-        mock.patch.object(latent_space, "save_pictures").start()
-        self.addCleanup(mock.patch.stopall)
+        self.enter(mock.patch.multiple(evaluate, load_data=self.load_data, quadrature_log_likelihood=coarse))
+        self.enter(mock.patch.object(latent_space, "save_pictures"))
 
     def checkpoint(self, **flags):
         """Saves a checkpoint after epoch 3 of the run `run`, and returns its path and the VAE."""
@@ -233,7 +231,3 @@ class TestEvaluate(SeededTest):
             with self.subTest(flags), self.assertRaisesRegex(FlagError, message):
                 self.evaluate(checkpoint, **flags)
         self.assertFalse((self.folder / "run" / "evaluation").exists())
-
-
-if __name__ == "__main__":
-    unittest.main()

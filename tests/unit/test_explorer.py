@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html.parser
 import json
-import unittest
 from unittest import mock
 
 import numpy as np
@@ -189,7 +188,3 @@ class TestExplorer(SeededTest):
             (nn.ReLU(), torch.rand(1, 4), 0),
         ]:
             self.assertEqual(explorer.products(layers_of(layer, x, layer(x), "layer")[0][0]), expected)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,6 +1,5 @@
 """Tests of pictures/figures.py: `python -m unittest tests/unit/test_figures.py`."""
 
-import unittest
 from unittest import mock
 
 import matplotlib
@@ -193,7 +192,3 @@ class TestFigures(SeededTest):
             before = dict(dict.items(matplotlib.rcParams))  # rcParams["backend"] would look for a backend
             self.assertTrue(pngs() == expected)
             self.assertEqual(dict(dict.items(matplotlib.rcParams)), before)
-
-
-if __name__ == "__main__":
-    unittest.main()

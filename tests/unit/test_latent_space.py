@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -162,7 +161,3 @@ class TestPlane(SeededTest):
             torch.testing.assert_close(shown.places[:, : expected.shape[1]], expected)
             if z_dim == 1:
                 self.assertEqual((shown.places[:, 1].tolist(), shown.axes[1]), (labels.tolist(), "digit"))
-
-
-if __name__ == "__main__":
-    unittest.main()

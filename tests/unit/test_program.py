@@ -17,23 +17,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from harness.program import (
+
+from harness.errors import (
     MAKE_ROOM,
-    RUNTIME_FLAGS,
     DiskFullError,
     FlagError,
-    Parser,
     Terminated,
     UserError,
-    auto_or_number,
     best_effort,
     exit_on_error,
-    not_negative,
     print_line,
     sigterm_raises,
     warn,
 )
-
+from harness.flags import RUNTIME_FLAGS, Parser, auto_or_number, not_negative
 from tests.helpers import SeededTest
 from train_pl import FLAGS as TRAINING_FLAGS
 

@@ -13,13 +13,14 @@ from unittest import mock
 import pytorch_lightning as pl
 import torch
 import yaml
-from harness.program import RUNTIME_FLAGS, DiskFullError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import train_pl
 from harness import checkpoints, report, run
+from harness.errors import DiskFullError
+from harness.flags import RUNTIME_FLAGS
 from harness.folder import RunError
 from tests.helpers import NamedRunTest, TrainingTest, load, metrics, printed_lines, results, summaries
 from train_pl import TITLES, VAE, complete_flags, train_vae

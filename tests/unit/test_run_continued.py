@@ -13,12 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness.program import RUNTIME_FLAGS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bmnist
 from harness import checkpoints, report, run
+from harness.flags import RUNTIME_FLAGS
 from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load, scalars_and_images
 from train_pl import VAE
 
