@@ -258,7 +258,7 @@ class EpochMeans:
     reading a number in every step would make a GPU wait.
     """
 
-    in_place = True  # what a step adds is added to a tensor in place: see harness/graph_checks.py
+    in_place = True  # a step adds to a tensor in place, which the harness wants to know
 
     def __init__(self):
         self.reset()

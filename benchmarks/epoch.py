@@ -21,7 +21,7 @@ from pytorch_lightning.profilers import SimpleProfiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
-from harness import run
+from harness import trainer
 from sources import SOURCES
 
 # How the profiler calls the steps and what the loaders do.
@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
     parser.add_argument("--dataset", default="mnist", choices=SOURCES)
-    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
+    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
     parser.add_argument("--batch_size", default=4096, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--epochs", default=22, type=int, help="Two more than are counted (default: %(default)s)")
     args = parser.parse_args()
@@ -54,7 +54,7 @@ def main():
     with (
         tempfile.TemporaryDirectory() as log_dir,
         mock.patch.object(train_pl, "schedules", lambda args: [epochs]),
-        mock.patch.object(run, "NoProfiler", lambda: profiler),
+        mock.patch.object(trainer, "NoProfiler", lambda: profiler),
     ):
         train_pl.train_vae(argparse.Namespace(log_dir=log_dir, **vars(args)))
     num_epochs = len(epochs.starts) - 2  # the first one warms up, and the last one has no end here

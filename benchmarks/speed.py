@@ -36,7 +36,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
 import train_torch
-from harness import report, run
+from bmnist import load_data
+from harness import report
+from harness.settings import process_settings
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from sources import SOURCES
 from train_pl import VAE
@@ -112,7 +114,7 @@ def run_package(args):
             super().on_train_epoch_start(trainer, pl_module)
 
     epochs = turns()
-    run.report.EpochReport = Report
+    report.EpochReport = Report
     with tempfile.TemporaryDirectory() as log_dir:
         no_graph = args.way.endswith("--no_cuda_graph")
         train_pl.train_vae(training_flags(args, log_dir=log_dir, epochs=args.rounds + 2, no_cuda_graph=no_graph))
@@ -128,7 +130,7 @@ def run_loop(args):
         model, fused = make_vae(args, train_torch.VAE), True
         train_loader, val_loader = (
             Minibatches(loader.dataset, args.batch_size, shuffle)
-            for loader, shuffle in zip(train_pl.load_data(args), [True, False])
+            for loader, shuffle in zip(load_data(args), [True, False])
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
@@ -154,7 +156,7 @@ class Minibatches:
 def run_jax(args):
     import jax_vae
 
-    images = [loader.dataset.images.numpy() for loader in train_pl.load_data(args)[:2]]
+    images = [loader.dataset.images.numpy() for loader in load_data(args)[:2]]
     val_bpds = jax_vae.epochs(*images, args.hidden_dims, args.z_dim, args.lr, args.batch_size)
     epochs = turns()
     next(epochs)
@@ -200,9 +202,10 @@ class TemplateVAE(VAE):
 
 
 def run_template(args):
-    report.quiet_libraries()
     train_loader, val_loader = per_image_loaders(args, num_workers=2)
-    with tempfile.TemporaryDirectory() as log_dir:
+    with process_settings(), tempfile.TemporaryDirectory() as log_dir:  # quiet, and else as the template is
+        torch.set_flush_denormal(False)
+        torch.backends.cudnn.deterministic = False
         trainer = pl.Trainer(
             default_root_dir=log_dir,
             max_epochs=args.rounds + 2,
@@ -257,7 +260,7 @@ class PerImage(Dataset):
 
 def per_image_loaders(args, num_workers):
     """Loaders of the training and the validation images, image by image."""
-    train_loader, val_loader, _ = train_pl.load_data(args)
+    train_loader, val_loader, _ = load_data(args)
     return (
         DataLoader(PerImage(train_loader.dataset), args.batch_size, shuffle=True, num_workers=num_workers),
         DataLoader(PerImage(val_loader.dataset), args.batch_size, num_workers=num_workers),
@@ -396,7 +399,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
     parser.add_argument("--dataset", default="mnist", choices=SOURCES)
-    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
+    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
     parser.add_argument("--batch_size", default=128, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")
     parser.add_argument("--threads", type=int, help="Threads of a CPU, but JAX's (default: as many as cores)")

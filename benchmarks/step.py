@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pl
-from harness.devices import prepare_cpu, use_fast_layout
+from bmnist import load_data
+from harness.devices import use_fast_layout
 from sources import SOURCES
 
 KINDS = {
@@ -34,13 +35,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
     parser.add_argument("--dataset", default="mnist", choices=SOURCES)
-    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"][1])
+    parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
     parser.add_argument("--steps", default=100, type=int, help="Steps without and with the profiler")
     args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))
-    prepare_cpu()
+    torch.set_flush_denormal(True)  # as a run does
     model = use_fast_layout(train_pl.make_vae(args))
     optimizer = model.configure_optimizers()
-    train_set = train_pl.load_data(args)[0].dataset
+    train_set = load_data(args)[0].dataset
     order = torch.randperm(len(train_set)).split(args.batch_size)
 
     def step(number):

@@ -1,6 +1,5 @@
 """explorer.html in a real browser: `python -m unittest tests/programs/test_explorer.py`."""
 
-import contextlib
 import functools
 import json
 import math
@@ -18,82 +17,75 @@ from bmnist import binarize
 from pictures import explorer
 from pictures.latent_space import plane
 from sources.rendered_digits import rendered_digits
-from tests.helpers import CommandTest, use_few_digits
+from tests.helpers import SeededTest
 from train_pl import VAE
 from utils import active_units
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-NO_CHROMIUM = "there is no Chromium here (Debian: apt install chromium)"
 TIMEOUT = 60  # seconds
-FEW = functools.partial(use_few_digits, sizes=(300, 100, 200))
 
 
-class Browser(contextlib.ExitStack):
+class Browser:
     """
     A headless Chromium with one page, controlled by the Chrome DevTools Protocol over a pipe
     (https://chromedevtools.github.io/devtools-protocol/): JSON, each message ended by a zero byte. `requests` are the
-    addresses that the page asked for, `errors` what it wrote to the console and its exceptions.
+    addresses that the page asked for, `errors` what it wrote to the console and its exceptions. `add_cleanup` is told
+    what ends the browser.
     """
 
-    def __init__(self, *flags):
-        super().__init__()
-        self.number, self.requests, self.errors, self.unread, self.is_down = 0, [], [], b"", False
-        folder = self.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    def __init__(self, add_cleanup):
+        self.number, self.requests, self.errors, self.unread, self.is_down, self.session = 0, [], [], b"", False, {}
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        add_cleanup(folder.cleanup)
         for_browser, self.to_browser = os.pipe()
         self.from_browser, of_browser = os.pipe()
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *flags]
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{for_browser} 4>&{of_browser}', "sh", *command, f"--user-data-dir={folder}"],
-            pass_fds=[for_browser, of_browser],
-            **dict.fromkeys(["stdout", "stderr"], subprocess.DEVNULL),
+            [
+                "sh",
+                "-c",
+                f'exec "$@" 3<&{for_browser} 4>&{of_browser}',
+                "sh",
+                *command,
+                f"--user-data-dir={folder.name}",
+            ],
+            **{"pass_fds": [for_browser, of_browser], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
         )
-        self.callback(self.process.wait)
-        self.callback(self.process.kill)
-        for ours in [self.to_browser, self.from_browser]:
-            self.callback(os.close, ours)
-        for theirs in [for_browser, of_browser]:
-            os.close(theirs)
-        self.session = None
-        try:
-            target = self.send("Target.createTarget", url="about:blank")["targetId"]
-            self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ["Page", "Runtime", "Log", "Network"]:
-                self.send(f"{domain}.enable")
-        except BaseException:
-            self.close()
-            raise
+        add_cleanup(self.process.wait)
+        add_cleanup(self.process.kill)
+        for pipe in [self.to_browser, self.from_browser]:
+            add_cleanup(os.close, pipe)
+        for pipe in [for_browser, of_browser]:
+            os.close(pipe)
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ["Page", "Runtime", "Log", "Network"]:
+            self.send(f"{domain}.enable")
 
     def send(self, method, **parameters):
-        """Sends a command and returns its result."""
+        """Sends a command and returns its result. Events that come before it are kept in `requests` and `errors`."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters}
-        if self.session:
-            message["sessionId"] = self.session
+        message = {"id": self.number, "method": method, "params": parameters, **self.session}
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self.receive()
-            if answer.get("id") == self.number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
+        while (answer := self.receive()).get("id") != self.number:
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
+            elif answer.get("method") in ["Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"]:
+                self.errors.append(answer["params"])
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        return answer["result"]
 
     def receive(self):
-        """Receives the next message. Events are kept in `requests` and `errors`."""
+        """Receives the next message."""
         while b"\0" not in self.unread:
-            if not select.select([self.from_browser], [], [], TIMEOUT)[0]:
-                raise RuntimeError("the browser does not answer")
-            part = os.read(self.from_browser, 2**20)
+            is_ready = select.select([self.from_browser], [], [], TIMEOUT)[0]
+            part = os.read(self.from_browser, 2**20) if is_ready else b""
             if not part:
-                raise RuntimeError("the browser has ended")
+                raise RuntimeError("the browser does not answer or has ended")
             self.unread += part
         message, _, self.unread = self.unread.partition(b"\0")
-        message = json.loads(message)
-        method, parameters = message.get("method"), message.get("params")
-        if method == "Network.requestWillBeSent":
-            self.requests.append(parameters["request"]["url"])
-        elif method in ["Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"]:
-            self.errors.append(parameters)
-        return message
+        return json.loads(message)
 
     def open(self, path, width=1280, height=900):
         """Opens a file in a window of that size, in pixels."""
@@ -158,31 +150,27 @@ class Browser(contextlib.ExitStack):
         self.next_frame()
 
 
-@unittest.skipUnless(CHROMIUM, NO_CHROMIUM)
-class TestExplorer(CommandTest):
+@unittest.skipUnless(CHROMIUM, "there is no Chromium here (Debian: apt install chromium)")
+class TestExplorer(SeededTest):
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
-        cls.browser = Browser()
-        cls.addClassCleanup(cls.browser.close)
+        cls.browser = Browser(cls.addClassCleanup)
 
-    def setUp(self):
-        super().setUp()
+    @torch.no_grad()
+    def open(self, model, **facts):
+        """Opens the page of a model with 300 digits, and returns them."""
+        images, labels = rendered_digits(300)
+        imgs = binarize(images)
+        means, _ = model.eval().encoder(imgs)
+        known = {"run": "run", "dataset": "rendered", "model": "MLP", "legend": "digit"}
+        known["active_units"] = active_units(means).sum().item()
+        facts = {**dict.fromkeys(explorer.FACTS, 1.5), **known, **facts}
+        self.path = self.folder / "explorer.html"
+        explorer.write_explorer(self.path, model.encoder, model.decoder, imgs, means, plane(means, labels), facts)
         self.browser.requests.clear()
         self.browser.errors.clear()
-
-    def open(self, model, run="run", dataset="rendered", **size):
-        """Opens the page of a model with 300 digits, and returns them."""
-        imgs, labels = rendered_digits(300)
-        imgs = binarize(imgs)
-        model.eval()
-        with torch.no_grad():
-            means, _ = model.encoder(imgs)
-        facts = dict.fromkeys(explorer.FACTS, 1.5)
-        facts.update(run=run, dataset=dataset, model="MLP", legend="digit", active_units=int(active_units(means).sum()))
-        path = self.folder / "explorer.html"
-        explorer.write_explorer(path, model.encoder, model.decoder, imgs, means, plane(means, labels), facts)
-        self.browser.open(path, **size)
+        self.browser.open(self.path)
+        self.addCleanup(self.assert_quiet)
         return imgs
 
     @torch.no_grad()
@@ -190,31 +178,32 @@ class TestExplorer(CommandTest):
         """A VAE whose latents and pixels vary, as those of a trained VAE."""
         model = VAE(*args, lr=1e-3)
         for net in [model.encoder, model.decoder]:
-            layers = [layer for layer in net.net if hasattr(layer, "weight")]
-            for layer in layers:
-                layer.weight.mul_(2 if len(layers) > 2 else 4)
+            weights = [layer.weight for layer in net.net if hasattr(layer, "weight")]
+            torch._foreach_mul_(weights, 2 if len(weights) > 2 else 4)
         return model
 
     def assert_quiet(self):
         """The page asked for nothing else and had no errors."""
         self.assertEqual(self.browser.errors, [])
         asked_for = {address for address in self.browser.requests if not address.startswith("data:")}
-        self.assertEqual(asked_for, {(self.folder / "explorer.html").as_uri()})
+        self.assertEqual(asked_for, {self.path.as_uri()})
 
     def picture(self, canvas="image"):
         """The shades of grey [28,28] of a canvas, from 0 to 255."""
         self.browser.next_frame()
         return torch.tensor(self.browser.pixels(canvas, 0, 0, 28, 28)).view(28, 28, 4)[..., 0]
 
-    def latents(self):
-        """The latents that are shown."""
-        return torch.tensor(self.browser.run("Array.from(shown)"))
+    def tensor(self, expression):
+        """The value of a JavaScript expression as a tensor."""
+        return torch.tensor(self.browser.run(expression))
+
+    latents = functools.partialmethod(tensor, "Array.from(shown)")  # those that are shown
 
     def assert_shows_latents(self):
         """The picture is the decoder's output for the latents, and the sliders show the latents, too."""
-        picture, means = self.picture(), torch.tensor(self.browser.run("vae.decode(shown)")).view(28, 28)
-        self.assertLessEqual((picture / 255 - means).abs().max().item(), 1 / 255)
-        sliders = torch.tensor(self.browser.run("sliders.map(({input, unit}) => [unit, input.valueAsNumber])"))
+        means = self.tensor("vae.decode(shown)").view(28, 28)
+        self.assertLessEqual((self.picture() / 255 - means).abs().max().item(), 1 / 255)
+        sliders = self.tensor("sliders.map(({input, unit}) => [unit, input.valueAsNumber])")
         torch.testing.assert_close(sliders[sliders[:, 0].argsort(), 1], self.latents(), atol=1e-4, rtol=0)
 
     def test_decode_and_encode_agree_with_torch(self):
@@ -226,47 +215,41 @@ class TestExplorer(CommandTest):
                     if len(hidden_dims or []) > 1:  # other activations, too
                         for net in [model.encoder.net, model.decoder.net]:
                             net[1], net[3] = torch.nn.Tanh(), torch.nn.SiLU()
-                    self.check_networks(model, self.open(model)[:100], torch.randn(100, z_dim))
-                    self.assert_quiet()
+                    imgs, z = self.open(model)[:100], torch.randn(100, z_dim)
+                    with torch.no_grad():
+                        x_mean, posterior = torch.sigmoid(model.decoder(z)), torch.cat(model.encoder(imgs), dim=1)
+                    self.assertGreater(min(x_mean.std(dim=0).mean(), posterior.std(dim=0).mean()), 0.01)
+                    decoded = self.tensor(f"{z.tolist()}.map(vae.decode)")
+                    torch.testing.assert_close(decoded, x_mean.flatten(start_dim=1), atol=2e-3, rtol=0)
+                    pixels = imgs.flatten(start_dim=1).tolist()
+                    encoded = self.tensor(f"{pixels}.map(vae.encode).map((p) => [...p.mean, ...p.log_std])")
+                    torch.testing.assert_close(encoded, posterior, atol=2e-3, rtol=0)
         for call in ["vae.decode([1])", "vae.encode(Array(784).fill('a'))"]:
             with self.assertRaisesRegex(RuntimeError, r"RangeError: (latents|pixels) must be \d+ numbers"):
                 self.browser.run(call)
 
-    @torch.no_grad()
-    def check_networks(self, model, imgs, z):
-        """The open page computes what a model does, for images and latents."""
-        x_mean, posterior = torch.sigmoid(model.decoder(z)), torch.cat(model.encoder(imgs), dim=1)
-        self.assertGreater(min(x_mean.std(dim=0).mean(), posterior.std(dim=0).mean()), 0.01)
-        decoded = self.browser.run(f"{z.tolist()}.map(vae.decode)")
-        pixels = imgs.flatten(start_dim=1)
-        encoded = self.browser.run(f"{pixels.tolist()}.map(vae.encode).map((p) => [...p.mean, ...p.log_std])")
-        torch.testing.assert_close(torch.tensor(decoded), x_mean.flatten(start_dim=1), atol=2e-3, rtol=0)
-        torch.testing.assert_close(torch.tensor(encoded), posterior, atol=2e-3, rtol=0)
-
     def test_a_click_on_the_plane_keeps_a_point_and_a_second_one_plays_a_line(self):
         """Without a click, the pointer decodes the point below it."""
         self.open(self.vae("MLP", [64], 32, 3))
-        before, start = self.picture(), self.latents()
+        before, start, away = self.picture(), self.latents(), ("mouseMoved", "#title", 0.5, 0.5)
         self.browser.mouse("mouseMoved", "#plane", 0.9, 0.2)
         self.assertGreater((self.picture() - before).abs().max().item(), 10)
         self.assert_shows_latents()
-        place = self.browser.run("toPlane(shown).map((x, axis) => (x - data.low[axis]) / spans[axis])")
-        torch.testing.assert_close(torch.tensor(place), torch.tensor([0.9, 0.8]), atol=0.01, rtol=0)
-        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
+        place = self.tensor("toPlane(shown).map((x, axis) => (x - data.low[axis]) / spans[axis])")
+        torch.testing.assert_close(place, torch.tensor([0.9, 0.8]), atol=0.01, rtol=0)
+        self.browser.mouse(*away)
         self.assertTrue(torch.equal(self.picture(), before))
         torch.testing.assert_close(self.latents(), start)
 
         self.browser.click("#plane", 0.2, 0.3)
         first = self.latents()
-        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
+        self.browser.mouse(*away)
         self.browser.next_frame()
         torch.testing.assert_close(self.latents(), first)
         self.browser.click("#plane", 0.8, 0.6)
         self.browser.wait_for("playing === null")
         second = self.latents()
-        self.assertGreater((second - first).norm().item(), 0.1)
-        line = torch.tensor(self.browser.run("line.map((z) => [...z])"))
-        torch.testing.assert_close(line, torch.stack([first, second]))
+        torch.testing.assert_close(self.tensor("line.map((z) => [...z])"), torch.stack([first, second]))
         self.browser.run("duration = 1e5")
         self.browser.click("#play")
         self.browser.wait_for("shown[0] !== line[0][0]")
@@ -276,7 +259,6 @@ class TestExplorer(CommandTest):
         self.browser.run("duration = 1")
         self.browser.wait_for("playing === null")
         self.assert_shows_latents()
-        self.assert_quiet()
 
     def test_sliders_and_samples_of_the_prior_change_the_latents(self):
         self.open(self.vae("MLP", [64], 32, 3))
@@ -292,7 +274,6 @@ class TestExplorer(CommandTest):
         self.assertEqual(self.picture().unique().tolist(), [0, 255])
         self.browser.click("input[value=means]")
         self.assert_shows_latents()
-        self.assert_quiet()
 
     @torch.no_grad()
     def check_drawing(self, model):
@@ -301,8 +282,7 @@ class TestExplorer(CommandTest):
         self.assertEqual(seen.unique().tolist(), [0, 1])
         places = seen.nonzero().float()
         torch.testing.assert_close(places.mean(dim=0), torch.full((2,), 13.5), atol=0.6, rtol=0)
-        extents = places.amax(dim=0) - places.amin(dim=0) + 1
-        self.assertAlmostEqual(extents.max().item(), 20, delta=1)
+        self.assertAlmostEqual((places.amax(dim=0) - places.amin(dim=0) + 1).max().item(), 20, delta=1)
         imgs = seen.view(1, 1, 28, 28)
         mean, log_std = model.encoder(imgs)
         losses = torch.stack([sum(model.terms(imgs)[:2]) for _ in range(1_000)])
@@ -313,12 +293,11 @@ class TestExplorer(CommandTest):
         elbo = self.browser.run("parseFloat(document.getElementById('elbo').textContent.slice(5))")
         self.assertAlmostEqual(elbo, -losses.mean().item(), delta=5 * losses.std().item() / 32**0.5 + 0.1)
         ellipse = self.browser.run("ellipse(posterior)")
-        u = torch.tensor(self.browser.run("data.directions")) @ torch.diag(log_std[0].exp())
-        scale = torch.tensor(self.browser.run("[plane.width / spans[0], plane.height / spans[1]]"))
-        axes = torch.linalg.svdvals(scale.diag() @ u)
+        scale = self.tensor("[plane.width / spans[0], plane.height / spans[1]]").diag()
+        axes = torch.linalg.svdvals(scale @ self.tensor("data.directions") @ log_std[0].exp().diag())
         torch.testing.assert_close(torch.tensor([ellipse["major"], ellipse["minor"]]), axes, rtol=0.01, atol=0.1)
-        size, angle = ellipse["major"], ellipse["angle"]
-        end = [round(ellipse["x"] + size * math.cos(angle)), round(ellipse["y"] + size * math.sin(angle))]
+        cos, sin = math.cos(ellipse["angle"]), math.sin(ellipse["angle"])
+        end = [round(ellipse["x"] + ellipse["major"] * cos), round(ellipse["y"] + ellipse["major"] * sin)]
         if min(end) > 0 and max(end) < self.browser.run("plane.width") - 1:
             red, green, *_ = self.browser.pixels("plane", *end, 1, 1)
             self.assertGreater(red, green + 40)  # the accent colour
@@ -338,9 +317,10 @@ class TestExplorer(CommandTest):
 
         box = self.browser.run("document.getElementById('field').getBoundingClientRect().toJSON()")
         for number, (x, y) in enumerate(corner):
-            point = {"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}
-            kind = "touchMove" if number else "touchStart"
-            self.browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=[point])
+            points = [{"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}]
+            self.browser.send(
+                "Input.dispatchTouchEvent", type="touchMove" if number else "touchStart", touchPoints=points
+            )
         self.browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
         self.check_drawing(model)
 
@@ -349,7 +329,6 @@ class TestExplorer(CommandTest):
             self.browser.key(key)
         self.assertEqual(self.browser.run("strokes.map((points) => points.length)"), [14])
         self.check_drawing(model)
-        self.assert_quiet()
 
     def test_a_drawing_leaves_the_rest_of_the_page_alone(self):
         """The first click after it counts, and focus on the field does not change the latents."""
@@ -358,23 +337,19 @@ class TestExplorer(CommandTest):
         self.browser.click("#active input", 0.9, 0.5)
         moved = self.latents()
         self.assertNotEqual(moved.tolist(), self.browser.run("[...posterior.mean]"))
-        for action in ["field.focus()", "field.blur()"]:
+        for action in ["field.focus()", "field.blur()", "field.focus()"]:
             self.browser.run(action)
             self.browser.next_frame()
             self.assertTrue(torch.equal(self.latents(), moved), action)
-        self.browser.run("field.focus()")
         self.browser.key("ArrowLeft")  # the pen is up
         self.assertTrue(torch.equal(self.latents(), moved))
-        self.assert_quiet()
 
     def test_a_single_latent_moves_along_the_middle_of_the_plane(self):
         self.open(self.vae("MLP", [64], 32, 1))
         self.browser.mouse("mouseMoved", "#plane", 0.8, 0.1)
         self.assert_shows_latents()
-        x, y = self.browser.run("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
-        self.assertAlmostEqual(x, 0.8, delta=0.01)
-        self.assertAlmostEqual(y, 0.5, delta=0.01)
-        self.assert_quiet()
+        place = self.tensor("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
+        torch.testing.assert_close(place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0)
 
     def test_the_plane_can_be_used_by_keys(self):
         self.open(self.vae("MLP", [64], 32, 2))
@@ -382,16 +357,13 @@ class TestExplorer(CommandTest):
         before = self.latents()
         for key in ["Enter", *["ArrowRight"] * 5, "ArrowUp"]:
             self.browser.key(key)
-        moved = self.latents() - before
-        torch.testing.assert_close(moved, torch.tensor(self.browser.run("[0.1 * spans[0], 0.02 * spans[1]]")))
-        self.browser.run("duration = 1e9")
-        self.browser.key("Enter")
-        self.assertTrue(self.browser.run("playing !== null"))
-        self.browser.run("duration = 1")
-        self.browser.wait_for("playing === null")
-        self.browser.run("duration = 1e9")
-        self.browser.key(" ")
-        self.assertTrue(self.browser.run("playing !== null"))
+        torch.testing.assert_close(self.latents() - before, self.tensor("[0.1 * spans[0], 0.02 * spans[1]]"))
+        for key in ["Enter", " "]:
+            self.browser.run("duration = 1e9")
+            self.browser.key(key)
+            self.assertTrue(self.browser.run("playing !== null"))
+            self.browser.run("duration = 1")
+            self.browser.wait_for("playing === null")
         self.browser.key("Escape")
         self.assertEqual(self.browser.run("[playing, line, anchor]"), [None] * 3)
         self.browser.key("Enter")
@@ -401,56 +373,43 @@ class TestExplorer(CommandTest):
             self.browser.key("ArrowRight", modifiers=8)  # with Shift
         self.assertAlmostEqual(self.browser.run("toPlane(shown)[0] / data.high[0]"), 1, places=5)
         self.assert_shows_latents()
-        self.assert_quiet()
 
     def test_the_page_fits_windows_of_a_phone_and_of_a_projector(self):
         """It does in its light and in its dark colours."""
         self.open(self.vae("CNN", None, 4, 20), run="a-long-name-without-any-space-in-it" * 4)
         colors = set()
         for scheme in ["light", "dark"]:
-            media = [{"name": "prefers-color-scheme", "value": scheme}]
-            self.browser.send("Emulation.setEmulatedMedia", features=media)
+            self.browser.send(
+                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+            )
             for width, height in [(320, 568), (390, 844), (640, 360), (768, 1024), (1280, 800), (3840, 2160)]:
                 self.browser.resize(width, height)
                 self.browser.next_frame()
                 self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), width)
-                self.assertEqual(self.browser.run("plane.width === plane.clientWidth && plane.width > 100"), True)
+                self.assertTrue(self.browser.run("plane.width === plane.clientWidth && plane.width > 100"))
                 for canvas in ["image", "plane", "field"]:  # there is room beside them to scroll
-                    size = self.browser.run(f"element('{canvas}').getBoundingClientRect().height")
-                    self.assertLess(size, 0.8 * height, (canvas, width))
+                    box = self.browser.run(f"element('{canvas}').getBoundingClientRect().toJSON()")
+                    self.assertLess(box["height"], 0.8 * height, (canvas, width))
             colors.add(self.browser.run("getComputedStyle(document.body).backgroundColor"))
         self.assertEqual(len(colors), 2)
-        self.assert_quiet()
 
     def test_a_name_is_shown_as_text_and_the_network_is_blocked(self):
         """Even a script of the page itself could not send anything."""
         name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"`${1}"
         self.open(self.vae("MLP", [8], 32, 1), run=name, dataset=name)
-        self.assertEqual(self.browser.run("document.getElementById('title').textContent"), f"Latent space of {name}")
-        self.assertIn(name, self.browser.run("document.body.innerText"))
+        self.assertIn(f"Latent space of {name}", self.browser.run("document.body.innerText"))
         self.assertEqual(self.browser.run("document.images.length + document.scripts.length"), 3)
         self.assert_shows_latents()
         self.assert_quiet()
         with self.assertRaisesRegex(RuntimeError, "Failed to fetch"):
             self.browser.run("fetch('http://127.0.0.1:9/')")
         self.assertIn("Content Security Policy", json.dumps(self.browser.errors))
+        self.browser.errors.clear()
 
-    def test_the_page_that_evaluate_writes_shows_its_results(self):
-        run, _ = self.train("--z_dim", "3", "--hidden_dims", "200", "200", "--init", "he", setup=FEW)
-        code, *_ = self.run_forked("evaluate.py", run / "checkpoints" / "best.ckpt", "--iw_samples", "2", setup=FEW)
-        self.assertEqual(code, 0)
-        self.browser.open(run / "evaluation" / "explorer.html")
-        results = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    def test_the_page_shows_the_facts(self):
+        facts = {"test_bpd": 0.17581, "log_likelihood": -91.234, "test_images": 10_000, "iw_samples": 2, "epoch": 1}
+        self.open(self.vae("MLP", [8], 32, 3), run="my_run", **facts)
         text = self.browser.run("document.body.innerText")
-        for words in [
-            f"Latent space of {run.name}",
-            "MLP, 3 latents, rendered, after 1 epoch: ",
-            "200 test images",
-            "nats (2 samples)",
-            f"{results['test_bpd']:.4f} ± 0.00",
-            f"{results['log_likelihood']:.2f} ± ",
-        ]:
-            self.assertIn(words, text)
-        model = VAE.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
-        self.check_networks(model, binarize(rendered_digits(100)[0]), torch.randn(100, 3))
-        self.assertEqual(self.browser.errors, [])
+        words = ["Latent space of my_run", "MLP, 3 latents, rendered, after 1 epoch: ", "10,000 test images"]
+        for part in [*words, "nats (2 samples)", "0.1758 ± 1.5", "-91.23 ± 1.5"]:
+            self.assertIn(part, text)

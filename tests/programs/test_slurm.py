@@ -1,10 +1,10 @@
 """
-The job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes. Brings up a cluster
-of its own with two nodes on this machine, for which it needs root and Debian's packages (apt-get install slurm-wlm
-munge).
+Tests of the job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes.
+
+They start their own cluster of two nodes on this machine, which needs root and Debian's packages (apt-get install
+slurm-wlm munge).
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -17,21 +17,12 @@ import time
 import unittest
 from pathlib import Path
 
-from tests.helpers import (
-    NO_NETWORK,
-    REPOSITORY,
-    assert_left_the_same,
-    few_digits,
-    known_files,
-    mirror,
-    results,
-    small_mnist,
-    stand_in_code,
-)
+from tests.helpers import NO_NETWORK, REPOSITORY, assert_left_the_same, few_digits, results
+from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
 
 MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
 # Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM
-# looks for what to start every second instead of every half a minute.
+# looks every second for jobs to start, instead of every 30 s.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -68,8 +59,8 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, a run that does not continue another one
-# waits from an epoch on in each. So it is not finished before what is to end it, however fast the machine.
+# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, the first attempt of a job waits at the
+# start of each epoch from that one on. So it is not finished before what is to end it, however fast the machine.
 SLOW_START = """
 import os, time
 from harness import report
@@ -77,16 +68,16 @@ begin_epoch = report.EpochReport.begin_epoch
 def begin_slowly(self, trainer):
     epoch, seconds = os.environ["SLOW"].split()
     if trainer.current_epoch >= int(epoch):
-        time.sleep(int(seconds))
+        time.sleep(float(seconds))
     begin_epoch(self, trainer)
-if "SLOW" in os.environ and not os.path.exists(f"VAE_logs/job_{os.environ['SLURM_JOB_ID']}/checkpoints/last.ckpt"):
+if "SLOW" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     report.EpochReport.begin_epoch = begin_slowly
 """
 TRAIN = "python train_pl.py --dataset rendered --hidden_dims 32 --z_dim 3 --epochs 1"
 
 
 def free_ports(count):
-    """Ports that nobody listens at."""
+    """Free ports, as many as `count`."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:
@@ -95,7 +86,7 @@ def free_ports(count):
 
 
 def command(*words, **options):
-    """What a command prints."""
+    """Runs a command, which must succeed. Returns what it prints."""
     words = list(map(str, words))
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=600, **options).stdout
 
@@ -129,12 +120,12 @@ class TestSlurm(unittest.TestCase):
 
     @classmethod
     def start_munge(cls, state):
-        """What SLURM's daemons and commands know each other by; one of our own, beside the machine's."""
+        """Starts our own munged, beside the machine's: it authenticates SLURM's daemons and commands."""
         key = state / "munge.key-file"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         files = ["socket", "key-file", "pid-file", "seed-file", "log-file"]
-        # Forced, since it wants its socket where every user of the machine reaches it.
+        # munged refuses a socket that other users cannot reach, unless it is forced.
         options = ["--force", *(f"--{name}={state}/munge.{name}" for name in files)]
         with open(state / "munge.out", "w") as output:
             munge = subprocess.Popen(["munged", "--foreground", *options], stdout=output, stderr=output)
@@ -166,11 +157,11 @@ class TestSlurm(unittest.TestCase):
             time.sleep(0.2)
 
     def setUp(self):
-        """A checkout of its own for the test, in which the jobs run."""
+        """Makes the test's own checkout, in which its jobs run."""
         self.checkout = Path(tempfile.mkdtemp(dir=self.folder))
-        self.released = set()  # lives of requeued jobs that need not wait
-        for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "harness", REPOSITORY / "slurm"]:
-            (self.checkout / path.name).symlink_to(path)
+        self.released = set()  # attempts of requeued jobs that need not wait
+        for name in ["train_pl.py", "slurm"]:
+            (self.checkout / name).symlink_to(REPOSITORY / name)
 
     def submit(self, *words, **variables):
         """Submits a job and returns its id."""
@@ -182,22 +173,42 @@ class TestSlurm(unittest.TestCase):
         return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", job_id)))
 
     def script(self, text):
-        """A job script of one's own, in the tests' environment."""
+        """Writes a job script that runs in the environment of the tests. Returns its name."""
         (self.checkout / "own.sh").write_text(f"#!/bin/bash\n{self.environment['ACTIVATE']}\n{text}\n")
         return "own.sh"
 
+    def add_to_sitecustomize(self, code):
+        """Appends to the code that Python runs at its start, see few_digits."""
+        with open(self.checkout / "sitecustomize.py", "a") as file:
+            file.write(code)
+
+    def stand_in(self, script):
+        """Writes a shell script that is run instead of Python. Returns the shell command that activates it."""
+        program = self.checkout / "bin" / "python"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\n[ "$1" != slurm/settings.py ] || exec {sys.executable} "$@"\n{script}\n')
+        program.chmod(0o755)
+        return f"PATH={program.parent}:$PATH"
+
+    def announce_time_limit(self, job_id, text):
+        """Sends a job, once its output contains a text, the signal that SLURM sends ahead of the time limit."""
+        self.wait_for(lambda: text in self.output(job_id), 300)
+        self.slurm("scancel", "--signal=USR1", job_id)
+
     def start_now(self, job_id):
         """
-        Ends the two minutes that SLURM holds back a job that it has requeued, but for some seconds: slurmd refuses what
-        begins in the second in which it ended the life before.
+        Shortens the two minutes for which SLURM holds back a job that was requeued to a few seconds: slurmd refuses a
+        job that starts in the second in which its previous attempt ended.
         """
         job = self.job(job_id)
-        life = job_id, job["Restarts"]
-        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and life not in self.released:
+        attempt = job_id, job["Restarts"]
+        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and attempt not in self.released:
             self.slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now+3")
-            self.released.add(life)
+            self.released.add(attempt)
 
     def wait_for_end(self, *job_ids, seconds=1200):
+        """Waits until the jobs have ended and will not start again."""
+
         def all_over():
             for job_id in job_ids:
                 self.start_now(job_id)
@@ -207,41 +218,86 @@ class TestSlurm(unittest.TestCase):
         self.wait_for(all_over, seconds)
 
     def output(self, job_id):
+        """What a job has printed so far."""
         path = self.checkout / f"slurm-{job_id}.out"
         return path.read_text() if path.exists() else ""
 
     def run_folder(self, job_id):
         return self.checkout / "VAE_logs" / f"job_{job_id}"
 
-    def test_jobs_go_on_after_a_preemption_and_the_time_limit(self):
+    def test_a_run_resumes_after_the_time_limit_and_a_preemption(self):
+        """A run that reached its time limit, in an array, and one that was preempted leave what others leave."""
         variables = few_digits(self.checkout)
-        with open(self.checkout / "sitecustomize.py", "a") as file:
-            file.write(SLOW_START)
-        flags = ["slurm/train.sbatch", "--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "2", "--epochs", "15"]
-        undisturbed = self.submit("--nodelist=n1", *flags, **variables)
-        limit = ["--time=3", "--signal=B:USR1@60"]  # which SLURM may send 60 s too early
-        limited = self.submit("--nodelist=n1", *limit, *flags, SLOW="1 10", **variables)
-        preempted = self.submit("--nodelist=n2", *flags, SLOW="1 5", **variables)
+        self.add_to_sitecustomize(SLOW_START)
+        flags = ["--dataset", "rendered", "--hidden_dims", "32", "--epochs", "15"]
+        train = ["slurm/train.sbatch", "--z_dim", "2", "--seed", "1", *flags]
+        undisturbed = self.submit("--nodelist=n1", *train, **variables)
+        array = ["--nodelist=n1", "--array=0", "--time=2", "slurm/sweep.sbatch", *flags]
+        limited = self.submit(*array, SEEDS="1", Z_DIMS="2", SLOW="1 10", **variables) + "_0"
+        preempted = self.submit("--nodelist=n2", *train, SLOW="1 5", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
-        (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")
-        urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", "short.sh")
+        urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", self.script("sleep 1"))
         self.wait_for_end(undisturbed, limited, preempted, urgent)
         for job_id in [undisturbed, limited, preempted]:
+            with self.subTest(job_id=job_id, output=self.output(job_id)):
+                self.assertEqual(self.job(job_id)["JobState"], "COMPLETED")
+                self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
+                self.assertEqual("continued after epoch" in self.output(job_id), job_id != undisturbed)
+                self.assertEqual(
+                    f"Time is almost up: requeueing job {job_id}\n" in self.output(job_id), job_id == limited
+                )
+                assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
+
+    def test_a_run_on_two_nodes_resumes_and_has_the_bpd_of_one_process(self):
+        variables = few_digits(self.checkout, (5000, 500, 1000))
+        self.add_to_sitecustomize(SLOW_START)
+        flags = ["--dataset", "rendered", "--epochs", "3"]
+        two = self.submit("slurm/train_ddp.sbatch", *flags, SLOW="1 10", **variables)
+        one = self.submit("slurm/train.sbatch", *flags, **variables)
+        self.announce_time_limit(two, "epoch   1/")
+        self.wait_for_end(two, one)
+        for job_id in [two, one]:
             self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
-            self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
-            self.assertEqual("continued after epoch" in self.output(job_id), job_id != undisturbed)
-            assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
-            self.assertEqual("Time is almost up" in self.output(job_id), job_id == limited)
+            for text in [" on cpu x 2", f"requeueing job {job_id}\n", "continued after epoch"]:
+                self.assertEqual(text in self.output(job_id), job_id == two, self.output(job_id))
+        self.assertEqual(self.job(two)["Restarts"], "1")
+        self.assertEqual(self.output(two).count("Time is almost up"), 1)  # one of the two requeues the job
+        bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
+        self.assertAlmostEqual(bpd, expected, delta=0.001)
 
-    def stand_in(self, script):
-        """A shell script in the place of Python; returns what activates it."""
-        program = self.checkout / "bin" / "python"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\n[ "$1" != slurm/settings.py ] || exec {sys.executable} "$@"\n{script}\n')
-        program.chmod(0o755)
-        return f"PATH={program.parent}:$PATH"
+    def test_a_job_that_finishes_no_epoch_is_not_requeued(self):
+        """In the job scripts, before Python is ready; and in your own script, on two nodes."""
+        variables = few_digits(self.checkout)
+        self.add_to_sitecustomize(SLOW_START)
+        activate = self.stand_in("echo starting; sleep 100")
+        job = self.submit("--time=5", "slurm/train.sbatch", ACTIVATE=activate)
+        script = self.script(f"srun {TRAIN} --num_nodes 2")
+        own = self.submit("--requeue", "--nodes=2", script, SLOW="0 1000", **variables)
+        self.announce_time_limit(job, "starting")
+        self.announce_time_limit(own, "MLP on")
+        self.wait_for_end(job, own)
+        for job_id, message in [
+            (job, "vae: error: no epoch was finished within the time limit of 5:00,"),
+            (own, f"job {own} has not finished an epoch"),
+        ]:
+            with self.subTest(message):
+                self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("FAILED", "0"))
+                self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
+                self.assertEqual(self.output(job_id).count("give a longer --time"), 1)
 
-    def test_flags_and_threads(self):
+    def test_a_run_that_cannot_be_requeued_goes_on(self):
+        """As in a container without scontrol."""
+        variables = few_digits(self.checkout)
+        self.add_to_sitecustomize(f"{SLOW_START}\nif 'SLOW' in os.environ:\n    os.environ['PATH'] = ''\n")
+        flags = ["--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "3", "--epochs", "3"]
+        job_id = self.submit("slurm/train.sbatch", *flags, SLOW="1 5", **variables)
+        self.announce_time_limit(job_id, "epoch   1/")
+        self.wait_for_end(job_id)
+        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "0"))
+        self.assertRegex(self.output(job_id), rf"Job {job_id} is not requeued \(.*'scontrol'\): training goes on")
+        self.assertTrue(results(self.run_folder(job_id)))
+
+    def test_the_job_scripts_hand_on_the_flags_and_set_the_threads(self):
         settings = '\ufeff# a comment\r\n--lr 1e-3\t--hidden_dims 64 32  # another\r\n\r\n--run_name "a  *" --lr $(id)'
         (self.checkout / "settings.txt").write_text(settings)
         activate = self.stand_in('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
@@ -266,26 +322,8 @@ class TestSlurm(unittest.TestCase):
             ],
         )
 
-    def test_a_life_without_an_epoch_is_the_last_one(self):
-        """In the job scripts, before Python is ready, and in one's own."""
-        variables = few_digits(self.checkout)
-        with open(self.checkout / "sitecustomize.py", "a") as file:
-            file.write(SLOW_START)
-        activate = self.stand_in("echo starting; sleep 100")
-        job = self.submit("--requeue", "slurm/train.sbatch", ACTIVATE=activate)
-        own = self.submit("--requeue", self.script(f"srun {TRAIN}"), SLOW="0 1000", **variables)
-        self.wait_for(lambda: "starting" in self.output(job) and "MLP on" in self.output(own), 300)
-        self.assertEqual([path.name for path in self.checkout.glob(".no_epoch*")], [f".no_epoch_yet_{job}"])
-        self.slurm("scancel", "--signal=USR1", "--batch", job)  # as SLURM does ahead of the time limit
-        self.slurm("scancel", "--signal=USR1", own)
-        self.wait_for_end(job, own)
-        for job_id, message in [(job, "vae: error: no epoch was finished"), (own, f"job {own} has not finished")]:
-            self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("FAILED", "0"))
-            self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
-        self.assertEqual(list(self.checkout.glob(".no_epoch*")), [])
-
     def test_several_runs_in_one_job(self):
-        """Which have names of their own; and one of a terminal in it, which is numbered."""
+        """Each of them has its own --run_name; a run in a terminal within the job is numbered and has none."""
         variables = few_digits(self.checkout)
         script = self.script(
             f"{TRAIN} --run_name a &\nsrun -n 2 --overlap bash -c '{TRAIN} --run_name r$SLURM_PROCID' &\n"
@@ -304,45 +342,31 @@ class TestSlurm(unittest.TestCase):
         output = command(*terminal, *words, stdin=subprocess.DEVNULL, cwd=self.checkout, env=environment)
         self.assertIn("run folder VAE_logs/lightning_logs/version_0", output)
 
-    def test_preempted_before_it_is_ready(self):
-        """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
-        activate = self.stand_in('echo life $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
+    def test_a_job_that_is_preempted_before_python_is_ready_starts_again(self):
+        activate = self.stand_in('echo attempt $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
         job_id = self.submit("--nodelist=n1", "slurm/train.sbatch", ACTIVATE=activate)
-        self.wait_for(lambda: "life" in self.output(job_id), 60)
-        (self.checkout / "short.sh").write_text("#!/bin/sh\n")
-        urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", "short.sh")
+        self.wait_for(lambda: "attempt" in self.output(job_id), 60)
+        urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", self.script(""))
         self.wait_for_end(job_id, urgent)
         self.assertEqual(
             (self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "1"), self.output(job_id)
         )
-        self.assertIn("life 1", self.output(job_id))
+        self.assertIn("attempt 1", self.output(job_id))
 
-    def test_two_nodes_reach_the_bpd_of_one_process(self):
-        variables = few_digits(self.checkout, (5000, 500, 1000))
-        flags = ["--dataset", "rendered", "--epochs", "3"]
-        two = self.submit("slurm/train_ddp.sbatch", *flags, **variables)
-        one = self.submit("slurm/train.sbatch", *flags, **variables)
-        self.wait_for_end(two, one)
-        for job_id in [two, one]:
-            self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
-            self.assertEqual("on cpu x 2" in self.output(job_id), job_id == two)
-        bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
-        self.assertAlmostEqual(bpd, expected, delta=0.001)
-
-    def test_a_bad_flag(self):
-        job_id = self.submit("slurm/train.sbatch", "--z_dim", "0")
-        self.wait_for_end(job_id)
-        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["ExitCode"]), ("FAILED", "2:0"))
-        self.assertIn("error: --z_dim must be at least 1", self.output(job_id))
-
-    def test_no_data(self):
-        job_id = self.submit("slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK)
-        self.wait_for_end(job_id)
-        self.assertEqual(self.job(job_id)["JobState"], "FAILED")
-        self.assertIn("error: MNIST is not complete in data/MNIST/raw", self.output(job_id))
+    def test_an_error_of_the_program_fails_the_job_with_its_exit_code_and_message(self):
+        flag = self.submit("slurm/train.sbatch", "--z_dim", "0")
+        data = self.submit("slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK)
+        self.wait_for_end(flag, data)
+        for job_id, code, message in [
+            (flag, "2:0", "error: --z_dim must be at least 1"),
+            (data, "1:0", "error: MNIST is not complete in data/MNIST/raw"),
+        ]:
+            with self.subTest(message):
+                self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["ExitCode"]), ("FAILED", code))
+                self.assertIn(message, self.output(job_id))
         self.assertFalse((self.checkout / "VAE_logs").exists())
 
-    def test_scripts_say_what_is_missing(self):
+    def test_the_job_scripts_say_what_is_missing(self):
         (self.checkout / "settings.txt").write_text("--lr 1\n--run_name 'a\n")
         nowhere = "source /nowhere/bin/activate"
         jobs = {
@@ -355,15 +379,15 @@ class TestSlurm(unittest.TestCase):
         }
         self.wait_for_end(*jobs)
         for job_id, problem in jobs.items():
-            self.assertEqual(self.job(job_id)["JobState"], "FAILED")
-            self.assertIn(problem, self.output(job_id))
+            with self.subTest(problem):
+                self.assertEqual(self.job(job_id)["JobState"], "FAILED")
+                self.assertIn(problem, self.output(job_id))
 
     def test_eight_array_tasks_on_an_empty_data_folder(self):
-        """The default sweep, with a local server as MNIST's mirror that has a small stand-in for it."""
+        """The default sweep downloads a small stand-in for MNIST, from a local mirror, once for all tasks."""
         content, packed, _, _ = small_mnist(600, 100)
-        resources = [(name, hashlib.md5(data).hexdigest()) for name, data in packed.items()]
         with mirror(packed) as (address, requests):
-            code = stand_in_code(address, resources, known_files(content), TRAIN_SIZES=[500], NUM_VAL=100)
+            code = stand_in_code(address, known_resources(packed), known_files(content), TRAIN_SIZES=[500], NUM_VAL=100)
             (self.checkout / "sitecustomize.py").write_text(code)
             flags = ["--data_dir", "data", "--epochs", "2", "--hidden_dims", "16"]
             path = f"{self.checkout}{os.pathsep}{REPOSITORY}"

@@ -1,8 +1,8 @@
 """
-Tests of where things are computed: `python -m unittest tests/unit/test_devices.py`.
+Tests of harness/devices.py, and of where every tensor is: `python -m unittest tests/unit/test_devices.py`.
 
-GPUs are fake: torch's FakeTensorMode runs an operator on tensors that have a shape and a device and no values, and
-raises an error where two of them are on different devices.
+GPUs are fake: torch's FakeTensorMode runs operators on tensors that have a shape and a device but no values, and raises
+an error if two of them are on different devices.
 """
 
 import argparse
@@ -10,8 +10,10 @@ import contextlib
 import functools
 import io
 import itertools
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ import bmnist
 import evaluate
 import train_torch
 import utils
-from harness import devices, report
+from harness import devices
 from harness.errors import UserError
 from tests.helpers import REPOSITORY, SeededTest, small_loaders
 from train_pl import VAE
@@ -38,7 +40,7 @@ GPUS = [torch.device("cuda", 0), torch.device("mps", 0)]
 
 
 class NoDouble(TorchDispatchMode):
-    """Finds a tensor in double precision on a GPU: Apple's has none."""
+    """A context that raises an error for a tensor in double precision on a GPU: Apple's has none."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -50,19 +52,18 @@ class NoDouble(TorchDispatchMode):
 
 class TestEveryTensorIsOnTheGPU(SeededTest):
     def fake(self, tensor, device):
-        """A tensor without values on a device that need not be there."""
+        """A tensor without values, on a device that need not exist."""
         return FakeTensor(self.mode, tensor.detach().to("meta"), device)
 
     def setUp(self):
         self.mode = FakeTensorMode()
-        for patch in [  # what would wait for values
-            mock.patch.object(torch.Tensor, "item", lambda tensor: 0.5),
-            mock.patch.object(torch.Tensor, "__int__", lambda tensor: 1),
+        for owner, name, function in [
+            (torch.Tensor, "item", lambda tensor: 0.5),  # what needs values
+            (torch.Tensor, "__int__", lambda tensor: 1),
             # A torch without Apple's GPU cannot take single images out of a batch there.
-            mock.patch.object(utils, "make_grid", lambda imgs, nrow: imgs),
+            (utils, "make_grid", lambda imgs, nrow: imgs),
         ]:
-            patch.start()
-            self.addCleanup(patch.stop)
+            self.enter(mock.patch.object(owner, name, function))
 
     def move(self, model, device):
         """Moves a module to a fake GPU."""
@@ -86,9 +87,7 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
                         with self.mode, no_double, torch.no_grad():
                             function(device, model, imgs)
 
-    def test_the_mode_sees_it(self):
-        """A tensor on another device is found."""
-
+    def test_a_tensor_on_another_device_is_found(self):
         def step(device, model, imgs):
             noise = mock.patch.object(torch, "randn_like", lambda tensor: torch.randn(tensor.shape))
             with noise, self.assertRaisesRegex(Exception, "devices"):
@@ -96,33 +95,18 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
 
         self.check(step, VAE)
 
-    def test_training(self):
-        def steps(device, model, imgs):
-            output = model.training_step((imgs, None), 0)
-            self.assertEqual((output["loss"].device, output["bpd"].device), (device, device))
-            model.validation_step((imgs, None), 0)
-
-        self.check(steps, VAE)
-
-    def test_forward_and_samples(self):
-        def forward(device, model, imgs):
+    def test_training_validation_samples_and_the_manifold_stay_on_the_gpu(self):
+        def compute(device, model, imgs):
             tensors = [*model(imgs), *model.sample(3), utils.visualize_manifold(model.decoder)]
             if isinstance(model, VAE):
-                tensors += [*model.terms(imgs), model.reconstruct(imgs)]
+                tensors += [*model.terms(imgs), model.reconstruct(imgs), *model.training_step((imgs, None), 0).values()]
+                model.validation_step((imgs, None), 0)
             self.assertEqual({tensor.device for tensor in tensors}, {device})
 
-        self.check(forward, VAE, train_torch.VAE)
+        self.check(compute, VAE, train_torch.VAE)
 
-    def test_likelihoods(self):
-        def likelihoods(device, model, imgs):
-            log_p = utils.log_likelihood(imgs, model.encoder, model.decoder, num_samples=5, chunk_size=12)
-            exact = utils.quadrature_log_likelihood(imgs, model.decoder, step=1.0)
-            self.assertEqual((log_p.device, log_p.shape, exact.device), (device, (6,), device))
-
-        self.check(likelihoods, VAE, train_torch.VAE)
-
-    def test_evaluation(self):
-        """Of images on the CPU; its numbers are made there, since a Mac's GPU has no double precision."""
+    def test_an_evaluation_moves_its_numbers_to_the_cpu(self):
+        """A Mac's GPU has no double precision."""
         cpu = torch.device("cpu")
         tensors = torch.zeros(6, 28, 28, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
         test_set = bmnist.BinaryImages(*(self.fake(tensor, cpu) for tensor in tensors))
@@ -137,8 +121,7 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
         self.check(likelihoods, VAE)
 
     @unittest.skipIf(VERSION < (2, 10), "an older torch looks for the GPU to index a fake tensor")
-    def test_images(self):
-        """Thresholded and drawn ones, which a generator of the GPU draws."""
+    def test_images_are_binarised_and_sampled_on_the_gpu(self):
         device = GPUS[0]
         for binarization in bmnist.BINARIZATIONS:
             loader, *_ = small_loaders(argparse.Namespace(batch_size=40, binarization=binarization))
@@ -158,7 +141,10 @@ class TestPickDevice(SeededTest):
     """Which device computes, on machines of several kinds."""
 
     def pick(self, accelerator, error=None, warning=None, names=(), **machine):
-        """What is picked, or the error; and what is printed. An error is that of the first computation on a GPU."""
+        """
+        What pick_device returns on some machine, or the message of its error; and what is printed. `error` is that of
+        the first computation on its GPU, `warning` that of torch's search for one, `names` those of the driver's GPUs.
+        """
 
         def is_available():
             if warning:
@@ -195,7 +181,7 @@ class TestPickDevice(SeededTest):
         self.device = computed.call_args and computed.call_args.kwargs["device"]
         return kind, stderr.getvalue()
 
-    def test_usual_machines(self):
+    def test_a_gpu_computes_if_there_is_one_unless_the_cpu_is_asked_for(self):
         for accelerator, machine, expected in [
             ("auto", {}, "cpu"),
             ("cpu", dict(num_gpus=1), "cpu"),
@@ -205,9 +191,10 @@ class TestPickDevice(SeededTest):
             ("gpu", dict(is_mac=True), "mps"),
             ("gpu", {}, "--accelerator gpu: there is no GPU here; use auto or cpu"),
         ]:
-            self.assertEqual(self.pick(accelerator, **machine), (expected, ""))
+            with self.subTest(accelerator=accelerator, **machine):
+                self.assertEqual(self.pick(accelerator, **machine), (expected, ""))
 
-    def test_a_gpu_that_is_too_old(self):
+    def test_a_gpu_that_is_too_old_is_named_with_the_reason(self):
         error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
         words = (
             rf"torch {re.escape(torch.__version__)} cannot use NVIDIA Tesla K80, of compute capability 3.7; it "
@@ -220,8 +207,8 @@ class TestPickDevice(SeededTest):
         self.assertRegex(kind, f"^--accelerator gpu: {words}.*; use auto or cpu$")
         self.assertEqual(printed, "")
 
-    def test_a_driver_that_is_too_old(self):
-        """torch takes it for a machine without GPUs, and warns; the driver's files name them."""
+    def test_a_driver_that_is_too_old_is_named_with_its_gpu(self):
+        """torch finds no GPU and warns; the files of the driver have the GPUs' names."""
         warning = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
         kind, printed = self.pick("auto", warning=warning, names=["NVIDIA A100-SXM4-40GB", "NVIDIA T4"])
         self.assertEqual(kind, "cpu")
@@ -232,13 +219,13 @@ class TestPickDevice(SeededTest):
         self.assertRegex(kind, "^--accelerator gpu: torch .* cannot use NVIDIA A100.* too old.*; use auto or cpu$")
         self.assertEqual(self.pick("auto", warning="CUDA initialization: Found no NVIDIA driver"), ("cpu", ""))
 
-    def test_torch_without_cuda(self):
+    def test_a_torch_without_cuda_is_named_with_the_gpu(self):
         with mock.patch.object(torch.version, "cuda", None):
             kind, printed = self.pick("auto", names=["NVIDIA T4"])
         self.assertEqual(kind, "cpu")
         self.assertRegex(printed, r"^on the CPU: torch .* cannot use NVIDIA T4 \(it is built without CUDA\)\n$")
 
-    def test_each_process_tries_its_own(self):
+    def test_each_process_tries_its_own_gpu(self):
         for variables, num_processes, number in [
             ({}, 4, 0),
             (dict(LOCAL_RANK="2"), 4, 2),
@@ -246,13 +233,13 @@ class TestPickDevice(SeededTest):
             (dict(LOCAL_RANK="2"), 1, 0),  # left by another program
             (dict(LOCAL_RANK="5"), 8, 1),
         ]:
-            self.pick("auto", num_gpus=4, num_processes=num_processes, variables=variables)
-            self.assertEqual(self.device, torch.device("cuda", number))
+            with self.subTest(variables, num_processes=num_processes):
+                self.pick("auto", num_gpus=4, num_processes=num_processes, variables=variables)
+                self.assertEqual(self.device, torch.device("cuda", number))
 
 
-class TestEvaluation(SeededTest):
-    def test_too_little_memory(self):
-        """Fewer images are decoded at once, down to one sample of each."""
+class TestMemoryOfAnEvaluation(SeededTest):
+    def test_if_memory_is_short_fewer_samples_are_decoded_at_once(self):
         test_set = small_loaders(argparse.Namespace(batch_size=50))[2].dataset
         model, sizes, most = VAE("MLP", [4], 4, 3, 1e-3), [], 0
         errors = itertools.cycle(
@@ -281,10 +268,8 @@ class TestEvaluation(SeededTest):
                 evaluate.likelihoods(model, test_set, 5, progress_bar=False)
             self.assertEqual(sizes[others:], [64])
         self.assertEqual(sizes[others - 1], 8)
-        self.assertEqual(evaluate.CHUNK_SIZE["gpu"], 16_384)
 
-    def test_large_images(self):
-        """Fewer of them at a time, so that they take no more memory than MNIST's."""
+    def test_larger_images_take_no_more_memory_than_those_of_mnist(self):
         numbers = []
         for sides in [(28, 28), (56, 56), (7, 7), (280, 2800)]:
             test_set = bmnist.BinaryImages(torch.zeros(7, *sides, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64))
@@ -302,32 +287,80 @@ class TestEvaluation(SeededTest):
         self.assertEqual(numbers, [(4, 8, 16), (1, 2, 4), (4, 8, 16), (1, 1, 1)])
 
 
-class TestQuiet(SeededTest):
-    def test_warnings_of_torch(self):
-        with warnings.catch_warnings(record=True) as caught:
-            report.quiet_libraries()
-            for text in [
-                "The AccumulateGrad node's stream does not match the stream of the node that produced the gradient",
-                "Please use the new API settings to control TF32 behavior, such as torch.backends",
-                "of another kind",
-            ]:
-                warnings.warn(text, stacklevel=1)
-        self.assertEqual([str(warning.message) for warning in caught], ["of another kind"])
-
-    def test_what_a_mac_cannot_do_runs_on_its_cpu(self):
-        code = "import harness, os; print(os.environ['PYTORCH_ENABLE_MPS_FALLBACK'])"
-        for value in [None, "0"]:
-            environment = {**os.environ, **({"PYTORCH_ENABLE_MPS_FALLBACK": value} if value else {})}
-            if value is None:
-                environment.pop("PYTORCH_ENABLE_MPS_FALLBACK", None)
-            command = [sys.executable, "-c", code]
-            run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-            self.assertEqual(run.stdout.strip(), value or "1", run.stderr)
+class TestPrecision(SeededTest):
+    def test_a_cpu_has_bfloat16_if_linux_lists_it(self):
+        with mock.patch.object(devices, "CPU_INFO", self.folder / "cpuinfo"):
+            self.assertTrue(devices.has_bf16("cpu"))  # another system, which does not tell
+            for text, expected in [("flags : fpu avx512f\n", False), ("flags : avx512_bf16 fma\n", True)]:
+                with self.subTest(text):
+                    devices.CPU_INFO.write_text(text)
+                    self.assertEqual(devices.has_bf16("cpu"), expected)
 
 
-class FastLayoutTest(SeededTest):
-    def test_a_state_of_another_layout_goes_on(self):
-        """As one does that an older version, or a GPU, has left in a checkpoint: fused Adam would mix it up."""
+class TestThreads(SeededTest):
+    def setUp(self):
+        self.enter(mock.patch.dict(os.environ))
+        for name in ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"]:
+            os.environ.pop(name, None)
+        self.cgroups = self.folder / "cgroups"
+        self.enter(mock.patch.object(devices, "CGROUPS", self.cgroups))
+        self.enter(mock.patch.object(devices, "CGROUP_OF_PROCESS", self.folder / "cgroup"))
+
+    def pick(self, threads="auto", before=None, cores=6, torch_threads=5):
+        """The number of threads on a machine of so many cores, on which torch has so many threads by itself."""
+        with (
+            mock.patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True),
+            mock.patch.object(torch, "get_num_threads", lambda: torch_threads),
+        ):
+            return devices.pick_threads(threads, before)
+
+    def test_a_run_uses_all_cores_that_it_may_unless_the_user_or_the_run_before_says_otherwise(self):
+        for machine, variables, expected in [
+            ({}, {}, 5),
+            (dict(cores=3), {}, 3),
+            (dict(cores=64, torch_threads=64), {}, devices.DEFAULT_THREADS),
+            (dict(threads=7), {}, 7),
+            (dict(threads=7, before="cpu, 2 threads"), dict(OMP_NUM_THREADS="5"), 7),
+            (dict(before="cpu, 2 threads"), {}, 2),
+            (dict(before="cpu, 16 threads"), {}, 5),
+            (dict(before="cpu, 16 threads", cores=64, torch_threads=64), {}, 16),
+            (dict(before="NVIDIA H200"), {}, 5),
+            ({}, dict(SLURM_CPUS_PER_TASK="2"), 2),
+            ({}, dict(SLURM_CPUS_PER_TASK="", SLURM_CPUS_ON_NODE="3"), 3),
+            ({}, dict(SLURM_CPUS_PER_TASK="2", OMP_NUM_THREADS="5"), 5),
+        ]:
+            with self.subTest(**machine, **variables), mock.patch.dict(os.environ, variables):
+                self.assertEqual(self.pick(**machine), expected)
+
+    def test_a_container_gets_as_many_threads_as_its_control_group_has_cores(self):
+        """The limit is that of its group or of one around it; there are two versions of control groups."""
+        for text, files, expected in [
+            ("0::/a/b", {"a/b/cpu.max": "max 100000"}, math.inf),
+            ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2.5),
+            ("0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "300000 100000"}, 3),
+            ("0::/hidden", {"cpu.max": "50000 100000"}, 0.5),
+            (
+                "4:memory:/x\n3:cpu,cpuacct:/x",
+                {"cpu/x/cpu.cfs_quota_us": "200000", "cpu/x/cpu.cfs_period_us": "100000"},
+                2,
+            ),
+            ("3:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, math.inf),
+            ("nonsense", {}, math.inf),
+        ]:
+            with self.subTest(text, files=files):
+                shutil.rmtree(self.cgroups, ignore_errors=True)
+                devices.CGROUP_OF_PROCESS.write_text(text + "\n")
+                for name, content in files.items():
+                    path = self.cgroups / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(content + "\n")
+                self.assertEqual(devices.cgroup_quota(), expected)
+                self.assertEqual(self.pick(), max(1, int(min(expected, 5))))
+
+
+class TestLayout(SeededTest):
+    def test_the_state_of_adam_gets_the_layout_of_its_weights(self):
+        """A checkpoint of an older version, or of a GPU, may have another one, which fused Adam would mix up."""
         results = []
         for layouts in [[torch.contiguous_format] * 2, [torch.contiguous_format, torch.channels_last]]:
             torch.manual_seed(0)
@@ -345,11 +378,19 @@ class FastLayoutTest(SeededTest):
             results.append(conv.weight.detach())
         torch.testing.assert_close(*results)
 
-    def test_convolutions_on_a_cpu(self):
+    def test_weights_of_convolutions_are_channels_last_on_a_cpu(self):
         model = VAE("CNN", [8], 4, 2, 1e-3)
         self.assertIs(devices.use_fast_layout(model), model)
         self.assertTrue(model.encoder.net[2].weight.is_contiguous(memory_format=torch.channels_last))
 
 
-if __name__ == "__main__":
-    unittest.main()
+class TestMac(SeededTest):
+    def test_the_cpu_computes_what_apples_gpu_cannot_unless_the_user_says_otherwise(self):
+        code = (
+            "import sys, os; sys.platform = 'darwin'; import harness; print(os.environ['PYTORCH_ENABLE_MPS_FALLBACK'])"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+        for variables, expected in [({}, "1"), ({"PYTORCH_ENABLE_MPS_FALLBACK": "0"}, "0")]:
+            options = dict(env={**environment, **variables}, capture_output=True, text=True, timeout=60)
+            process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, **options)
+            self.assertEqual(process.stdout.strip(), expected, process.stderr)

@@ -1,5 +1,6 @@
 """Tests that README.md and docs/ agree with the code: `python -m unittest tests/unit/test_docs.py`."""
 
+import pkgutil
 import re
 import subprocess
 import unittest
@@ -29,11 +30,11 @@ def rows_of_flags(page):
     return [(heading, flags) for heading, flags in rows if flags]
 
 
-def first_cells(name, default, possible):
+def first_cells(name, flag):
     """The first two cells of a table for a flag of train_pl.FLAGS: its name with its choices, and its default."""
-    choices = " {" + ",".join(map(str, possible)) + "}" if isinstance(possible, list) else ""
-    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    words = {name: "off" if default is False else shown, "run_name": "(numbered)"}
+    choices = " {" + ",".join(map(str, flag.choices)) + "}" if flag.choices else ""
+    shown = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
+    words = {name: "off" if flag.default is False else shown, "run_name": "(numbered)"}
     return f"--{name}{choices}", words[name]
 
 
@@ -42,26 +43,34 @@ class TestDocs(unittest.TestCase):
 
     def test_the_tables_of_flags_have_all_flags_in_their_order_with_choices_and_defaults(self):
         expected = [
-            (title.title(), [first_cells(name, *flag[:2]) for name, flag in flags.items()])
+            (title.title(), [first_cells(name, flag) for name, flag in flags.items()])
             for title, flags in train_pl.FLAGS.items()
         ]
         self.assertEqual(rows_of_flags(REPOSITORY / "docs" / "runs.md"), expected)
 
-    def test_the_code_map_names_every_program_and_harness_file_and_nothing_that_does_not_exist(self):
-        table = re.search(r"^## The code\n(.*?)^(?:##|More)", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)[1]
-        cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-        named = []
-        for cell in cells:  # a file beside another in a cell is in the same folder
-            folder = ""
+    def test_the_code_map_names_every_file_of_the_package_and_nothing_that_does_not_exist(self):
+        table = re.search(r"^## The code\n(.*?)^\*\*", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)[1]
+        folder, named = "", []
+        for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE):
+            if cell.startswith("**"):  # the rows below are of files in this folder
+                folder = cell.strip("*`")
             for name in re.findall(r"`(.*?)`", cell):
-                folder = name.rpartition("/")[0] if name.count("/") else folder
-                named.append(name if "/" in name or not folder else f"{folder}/{name}")
+                named.append(folder + name if (REPOSITORY / folder / name).is_file() else name)
         command = ["git", "ls-files", "*.py"]
         files = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout.split()
         files = files or [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.rglob("*.py")]  # no git checkout
-        there = {file for file in files if re.fullmatch(r"(harness/)?\w+\.py", file)} - {"harness/__init__.py"}
-        self.assertEqual(there - set(named), set())
+        package = {file for file in files if re.fullmatch(r"((harness|sources|pictures)/)?\w+\.py", file)}
+        self.assertEqual({file for file in package if not file.endswith("__init__.py")} - set(named), set())
         self.assertEqual([name for name in named if not (REPOSITORY / name).exists()], [])
+
+    def test_the_names_in_the_life_of_a_minibatch_exist(self):
+        text = PAGES[0].read_text().partition("**The life of a minibatch**")[2].partition("\nMore:")[0]
+        names = re.findall(r"`((?:\w+\.)+\w+)`", text)
+        self.assertEqual(len(re.findall(r"^\d\. ", text, re.MULTILINE)), 6)
+        self.assertGreater(len(names), 6)
+        for name in names:
+            with self.subTest(name):
+                pkgutil.resolve_name(name)  # an AttributeError or an ImportError if it is not there
 
     def test_every_link_and_every_shown_file_exists(self):
         count = 0
@@ -82,7 +91,7 @@ class TestDocs(unittest.TestCase):
     def test_every_path_in_backticks_that_begins_with_a_folder_of_the_repository_exists(self):
         count = 0
         for page in PAGES:
-            for path in re.findall(r"`((?:harness|tests|docs|benchmarks|slurm|\.ci)/[\w./]*)`", page.read_text()):
+            for path in re.findall(r"`((?:harness|sources|pictures|tests|docs|benchmarks|slurm|\.ci)/[\w./]*)`", page.read_text()):
                 self.assertTrue((REPOSITORY / path).exists(), f"{page.name}: {path}")
                 count += 1
         self.assertGreater(count, 10)

@@ -1,5 +1,6 @@
 """Tests of harness/processes.py: `python -m unittest tests/unit/test_processes.py`."""
 
+import contextlib
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -16,7 +17,7 @@ from utils import sample_reparameterize
 
 
 def two_processes():
-    """The Trainers of two processes, the second of which gets what the first one has sent, and the list of it."""
+    """The Trainers of two processes, of which the second receives what the first has sent, and the list of that."""
     sent = []
     first = SimpleNamespace(is_global_zero=True, strategy=mock.Mock(broadcast=lambda x: sent.append(x) or x))
     second = SimpleNamespace(is_global_zero=False, strategy=mock.Mock(broadcast=lambda x: sent[-1]))
@@ -41,8 +42,7 @@ class TestEnvironment(SeededTest):
             self.starts_others = not environment.creates_processes_externally
         return environment
 
-    def test_a_single_process_is_the_first(self):
-        """Whatever is in its environment; only what torchrun or srun has started cannot be a single one."""
+    def test_a_single_process_is_rank_zero_whatever_is_in_its_environment(self):
         for variables in [
             {},
             *({name: value} for name, value in {**TORCHRUN, **MANUAL, "SLURM_PROCID": "1"}.items()),
@@ -53,38 +53,43 @@ class TestEnvironment(SeededTest):
                 SLURM_NTASKS="4", SLURM_PROCID="1", SLURM_LOCALID="1", JSM_NAMESPACE_RANK="1", OMPI_COMM_WORLD_RANK="1"
             ),
         ]:
-            environment = self.environment(variables)
-            self.assertEqual((type(environment), environment.global_rank(), self.rank), (LightningEnvironment, 0, 0))
+            with self.subTest(variables):
+                environment = self.environment(variables)
+                found = type(environment), environment.global_rank(), self.rank
+                self.assertEqual(found, (LightningEnvironment, 0, 0))
         self.assertIsInstance(self.environment({}, run_name="x", tasks=(2, 2)), LightningEnvironment)
         self.assertEqual(self.rank, 0)
 
-    def test_what_was_started(self):
+    def test_processes_that_torchrun_or_srun_has_started_are_those_of_the_run(self):
         self.assertIsInstance(self.environment(TORCHRUN, 2, 2), TorchElasticEnvironment)
         self.assertIsInstance(self.environment({}, 2, 2, tasks=(2, 2)), SLURMEnvironment)
         self.assertIsInstance(self.environment({}, 2, 2, "x", tasks=(2, 2)), SLURMEnvironment)
         self.assertIsInstance(self.environment(TORCHRUN, 2, 2, tasks=(4, 1)), TorchElasticEnvironment)  # srun torchrun
 
-    def test_lightning_starts_the_others(self):
-        """On one node, whatever others have left; but not in the processes that it or somebody has started."""
+    def test_lightning_starts_the_other_processes_of_one_node_whatever_is_in_the_environment(self):
         for variables in [
             {},
             *({name: value} for name, value in {**TORCHRUN, **MANUAL}.items()),
             {**TORCHRUN, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"},
             dict(MASTER_ADDR="nowhere", MASTER_PORT="1", NODE_RANK="1", GROUP_RANK="2", WORLD_SIZE="8", RANK="3"),
         ]:
-            self.assertIsInstance(self.environment(variables, devices=2), LightningEnvironment)
-            self.assertTrue(self.starts_others)
-            self.assertLessEqual(self.left.keys(), {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"})
-        self.assertIsInstance(self.environment(MANUAL, devices=2), LightningEnvironment)
-        self.assertFalse(self.starts_others)
-        self.assertEqual(self.left, MANUAL)
-        self.environment({**MANUAL, "LOCAL_RANK": "0", "NODE_RANK": "1"}, num_nodes=2)
-        self.assertFalse(self.starts_others)
-        without_local_rank = {name: value for name, value in MANUAL.items() if name != "LOCAL_RANK"}
-        self.environment({**without_local_rank, "WORLD_SIZE": "4"}, devices=2, num_nodes=2)  # one process per node
-        self.assertTrue(self.starts_others)
+            with self.subTest(variables):
+                self.assertIsInstance(self.environment(variables, devices=2), LightningEnvironment)
+                self.assertTrue(self.starts_others)
+                self.assertLessEqual(self.left.keys(), {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"})
 
-    def test_what_cannot_work(self):
+    def test_a_process_that_was_started_by_hand_finds_the_others_by_its_variables(self):
+        without_local_rank = {name: value for name, value in MANUAL.items() if name != "LOCAL_RANK"}
+        for variables, devices, num_nodes, starts_others in [
+            (MANUAL, 2, 1, False),
+            ({**MANUAL, "LOCAL_RANK": "0", "NODE_RANK": "1"}, 1, 2, False),
+            ({**without_local_rank, "WORLD_SIZE": "4"}, 2, 2, True),  # one process per node
+        ]:
+            with self.subTest(variables):
+                self.assertIsInstance(self.environment(variables, devices, num_nodes), LightningEnvironment)
+                self.assertEqual((self.starts_others, self.left), (starts_others, variables))
+
+    def test_variables_and_processes_that_do_not_fit_the_flags_are_refused(self):
         for variables, devices, num_nodes, message in [
             (TORCHRUN, 1, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2 .*TORCHELASTIC_RUN_ID"),
             (TORCHRUN, 4, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2"),
@@ -95,7 +100,7 @@ class TestEnvironment(SeededTest):
             ({**MANUAL, "LOCAL_RANK": "x"}, 2, 1, "LOCAL_RANK=x .* unset LOCAL_RANK"),
             ({**MANUAL, "NODE_RANK": "1"}, 2, 1, "NODE_RANK=1 .* does not fit"),
         ]:
-            with self.assertRaisesRegex(ValueError, message):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 self.environment(variables, devices, num_nodes)
 
 
@@ -107,7 +112,7 @@ class TestSampler(SeededTest):
         trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
         return processes.sampler(self.dataset, shuffle, trainer, seed)
 
-    def test_shares_make_the_minibatches_of_one_process(self):
+    def test_the_shares_of_the_processes_make_up_the_minibatches_of_one_process(self):
         for shuffle in [True, False]:
             orders = set()
             for epoch in range(2):
@@ -125,7 +130,7 @@ class TestSampler(SeededTest):
                 for world_size in [2, 4]:
                     last, expected = batches[world_size][2], batches[1][2]
                     self.assertEqual(batches[world_size][:2], batches[1][:2])
-                    if shuffle:  # one comes twice, so that the shares are as long
+                    if shuffle:  # one image comes twice, so that the shares are equally long
                         self.assertEqual(len(last), 8)
                         self.assertLessEqual(set(expected), set(last))
                     else:
@@ -133,7 +138,7 @@ class TestSampler(SeededTest):
                 self.assertEqual(sorted(sum(batches[1], [])), list(range(23)))
             self.assertEqual(len(orders), 2 if shuffle else 1)
 
-    def test_order_and_draws_depend_on_seed_and_epoch_alone(self):
+    def test_the_order_and_the_seed_for_sampled_images_depend_on_seed_and_epoch_alone(self):
         orders, draw_seeds = set(), set()
         for seed in [3, 4]:
             for epoch in range(3):
@@ -150,13 +155,11 @@ class TestSampler(SeededTest):
 
 
 class TestRandomNumbers(SeededTest):
-    def test_seeds(self):
+    def test_other_numbers_give_other_seeds(self):
         seeds = {processes.derived_seed(seed, epoch) for seed in range(9) for epoch in range(9)}
         self.assertEqual(len(seeds), 81)
 
-    def test_each_epoch_begins_with_its_own(self):
-        """And validation before the first one, and the test, whatever was drawn before."""
-
+    def test_every_epoch_the_first_validation_and_the_test_begin_with_their_own_random_numbers(self):
         def drawn(hook, seed=3, epoch=0, fn="fit"):
             torch.rand(seed)
             trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(fn=fn))
@@ -173,7 +176,7 @@ class TestRandomNumbers(SeededTest):
         self.assertEqual(len({*epochs, *others}), 8)
         self.assertNotEqual(drawn("on_validation_start"), drawn("on_validation_start"))  # within an epoch
 
-    def test_shares_of_the_noise(self):
+    def test_the_shares_of_the_noise_make_up_the_noise_of_one_process(self):
         mean, std = torch.randn(2, 12, 5)
         torch.manual_seed(1)
         expected = sample_reparameterize(mean, std)
@@ -184,7 +187,7 @@ class TestRandomNumbers(SeededTest):
                     z = sample_reparameterize(mean[rank::world_size], std[rank::world_size])
                 torch.testing.assert_close(z, expected[rank::world_size], rtol=0, atol=0)
 
-    def test_noise_is_like_the_share(self):
+    def test_noise_has_shape_dtype_and_device_of_the_share(self):
         for share in [torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(4, device="meta")]:
             with processes.SharedNoise(1, 2):
                 noise = torch.randn_like(share)
@@ -192,7 +195,7 @@ class TestRandomNumbers(SeededTest):
 
 
 class TestRankZero(SeededTest):
-    def test_on_rank_zero(self):
+    def test_all_ranks_get_the_result_of_rank_zero_or_end(self):
         first, second, _ = two_processes()
         self.assertEqual(processes.on_rank_zero(first, lambda *args: args, 5, 6), (5, 6))
         self.assertEqual(processes.on_rank_zero(second, None), (5, 6))
@@ -202,8 +205,7 @@ class TestRankZero(SeededTest):
             processes.on_rank_zero(second, None)
         self.assertEqual(caught.exception.code, 1)
 
-    def test_rank_zero_first(self):
-        """The first process is through when it sends, and the second works only once it has that."""
+    def test_the_other_ranks_wait_until_rank_zero_is_done(self):
         first, second, sent = two_processes()
         worked = []
         with processes.rank_zero_first(first):
@@ -215,7 +217,7 @@ class TestRankZero(SeededTest):
             worked.append("second")
         self.assertEqual(worked, ["first", "received", "second"])
 
-    def test_error_of_rank_zero_ends_all(self):
+    def test_an_error_of_rank_zero_ends_the_other_ranks_before_they_begin(self):
         first, second, _ = two_processes()
         with self.assertRaises(ZeroDivisionError), processes.rank_zero_first(first):
             raise ZeroDivisionError
@@ -224,7 +226,7 @@ class TestRankZero(SeededTest):
             worked.append("second")
         self.assertEqual((caught.exception.code, worked), (1, []))
 
-    def test_error_of_another_process_is_its_own(self):
+    def test_an_error_of_another_rank_is_raised_there(self):
         first, second, _ = two_processes()
         with processes.rank_zero_first(first):
             pass
@@ -232,29 +234,22 @@ class TestRankZero(SeededTest):
             raise ZeroDivisionError
 
 
-class TestConnected(SeededTest):
-    def test_connected(self):
-        """The processes are started at once, and disconnected at the end, unless there is an error."""
-        trainer = mock.Mock()
-        with mock.patch.object(processes, "disconnect") as disconnect:
-            with processes.connected(trainer):
-                trainer.strategy.launcher.launch.assert_called_once_with(trainer.strategy.setup_environment)
-                disconnect.assert_not_called()
-            disconnect.assert_called_once_with()
-            with self.assertRaises(ZeroDivisionError), processes.connected(trainer):
-                raise ZeroDivisionError
-            disconnect.assert_called_once_with()
+class TestProcessGroup(SeededTest):
+    def test_the_processes_are_started_at_once_and_disconnected_unless_there_is_an_error(self):
+        for raises, num_disconnected in [(False, 1), (True, 0)]:
+            trainer = mock.Mock()
+            with (
+                self.subTest(raises=raises),
+                mock.patch.object(torch.distributed, "is_initialized", return_value=True),
+                mock.patch.object(torch.distributed, "destroy_process_group") as destroy,
+            ):
+                with contextlib.suppress(ZeroDivisionError), processes.process_group(trainer):
+                    trainer.strategy.launcher.launch.assert_called_once_with(trainer.strategy.setup_environment)
+                    destroy.assert_not_called()
+                    if raises:
+                        raise ZeroDivisionError
+                self.assertEqual(destroy.call_count, num_disconnected)
 
-    def test_a_single_process_needs_no_start(self):
-        with processes.connected(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+    def test_a_single_process_needs_no_connection(self):
+        with processes.process_group(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
             self.assertFalse(torch.distributed.is_initialized())
-
-    def test_disconnect(self):
-        for is_connected in [False, True]:
-            with mock.patch.multiple(
-                torch.distributed,
-                is_initialized=mock.Mock(return_value=is_connected),
-                destroy_process_group=mock.DEFAULT,
-            ) as patched:
-                processes.disconnect()
-            self.assertEqual(patched["destroy_process_group"].call_count, int(is_connected))

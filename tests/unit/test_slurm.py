@@ -1,4 +1,4 @@
-"""Tests of harness/slurm.py, in a job that is none: `python -m unittest tests/unit/test_slurm.py`."""
+"""Tests of harness/slurm.py and slurm/settings.py, without SLURM: `python -m unittest tests/unit/test_slurm.py`."""
 
 import contextlib
 import io
@@ -9,56 +9,148 @@ import sys
 import unittest
 from unittest import mock
 
-from harness import slurm
-from tests.helpers import REPOSITORY, Killed, SeededTest, TrainingTest
+from harness import run, slurm
+from tests.helpers import REPOSITORY, SeededTest, TrainingTest, results
 from train_pl import VAE, train_vae
 
 HOOKS = ["on_train_epoch_start", "on_validation_epoch_start", "on_test_epoch_start"]
 
 
 def step(tasks_per_node, num_nodes):
-    """What srun adds to the environment."""
+    """The variables that srun adds to the environment."""
     names = dict(STEP_ID="0", STEP_NODELIST="n[2-3]", STEP_TASKS_PER_NODE=tasks_per_node, STEP_NUM_NODES=num_nodes)
     return {f"SLURM_{name}": str(value) for name, value in names.items()}
 
 
-class TestSlurm(TrainingTest):
-    """A batch job as the program sees it; a test of programs runs real ones."""
+class JobTest(TrainingTest):
+    """A test in the environment of a batch job; tests/programs/test_slurm.py runs real ones."""
 
     def setUp(self):
         super().setUp()
         job = dict(SLURM_JOB_ID="7", SLURM_JOB_NAME="vae", SLURM_NTASKS="1")
         job.update(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
-        for patch in [
-            mock.patch.dict(os.environ, job),
-            mock.patch.object(slurm, "is_interactive", return_value=False),  # whoever runs the tests
-        ]:
-            patch.start()
-            self.addCleanup(patch.stop)
+        self.enter(mock.patch.dict(os.environ, job))
+        self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))  # whoever runs the tests
         for number in [signal.SIGTERM, signal.SIGUSR1]:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-        signal.signal(signal.SIGUSR1, slurm.ignore)  # where nobody handles it, it does not end the tests
+        signal.signal(signal.SIGUSR1, slurm.ignore)  # so that a signal too many does not end the tests
 
     def train_job(self, **flags):
         """Trains in the folder of the job's run, on the CPU."""
         with contextlib.redirect_stdout(io.StringIO()):
-            train_vae(self.namespace(accelerator="cpu", **flags))
+            train_vae(self.namespace(**{"accelerator": "cpu", "z_dim": 3, **flags}))
 
-    def test_names(self):
-        self.assertEqual(slurm.run_name(), "job_7")
-        with mock.patch.dict(os.environ, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2"):
-            self.assertEqual(slurm.run_name(), "job_5_2")
-            del os.environ["SLURM_ARRAY_TASK_ID"]
-            self.assertEqual(slurm.run_name(), "job_7")
-        with mock.patch.dict(os.environ, SLURM_JOB_NAME="interactive"):
-            self.assertIsNone(slurm.run_name())
-        with mock.patch.object(slurm, "is_interactive", return_value=True):
-            self.assertIsNone(slurm.run_name())
+
+class TestSignals(JobTest):
+    def signalled(self, hooks, moments, **flags):
+        """
+        Trains, with both signals in these hooks at some moments, (stage, epoch), and with SIGTERM in each of their
+        calls. Returns the moments of all calls, and the commands that were run.
+        """
+        seen = []
+
+        def send_signals(model):
+            seen.append((model.trainer.state.fn, model.trainer.current_epoch))
+            os.kill(os.getpid(), signal.SIGTERM)
+            if seen[-1] in moments:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        with (
+            mock.patch.multiple(VAE, **dict.fromkeys(hooks, send_signals)),
+            mock.patch.object(subprocess, "run") as self.run_mock,
+            mock.patch.object(os, "write") as self.write_mock,
+        ):
+            self.train_job(**flags)
+        return seen
+
+    def assert_requeued(self, times):
+        """The job was requeued that many times, each with a message."""
+        self.assertEqual(self.run_mock.mock_calls, [mock.call(["scontrol", "requeue", "7"], check=True)] * times)
+        message = mock.call(1, b"Time is almost up: requeueing job 7\n")
+        self.assertEqual(self.write_mock.mock_calls.count(message), times)
+
+    def test_sigusr1_requeues_once_an_attempt_has_finished_an_epoch_and_sigterm_has_no_effect(self):
+        before = [signal.getsignal(number) for number in [signal.SIGTERM, signal.SIGUSR1]]
+        later = [("fit", 1), ("test", 2)]
+        seen = self.signalled(HOOKS, later, epochs=2, batch_size=100)
+        self.assertEqual(seen, [("validate", 0), *[("fit", 0)] * 2, *[("fit", 1)] * 2, ("test", 2)])
+        self.assert_requeued(times=3)
+        self.assertTrue(results(self.folder / "job_7"))
+        self.assertEqual([signal.getsignal(number) for number in [signal.SIGTERM, signal.SIGUSR1]], before)
+
+        for hook in ["on_train_epoch_start", "on_validation_epoch_start"]:  # of the next attempt's first epoch
+            with self.subTest(hook), self.assertRaises(SystemExit) as caught:
+                self.signalled([hook], [("fit", 2)], epochs=3, batch_size=100)
+            self.assertRegex(caught.exception.code, "^error: job 7 has not finished an epoch .*: give a longer --time$")
+            self.assert_requeued(times=0)
+
+        self.signalled(HOOKS, [("test", 3)], epochs=3, batch_size=100)  # its only epoch is enough
+        self.assert_requeued(times=1)
+
+    def test_a_job_that_cannot_be_requeued_trains_on(self):
+        """As in a container without scontrol."""
+        requeue = slurm.RequeueOnTimeLimit()
+        requeue.has_advanced = True
+        for error, reason in [
+            (FileNotFoundError(2, "No such file or directory", "scontrol"), "No such file or directory"),
+            (subprocess.CalledProcessError(1, ["scontrol"]), "exit status 1"),
+        ]:
+            with self.subTest(reason):
+                with mock.patch.object(subprocess, "run", side_effect=error), mock.patch.object(os, "write") as write:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                number, text = write.mock_calls[-1].args
+                self.assertEqual((number, text.count(b"\n")), (2, 1))
+                self.assertRegex(text.decode(), f"^Job 7 is not requeued .*{reason}.*training goes on")
+
+    def test_rank_zero_requeues_for_all_ranks(self):
+        requeue = slurm.RequeueOnTimeLimit()
+        with (
+            mock.patch.object(slurm.rank_zero_only, "rank", 1),
+            mock.patch.object(subprocess, "run") as run_mock,
+            mock.patch.object(os, "write") as write,
+        ):
+            with self.assertRaises(SystemExit) as caught:
+                requeue.requeue(signal.SIGUSR1, None)
+            requeue.has_advanced = True
+            requeue.requeue(signal.SIGUSR1, None)
+        self.assertEqual((run_mock.mock_calls, write.mock_calls, caught.exception.code), ([], [], 1))
+
+    def test_sigterm_ends_a_run_outside_of_batch_jobs(self):
+        for change in ["no job", "a terminal"]:
+            with (
+                self.subTest(change),
+                mock.patch.dict(os.environ),
+                mock.patch.object(slurm, "is_interactive", return_value=change == "a terminal"),
+                mock.patch.object(run.Run, "start", lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
+                self.assertRaises(SystemExit),
+            ):
+                if change == "no job":
+                    del os.environ["SLURM_JOB_ID"]
+                self.train_job()
+
+
+class TestJob(JobTest):
+    def test_the_name_of_a_run_is_that_of_its_batch_job_or_array_task(self):
+        array = dict(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
+        for variables, interactive, expected in [
+            ({}, False, "job_7"),
+            (array, False, "job_5_2"),
+            (dict(SLURM_ARRAY_JOB_ID="5"), False, "job_7"),
+            (dict(SLURM_JOB_NAME="interactive"), False, None),
+            ({}, True, None),
+            (array, True, None),
+        ]:
+            with (
+                self.subTest(variables=variables, interactive=interactive),
+                mock.patch.dict(os.environ, variables),
+                mock.patch.object(slurm, "is_interactive", return_value=interactive),
+            ):
+                self.assertEqual(slurm.run_name(), expected)
         del os.environ["SLURM_JOB_ID"]
         self.assertIsNone(slurm.run_name())
 
     def test_checkpoints_of_other_jobs_are_not_read(self):
-        """Lightning's hpc_ckpt_N.ckpt, which it would load from the Trainer's root directory."""
+        """Lightning would load an hpc_ckpt_N.ckpt from the Trainer's root directory."""
         logs = self.folder / "logs"
         logs.mkdir()
         for folder in [self.folder, logs]:
@@ -66,113 +158,20 @@ class TestSlurm(TrainingTest):
         self.train_job(log_dir=str(logs), epochs=1)
         self.assertEqual(set(os.listdir(logs)), {"hpc_ckpt_1.ckpt", "job_7"})
 
-    def test_signals(self):
-        """SIGTERM changes nothing; SIGUSR1 requeues the job; both at each stage, where Lightning has its handlers."""
-        seen = []
-
-        def kill_twice(model):
-            seen.append(model.trainer.state.fn)
-            os.kill(os.getpid(), signal.SIGTERM)
-            if model.trainer.current_epoch > 0:
-                os.kill(os.getpid(), signal.SIGUSR1)
-
-        with (
-            mock.patch.multiple(VAE, **dict.fromkeys(HOOKS, kill_twice)),
-            mock.patch.object(subprocess, "run") as run,
-            mock.patch.object(os, "write") as write,
-        ):
-            self.train_job(epochs=2, batch_size=20)  # several batches at each stage
-        self.assertEqual(seen, ["validate", *["fit"] * 4, "test"])
-        self.assertEqual(run.mock_calls, [mock.call(["scontrol", "requeue", "7"], check=True)] * 3)
-        self.assertEqual(write.mock_calls.count(mock.call(1, b"Time is almost up: requeueing job 7\n")), 3)
-        self.assertTrue((self.folder / "job_7" / "results.json").exists())
-
-    def test_a_life_without_an_epoch(self):
-        """It is the last one, be it the first or not; the job script is told of the first epoch that is finished."""
-        marker = self.folder / "no_epoch_yet"
-        os.environ[slurm.NO_EPOCH_YET] = str(marker)
-
-        def life(epoch, hook, stop):
-            """One that is stopped in a hook of this epoch."""
-            marker.touch()
-
-            def end(model):
-                if model.trainer.current_epoch == epoch and model.trainer.state.fn == "fit":
-                    stop()
-
-            with mock.patch.object(VAE, hook, end), mock.patch.object(subprocess, "run") as run:
-                try:
-                    self.train_job(epochs=3, z_dim=3)
-                finally:
-                    run.assert_not_called()
-
-        for epoch, hook in [(0, "on_validation_epoch_start"), (1, "on_train_epoch_start")]:
-            with self.assertRaises(SystemExit) as caught:
-                life(epoch, hook, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-            self.assertRegex(caught.exception.code, "^error: job 7 has not finished an epoch .*: give a longer --time$")
-            self.assertTrue(marker.exists())
-            if epoch == 0:
-                with self.assertRaises(Killed):
-                    life(1, "on_train_epoch_start", mock.Mock(side_effect=Killed))
-                self.assertFalse(marker.exists())
-
-    def test_a_single_epoch_is_enough(self):
-        """It is told before the test, which may take its time."""
-        marker = self.folder / "no_epoch_yet"
-        marker.touch()
-        os.environ[slurm.NO_EPOCH_YET] = str(marker)
-        with mock.patch.object(VAE, "on_test_epoch_start", lambda model: self.assertFalse(marker.exists())):
-            self.train_job(epochs=1, z_dim=3)
-
-    def test_it_cannot_be_requeued(self):
-        """As in a container without scontrol: training goes on."""
-        queue = slurm.StayInQueue()
-        queue.has_advanced = True
-        for error, reason in [
-            (FileNotFoundError(2, "No such file or directory", "scontrol"), "No such file or directory"),
-            (subprocess.CalledProcessError(1, ["scontrol"]), "exit status 1"),
-        ]:
-            with mock.patch.object(subprocess, "run", side_effect=error), mock.patch.object(os, "write") as write:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            number, text = write.mock_calls[-1].args
-            self.assertEqual((number, text.count(b"\n")), (2, 1))
-            self.assertRegex(text.decode(), f"^Job 7 is not requeued .*{reason}.*training goes on")
-
-    def test_one_task_requeues_for_all(self):
-        queue = slurm.StayInQueue()
-        with (
-            mock.patch.object(slurm.rank_zero_only, "rank", 1),
-            mock.patch.object(subprocess, "run") as run,
-            mock.patch.object(os, "write") as write,
-        ):
-            with self.assertRaises(SystemExit) as caught:
-                queue.requeue(signal.SIGUSR1, None)
-            queue.has_advanced = True
-            queue.requeue(signal.SIGUSR1, None)
-        self.assertEqual((run.mock_calls, write.mock_calls, caught.exception.code), ([], [], 1))
-
-    def test_signals_outside_of_a_job(self):
-        del os.environ["SLURM_JOB_ID"]
-        with (
-            mock.patch.object(VAE, "on_train_epoch_start", lambda model: os.kill(os.getpid(), signal.SIGTERM)),
-            self.assertRaises(SystemExit),
-        ):
-            self.train_job()
-
-    def test_tasks(self):
+    def test_the_number_of_nodes_and_tasks_is_that_of_srun(self):
         self.assertEqual(slurm.tasks(), (1, 1))
         for tasks, expected in [("1", (1, 1)), ("4", (1, 4)), ("4(x2)", (2, 4)), ("2,1", (2, 0)), ("2(x2),1", (3, 0))]:
-            with mock.patch.dict(os.environ, step(tasks, expected[0])):
-                self.assertEqual(slurm.tasks(), expected, tasks)
+            with self.subTest(tasks), mock.patch.dict(os.environ, step(tasks, expected[0])):
+                self.assertEqual(slurm.tasks(), expected)
                 with mock.patch.object(slurm, "is_interactive", return_value=True):
                     self.assertEqual(slurm.tasks(), (1, 1))
-        for name in slurm.SRUN:  # what an old shell has left
-            with mock.patch.dict(os.environ, step("4", 1)):
+        for name in slurm.SRUN:  # without one of them, the others are left from an old shell
+            with self.subTest(name), mock.patch.dict(os.environ, step("4", 1)):
                 del os.environ[name]
-                self.assertEqual(slurm.tasks(), (1, 1), name)
+                self.assertEqual(slurm.tasks(), (1, 1))
 
-    def test_environment_of_a_step(self):
-        """Two steps of a job do not share a port, nor a node that only one of them has; what is set already stays."""
+    def test_each_step_of_a_job_has_its_own_address_and_port(self):
+        """MASTER_ADDR in the environment overrides the address."""
         ports = set()
         for number, variables, address in [(0, {}, "n2"), (1, {}, "n2"), (1, {"MASTER_ADDR": "n9"}, "n9")]:
             with mock.patch.dict(os.environ, {**step("2(x2)", 2), "SLURM_STEP_ID": str(number), **variables}):
@@ -183,7 +182,7 @@ class TestSlurm(TrainingTest):
         self.assertEqual(len(ports), 2)
         self.assertTrue(all(1024 < port < 32768 for port in ports))
 
-    def test_tasks_that_do_not_fit_the_flags(self):
+    def test_tasks_that_do_not_fit_the_flags_are_refused(self):
         for tasks, num_nodes, flags, message in [
             ("4", 1, [], "srun has started 4 processes: give --devices 4 --num_nodes 1 .*, or a --run_name"),
             ("2(x2)", 2, ["--devices=2"], "srun has started 4 processes: give --devices 2 --num_nodes 2"),
@@ -191,35 +190,34 @@ class TestSlurm(TrainingTest):
             ("2", 1, ["--devices=4", "--run_name=x"], "srun has started 2 processes: give --devices 2 --num_nodes 1"),
             ("2,1", 2, ["--devices=2"], "srun .*: give it --ntasks-per-node"),
         ]:
-            with mock.patch.dict(os.environ, step(tasks, num_nodes)):
+            with self.subTest(tasks=tasks, flags=flags), mock.patch.dict(os.environ, step(tasks, num_nodes)):
                 code, error = self.main(f"--log_dir={self.folder}", "--accelerator=cpu", *flags)
-            self.assertEqual((code, error.count("\n")), (1, 0), error)
-            self.assertRegex(error, f"^train_pl.py: error: {message}")
+                self.assertEqual((code, error.count("\n")), (1, 0), error)
+                self.assertRegex(error, f"^train_pl.py: error: {message}")
         self.assertEqual(os.listdir(self.folder), [])
 
-    def test_one_run_in_each_task(self):
+    def test_each_task_can_train_its_own_run(self):
         with mock.patch.dict(os.environ, {**step("4(x2)", 2), "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}):
             self.train_job(run_name="x", epochs=1)
-        self.assertTrue((self.folder / "x" / "epoch_0_samples.png").exists())
+        self.assertTrue((self.folder / "x" / "epoch_0_samples.png").exists())  # rank 0 alone writes both files
         self.assertTrue((self.folder / "x" / "results.json").exists())
 
 
 class TestIsInteractive(unittest.TestCase):
-    def test_terminal(self):
-        for terminal in [False, True]:
+    def test_a_process_with_a_terminal_or_a_prompt_is_interactive(self):
+        for has_terminal, has_prompt in [(False, False), (True, False), (False, True)]:
+            prompt = mock.patch.object(sys, "ps1", ">>> ", create=True) if has_prompt else contextlib.nullcontext()
             with (
-                mock.patch.object(os, "open", side_effect=None if terminal else OSError),
+                self.subTest(has_terminal=has_terminal, has_prompt=has_prompt),
+                mock.patch.object(os, "open", side_effect=None if has_terminal else OSError),
                 mock.patch.object(os, "close"),
+                prompt,
             ):
-                self.assertEqual(slurm.is_interactive(), terminal)
-
-    def test_notebook(self):
-        with mock.patch.object(os, "open", side_effect=OSError), mock.patch.object(sys, "ps1", ">>> ", create=True):
-            self.assertTrue(slurm.is_interactive())
+                self.assertEqual(slurm.is_interactive(), has_terminal or has_prompt)
 
 
 class TestSettings(SeededTest):
-    """The file of sweep.sbatch, by a shell: what slurm/settings.py prints is what the flags are then."""
+    """What slurm/settings.py prints of a file of flags for sweep.sbatch is what a shell takes for the flags."""
 
     def settings(self, data):
         """Exit code, the words of each setting, stderr."""
@@ -234,7 +232,7 @@ class TestSettings(SeededTest):
             words.append(printed.decode("utf-8", "surrogateescape").split("\0")[:-1])
         return process.returncode, words, process.stderr.decode()
 
-    def test_as_a_shell_reads_them(self):
+    def test_flags_are_read_as_a_shell_reads_them_and_run_nothing(self):
         text = """\
 # a comment
 --model CNN\t--lr 1e-3  # another
@@ -249,27 +247,27 @@ class TestSettings(SeededTest):
             ["--run_name", "a#b", "--x", "ä", "$(id)", "`id`", "$HOME", "*", "~", ";", "touch", "evil"],
             ["--z_dim", "2"],
         ]
-        for data in [
-            text.encode(),
-            text.replace("\n", "\r\n").encode(),
-            f"{text}\r\n\r\n".encode("utf-8-sig"),
-            text.replace("\n", "\r").encode(),
-            text.replace("\n", "\r\n").encode("utf-16"),
-        ]:
-            self.assertEqual(self.settings(data), (0, expected, ""))
+        for kind, data in {
+            "Unix": text.encode(),
+            "Windows": f"{text}\n\n".replace("\n", "\r\n").encode("utf-8-sig"),
+            "old Mac": text.replace("\n", "\r").encode(),
+            "PowerShell": text.replace("\n", "\r\n").encode("utf-16"),
+        }.items():
+            with self.subTest(kind):
+                self.assertEqual(self.settings(data), (0, expected, ""))
         self.assertEqual(os.listdir(self.folder), ["set tings.txt"])
         self.assertEqual(self.settings(b"--x \xe9")[1], [["--x", "\udce9"]])  # bytes of another encoding stay
 
-    def test_what_is_of_no_use(self):
+    def test_an_invalid_file_is_refused_with_a_message(self):
         for data, message in [
             (b"--z_dim 2\n\n--run_name 'a b\n--lr 1", "line 3: No closing quotation"),
             (b'--run_name "a\n', "line 1: No closing quotation"),
             (b"--lr 1 \\\n--z_dim 2", "line 1: No escaped character"),
             (b"# nothing\r\n", "there are no settings"),
-            (b"", "there are no settings"),
             ("--lr 1".encode("utf-16-le"), "save it as UTF-8"),
         ]:
-            code, words, error = self.settings(data)
-            self.assertEqual((code, words, error.count("\n")), (1, [], 1), error)
-            self.assertIn(message, error)
-            self.assertIn("set tings.txt", error)
+            with self.subTest(data):
+                code, words, error = self.settings(data)
+                self.assertEqual((code, words, error.count("\n")), (1, [], 1), error)
+                self.assertIn(message, error)
+                self.assertIn("set tings.txt", error)
