@@ -1,7 +1,6 @@
 """
-The job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes. Brings up a cluster
-of its own with two nodes on this machine, for which it needs root and Debian's packages (apt-get install slurm-wlm
-munge).
+Tests of the job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes. They start
+their own cluster with two nodes on this machine, and need root and Debian's packages (apt-get install slurm-wlm munge).
 """
 
 import hashlib
@@ -30,8 +29,8 @@ from tests.helpers import (
 )
 
 MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
-# Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM
-# looks for what to start every second instead of every half a minute.
+# Two nodes and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM
+# starts jobs every second instead of every half minute.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -68,8 +67,8 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, a run that does not continue another one
-# waits from an epoch on in each. So it is not finished before what is to end it, however fast the machine.
+# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in the environment, a run that was not resumed waits in each
+# epoch from that one on, so that even on a fast machine the run does not end before the test interrupts it.
 SLOW_START = """
 import os, time
 from harness import report
@@ -86,7 +85,7 @@ TRAIN = "python train_pl.py --dataset rendered --hidden_dims 32 --z_dim 3 --epoc
 
 
 def free_ports(count):
-    """Ports that nobody listens at."""
+    """Ports on which nothing listens."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:
@@ -95,7 +94,7 @@ def free_ports(count):
 
 
 def command(*words, **options):
-    """What a command prints."""
+    """The output of a command."""
     words = list(map(str, words))
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=600, **options).stdout
 
@@ -113,7 +112,7 @@ class TestSlurm(unittest.TestCase):
             (state / name).mkdir(parents=True)
         host = socket.gethostname().split(".")[0]
         (state / "slurm.conf").write_text(CONFIGURATION.format(host=host, state=state, ports=free_ports(3)))
-        # MASTER_ADDR, since the nodes' names are known to this cluster alone
+        # MASTER_ADDR, since only this cluster knows the nodes' names
         cls.environment = {
             **os.environ,
             "SLURM_CONF": str(state / "slurm.conf"),
@@ -129,12 +128,12 @@ class TestSlurm(unittest.TestCase):
 
     @classmethod
     def start_munge(cls, state):
-        """What SLURM's daemons and commands know each other by; one of our own, beside the machine's."""
+        """Starts munge, by which SLURM's daemons and commands authenticate each other, beside the machine's own."""
         key = state / "munge.key-file"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         files = ["socket", "key-file", "pid-file", "seed-file", "log-file"]
-        # Forced, since it wants its socket where every user of the machine reaches it.
+        # --force, since munge wants its socket where every user of the machine can reach it.
         options = ["--force", *(f"--{name}={state}/munge.{name}" for name in files)]
         with open(state / "munge.out", "w") as output:
             munge = subprocess.Popen(["munged", "--foreground", *options], stdout=output, stderr=output)
@@ -162,13 +161,13 @@ class TestSlurm(unittest.TestCase):
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise AssertionError(f"waited {seconds} s in vain")
+                raise AssertionError(f"nothing happened within {seconds} s")
             time.sleep(0.2)
 
     def setUp(self):
-        """A checkout of its own for the test, in which the jobs run."""
+        """Makes a checkout for the test, in which its jobs run."""
         self.checkout = Path(tempfile.mkdtemp(dir=self.folder))
-        self.released = set()  # lives of requeued jobs that need not wait
+        self.released = set()  # attempts of requeued jobs that need not wait
         for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "harness", REPOSITORY / "slurm"]:
             (self.checkout / path.name).symlink_to(path)
 
@@ -178,24 +177,36 @@ class TestSlurm(unittest.TestCase):
         return command(*words, cwd=self.checkout, env={**self.environment, **variables}).strip()
 
     def job(self, job_id):
-        """What SLURM knows of a job, by name."""
+        """The properties of a job, by name."""
         return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", job_id)))
 
+    def slow_start(self):
+        """Environment variables for few digits, with SLOW_START."""
+        variables = few_digits(self.checkout)
+        with open(self.checkout / "sitecustomize.py", "a") as file:
+            file.write(SLOW_START)
+        return variables
+
+    def preempt(self, node):
+        """Submits a short job that preempts those on a node, and returns its id."""
+        (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")
+        return self.submit(f"--nodelist={node}", "--exclusive", "--partition=high", "short.sh")
+
     def script(self, text):
-        """A job script of one's own, in the tests' environment."""
+        """Writes a user's own job script for the tests' environment, and returns its name."""
         (self.checkout / "own.sh").write_text(f"#!/bin/bash\n{self.environment['ACTIVATE']}\n{text}\n")
         return "own.sh"
 
     def start_now(self, job_id):
         """
-        Ends the two minutes that SLURM holds back a job that it has requeued, but for some seconds: slurmd refuses what
-        begins in the second in which it ended the life before.
+        Shortens the two minutes for which SLURM holds a requeued job to 3 s: slurmd refuses an attempt that begins in
+        the second in which it ended the one before.
         """
         job = self.job(job_id)
-        life = job_id, job["Restarts"]
-        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and life not in self.released:
+        attempt = job_id, job["Restarts"]
+        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and attempt not in self.released:
             self.slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now+3")
-            self.released.add(life)
+            self.released.add(attempt)
 
     def wait_for_end(self, *job_ids, seconds=1200):
         def all_over():
@@ -213,19 +224,15 @@ class TestSlurm(unittest.TestCase):
     def run_folder(self, job_id):
         return self.checkout / "VAE_logs" / f"job_{job_id}"
 
-    def test_jobs_go_on_after_a_preemption_and_the_time_limit(self):
-        variables = few_digits(self.checkout)
-        with open(self.checkout / "sitecustomize.py", "a") as file:
-            file.write(SLOW_START)
+    def test_jobs_resume_after_a_preemption_and_after_the_time_limit(self):
+        variables = self.slow_start()
         flags = ["slurm/train.sbatch", "--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "2", "--epochs", "15"]
         undisturbed = self.submit("--nodelist=n1", *flags, **variables)
         limit = ["--time=3", "--signal=B:USR1@60"]  # which SLURM may send 60 s too early
         limited = self.submit("--nodelist=n1", *limit, *flags, SLOW="1 10", **variables)
         preempted = self.submit("--nodelist=n2", *flags, SLOW="1 5", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
-        (self.checkout / "short.sh").write_text("#!/bin/sh\nsleep 1\n")
-        urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", "short.sh")
-        self.wait_for_end(undisturbed, limited, preempted, urgent)
+        self.wait_for_end(undisturbed, limited, preempted, self.preempt("n2"))
         for job_id in [undisturbed, limited, preempted]:
             self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
             self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
@@ -234,14 +241,14 @@ class TestSlurm(unittest.TestCase):
             self.assertEqual("Time is almost up" in self.output(job_id), job_id == limited)
 
     def stand_in(self, script):
-        """A shell script in the place of Python; returns what activates it."""
+        """Writes a shell script as a stand-in for Python. Returns the value of ACTIVATE for it."""
         program = self.checkout / "bin" / "python"
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\n[ "$1" != slurm/settings.py ] || exec {sys.executable} "$@"\n{script}\n')
         program.chmod(0o755)
         return f"PATH={program.parent}:$PATH"
 
-    def test_flags_and_threads(self):
+    def test_the_job_scripts_pass_flags_settings_and_the_number_of_threads(self):
         settings = '\ufeff# a comment\r\n--lr 1e-3\t--hidden_dims 64 32  # another\r\n\r\n--run_name "a  *" --lr $(id)'
         (self.checkout / "settings.txt").write_text(settings)
         activate = self.stand_in('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
@@ -266,11 +273,9 @@ class TestSlurm(unittest.TestCase):
             ],
         )
 
-    def test_a_life_without_an_epoch_is_the_last_one(self):
-        """In the job scripts, before Python is ready, and in one's own."""
-        variables = few_digits(self.checkout)
-        with open(self.checkout / "sitecustomize.py", "a") as file:
-            file.write(SLOW_START)
+    def test_a_job_that_finishes_no_epoch_within_its_time_fails_and_is_not_requeued(self):
+        """It may be of a script of the repository, before Python is ready, or of a user's own script."""
+        variables = self.slow_start()
         activate = self.stand_in("echo starting; sleep 100")
         job = self.submit("--requeue", "slurm/train.sbatch", ACTIVATE=activate)
         own = self.submit("--requeue", self.script(f"srun {TRAIN}"), SLOW="0 1000", **variables)
@@ -284,8 +289,7 @@ class TestSlurm(unittest.TestCase):
             self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
         self.assertEqual(list(self.checkout.glob(".no_epoch*")), [])
 
-    def test_several_runs_in_one_job(self):
-        """Which have names of their own; and one of a terminal in it, which is numbered."""
+    def test_several_runs_in_one_job_need_names_and_a_run_of_a_terminal_in_it_is_numbered(self):
         variables = few_digits(self.checkout)
         script = self.script(
             f"{TRAIN} --run_name a &\nsrun -n 2 --overlap bash -c '{TRAIN} --run_name r$SLURM_PROCID' &\n"
@@ -304,18 +308,14 @@ class TestSlurm(unittest.TestCase):
         output = command(*terminal, *words, stdin=subprocess.DEVNULL, cwd=self.checkout, env=environment)
         self.assertIn("run folder VAE_logs/lightning_logs/version_0", output)
 
-    def test_preempted_before_it_is_ready(self):
-        """A program that SIGTERM ends at once, as it does train_pl.py while Python still starts."""
-        activate = self.stand_in('echo life $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
+    def test_a_job_that_is_preempted_while_python_still_starts_is_requeued(self):
+        activate = self.stand_in('echo attempt $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
         job_id = self.submit("--nodelist=n1", "slurm/train.sbatch", ACTIVATE=activate)
-        self.wait_for(lambda: "life" in self.output(job_id), 60)
-        (self.checkout / "short.sh").write_text("#!/bin/sh\n")
-        urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", "short.sh")
-        self.wait_for_end(job_id, urgent)
-        self.assertEqual(
-            (self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "1"), self.output(job_id)
-        )
-        self.assertIn("life 1", self.output(job_id))
+        self.wait_for(lambda: "attempt" in self.output(job_id), 60)
+        self.wait_for_end(job_id, self.preempt("n1"))
+        job = self.job(job_id)
+        self.assertEqual((job["JobState"], job["Restarts"]), ("COMPLETED", "1"), self.output(job_id))
+        self.assertIn("attempt 1", self.output(job_id))
 
     def test_two_nodes_reach_the_bpd_of_one_process(self):
         variables = few_digits(self.checkout, (5000, 500, 1000))
@@ -329,37 +329,32 @@ class TestSlurm(unittest.TestCase):
         bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
         self.assertAlmostEqual(bpd, expected, delta=0.001)
 
-    def test_a_bad_flag(self):
-        job_id = self.submit("slurm/train.sbatch", "--z_dim", "0")
-        self.wait_for_end(job_id)
-        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["ExitCode"]), ("FAILED", "2:0"))
-        self.assertIn("error: --z_dim must be at least 1", self.output(job_id))
-
-    def test_no_data(self):
-        job_id = self.submit("slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK)
-        self.wait_for_end(job_id)
-        self.assertEqual(self.job(job_id)["JobState"], "FAILED")
-        self.assertIn("error: MNIST is not complete in data/MNIST/raw", self.output(job_id))
-        self.assertFalse((self.checkout / "VAE_logs").exists())
-
-    def test_scripts_say_what_is_missing(self):
+    def test_a_job_that_cannot_start_fails_and_says_why(self):
         (self.checkout / "settings.txt").write_text("--lr 1\n--run_name 'a\n")
         nowhere = "source /nowhere/bin/activate"
+        array = "slurm/sweep.sbatch"
         jobs = {
+            self.submit(
+                "slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK
+            ): "MNIST is not complete in data/MNIST",
             self.submit("--chdir=/", f"--output={self.checkout}/slurm-%j.out", "slurm/train.sbatch"): "slurm/job.sh",
             self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere"): "set ACTIVATE",
             self.submit("slurm/train.sbatch", ACTIVATE=nowhere): f"vae: error: ACTIVATE ended with status 1: {nowhere}",
-            self.submit("--array=9", "slurm/sweep.sbatch") + "_9": "=0-7",
-            self.submit("--array=0", "slurm/sweep.sbatch", SEEDS="1,2") + "_0": "numbers with spaces between: 1,2",
-            self.submit("--array=0", "slurm/sweep.sbatch", SETTINGS="settings.txt") + "_0": "settings.txt, line 2: No",
+            self.submit("--array=9", array) + "_9": "=0-7",
+            self.submit("--array=0", array, SEEDS="1,2") + "_0": "numbers with spaces between: 1,2",
+            self.submit("--array=0", array, SETTINGS="settings.txt") + "_0": "settings.txt, line 2: No",
         }
-        self.wait_for_end(*jobs)
+        invalid = self.submit("slurm/train.sbatch", "--z_dim", "0")
+        self.wait_for_end(*jobs, invalid)
         for job_id, problem in jobs.items():
             self.assertEqual(self.job(job_id)["JobState"], "FAILED")
             self.assertIn(problem, self.output(job_id))
+        self.assertEqual(self.job(invalid)["ExitCode"], "2:0")
+        self.assertIn("error: --z_dim must be at least 1", self.output(invalid))
+        self.assertFalse((self.checkout / "VAE_logs").exists())
 
-    def test_eight_array_tasks_on_an_empty_data_folder(self):
-        """The default sweep, with a local server as MNIST's mirror that has a small stand-in for it."""
+    def test_only_one_of_eight_array_tasks_downloads_the_data(self):
+        """MNIST's mirror is a local server with a small stand-in."""
         content, packed, _, _ = small_mnist(600, 100)
         resources = [(name, hashlib.md5(data).hexdigest()) for name, data in packed.items()]
         with mirror(packed) as (address, requests):
