@@ -36,10 +36,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
 AuthInfo=socket={state}/munge.socket
-CredType=cred/munge
 StateSaveLocation={state}/ctld
 SlurmdSpoolDir={state}/spool-%n
 SlurmctldPidFile={state}/slurmctld.pid
@@ -47,14 +44,10 @@ SlurmdPidFile={state}/slurmd-%n.pid
 SlurmctldLogFile={state}/slurmctld.log
 SlurmdLogFile={state}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
-JobRequeue=1
-MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=2
