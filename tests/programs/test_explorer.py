@@ -29,8 +29,7 @@ class Browser:
     """
     A headless Chromium with one page, controlled by the Chrome DevTools Protocol over a pipe
     (https://chromedevtools.github.io/devtools-protocol/): JSON, each message ended by a zero byte. `requests` are the
-    addresses that the page asked for, `errors` what it wrote to the console and its exceptions. `add_cleanup` is told
-    what ends the browser.
+    addresses that the page asked for, `errors` its exceptions and what it wrote to the console.
     """
 
     def __init__(self, add_cleanup):
@@ -39,18 +38,10 @@ class Browser:
         add_cleanup(folder.cleanup)
         for_browser, self.to_browser = os.pipe()
         self.from_browser, of_browser = os.pipe()
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-        self.process = subprocess.Popen(
-            [
-                "sh",
-                "-c",
-                f'exec "$@" 3<&{for_browser} 4>&{of_browser}',
-                "sh",
-                *command,
-                f"--user-data-dir={folder.name}",
-            ],
-            **{"pass_fds": [for_browser, of_browser], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
-        )
+        shell = ["sh", "-c", f'exec "$@" 3<&{for_browser} 4>&{of_browser}', "sh"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        pipes = {"pass_fds": [for_browser, of_browser], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([*shell, CHROMIUM, *flags, f"--user-data-dir={folder.name}"], **pipes)
         add_cleanup(self.process.wait)
         add_cleanup(self.process.kill)
         for pipe in [self.to_browser, self.from_browser]:
@@ -179,14 +170,15 @@ class TestExplorer(SeededTest):
         model = VAE(*args, lr=1e-3)
         for net in [model.encoder, model.decoder]:
             weights = [layer.weight for layer in net.net if hasattr(layer, "weight")]
-            torch._foreach_mul_(weights, 2 if len(weights) > 2 else 4)
+            for weight in weights:
+                weight.mul_(2 if len(weights) > 2 else 4)
         return model
 
     def assert_quiet(self):
         """The page asked for nothing else and had no errors."""
         self.assertEqual(self.browser.errors, [])
-        asked_for = {address for address in self.browser.requests if not address.startswith("data:")}
-        self.assertEqual(asked_for, {self.path.as_uri()})
+        requests = {address for address in self.browser.requests if not address.startswith("data:")}
+        self.assertEqual(requests, {self.path.as_uri()})
 
     def picture(self, canvas="image"):
         """The shades of grey [28,28] of a canvas, from 0 to 255."""
@@ -231,19 +223,19 @@ class TestExplorer(SeededTest):
     def test_a_click_on_the_plane_keeps_a_point_and_a_second_one_plays_a_line(self):
         """Without a click, the pointer decodes the point below it."""
         self.open(self.vae("MLP", [64], 32, 3))
-        before, start, away = self.picture(), self.latents(), ("mouseMoved", "#title", 0.5, 0.5)
+        before, start = self.picture(), self.latents()
         self.browser.mouse("mouseMoved", "#plane", 0.9, 0.2)
         self.assertGreater((self.picture() - before).abs().max().item(), 10)
         self.assert_shows_latents()
         place = self.tensor("toPlane(shown).map((x, axis) => (x - data.low[axis]) / spans[axis])")
         torch.testing.assert_close(place, torch.tensor([0.9, 0.8]), atol=0.01, rtol=0)
-        self.browser.mouse(*away)
+        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
         self.assertTrue(torch.equal(self.picture(), before))
         torch.testing.assert_close(self.latents(), start)
 
         self.browser.click("#plane", 0.2, 0.3)
         first = self.latents()
-        self.browser.mouse(*away)
+        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
         self.browser.next_frame()
         torch.testing.assert_close(self.latents(), first)
         self.browser.click("#plane", 0.8, 0.6)

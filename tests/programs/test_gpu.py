@@ -1,6 +1,6 @@
 """
-What only a GPU can show: `python -m unittest tests/programs/test_gpu.py`, some minutes on one CUDA device; skipped
-without one. Uses MNIST where it is found, in ../shared/data or ../data, else rendered digits.
+Tests that need a GPU: `python -m unittest tests/programs/test_gpu.py`, some minutes on one CUDA device; skipped without
+one. They use MNIST if it is in ../shared/data or ../data, else rendered digits.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def weights(checkpoint):
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA device")
 class GPUTest(SeededTest):
     def train_somehow(self, **flags):
-        """The last checkpoint and the results of a run."""
+        """Trains, with graphs or not. Returns the last checkpoint and the results."""
         data = dict(dataset="mnist", data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset="rendered")
         name = tempfile.mkdtemp(dir=self.folder)[-8:]
         flags = {"epochs": 2, "log_dir": str(self.folder), "run_name": name, **data, **flags}
@@ -44,71 +44,67 @@ class GPUTest(SeededTest):
         return load(run, "last"), results(run)
 
     def train(self, epochs=2, no_cuda_graph=False, **flags):
-        """The same; a step of each epoch was captured, or none."""
+        """Does the same, and checks that a step of each epoch was captured, or none."""
         left = self.train_somehow(epochs=epochs, no_cuda_graph=no_cuda_graph, **flags)
         self.assertEqual((self.num_captures, self.stderr), (0 if no_cuda_graph else epochs, ""))
         return left
 
 
 class TestGPU(GPUTest):
-    def test_a_seed_repeats_itself(self):
-        for flags in [dict(model=model, no_cuda_graph=off) for model in ["MLP", "CNN"] for off in [False, True]]:
-            (first, of_first), (second, of_second) = self.train(**flags), self.train(**flags)
-            self.assertTrue(all(map(torch.equal, weights(first), weights(second))), flags)
-            self.assertEqual(of_first["test_bpd"], of_second["test_bpd"])
+    def assert_the_same(self, run, other, names=("test_bpd",)):
+        """Two runs have bit-identical weights and the same results of these names."""
+        self.assertTrue(all(map(torch.equal, weights(run[0]), weights(other[0]))))
+        self.assertEqual(*([left[name] for name in names] for _, left in [run, other]))
 
-    def test_replays_are_ordinary_steps(self):
+    def test_a_seed_is_reproducible_bit_for_bit(self):
+        for flags in [dict(model=model, no_cuda_graph=off) for model in ["MLP", "CNN"] for off in [False, True]]:
+            with self.subTest(flags):
+                self.assert_the_same(self.train(**flags), self.train(**flags))
+
+    def test_replays_train_like_ordinary_steps(self):
         for flags in [
             dict(),
             dict(model="CNN"),
             dict(binarization="stochastic", lr_schedule="cosine", beta=2.0, beta_warmup=2, epochs=3),
             dict(objective="iwae", train_samples=5),
         ]:
-            (replayed, of_replayed), (ordinary, of_ordinary) = (
-                self.train(**flags),
-                self.train(**flags, no_cuda_graph=True),
-            )
-            for weight, other in zip(weights(replayed), weights(ordinary), strict=True):
-                torch.testing.assert_close(weight, other, rtol=0.01, atol=0.01)  # rounding grows as training goes on
-            self.assertAlmostEqual(of_replayed["first_step_bpd"], of_ordinary["first_step_bpd"], places=5)
-            self.assertAlmostEqual(of_replayed["test_bpd"], of_ordinary["test_bpd"], delta=0.002)
-            self.assertEqual(replayed["global_step"], ordinary["global_step"])
-            groups = [run["optimizer_states"][0]["param_groups"] for run in [replayed, ordinary]]
-            self.assertEqual(*groups)
-            self.assertEqual({weight.device.type for weight in replayed["state_dict"].values()}, {"cpu"})
+            with self.subTest(flags):
+                runs = [self.train(**flags, no_cuda_graph=off) for off in [False, True]]
+                (replayed, of_replayed), (ordinary, of_ordinary) = runs
+                torch.testing.assert_close(weights(replayed), weights(ordinary), rtol=0.01, atol=0.01)  # rounding grows
+                self.assertAlmostEqual(of_replayed["first_step_bpd"], of_ordinary["first_step_bpd"], places=5)
+                self.assertAlmostEqual(of_replayed["test_bpd"], of_ordinary["test_bpd"], delta=0.002)
+                self.assertEqual(replayed["global_step"], ordinary["global_step"])
+                self.assertEqual(*(run["optimizer_states"][0]["param_groups"] for run, _ in runs))
+                self.assertEqual({weight.device.type for weight in replayed["state_dict"].values()}, {"cpu"})
 
-    def test_a_run_that_stopped_goes_on_as_if_it_had_not(self):
+    def test_a_run_that_stopped_resumes_as_if_it_had_not(self):
         def stop(model):
             if model.current_epoch == 2:
                 raise InterruptedError
 
         for off in [False, True]:
-            undisturbed, of_undisturbed = self.train(epochs=4, no_cuda_graph=off)
+            undisturbed = self.train(epochs=4, no_cuda_graph=off)
             with mock.patch.object(VAE, "on_train_epoch_start", stop), self.assertRaises(InterruptedError):
                 self.train_somehow(epochs=4, no_cuda_graph=off, run_name="stopped")
-            continued, of_continued = self.train_somehow(epochs=4, no_cuda_graph=off, run_name="stopped")
-            self.assertTrue(all(map(torch.equal, weights(undisturbed), weights(continued))))
-            self.assertEqual(of_undisturbed["test_bpd"], of_continued["test_bpd"])
+            self.assert_the_same(undisturbed, self.train_somehow(epochs=4, no_cuda_graph=off, run_name="stopped"))
             shutil.rmtree(self.folder / "stopped")
 
-    def test_evaluation_on_either_device(self):
-        """Of a checkpoint of the GPU and of one of the CPU; the same numbers, up to the noise."""
+    def test_an_evaluation_has_the_same_numbers_on_either_device_up_to_the_noise(self):
+        """The checkpoint may be of the GPU or of the CPU."""
         for accelerator, model, num_samples in [("gpu", "MLP", 10), ("cpu", "MLP", 10), ("gpu", "CNN", 1)]:
             name = f"{accelerator} {model}"
             flags = dict(accelerator=accelerator, model=model, epochs=1, run_name=name)
             _, trained = self.train(**flags, no_cuda_graph=True)
-            checkpoint = self.folder / name / "checkpoints" / "best.ckpt"
-            (gpu, _), (cpu, _) = (
-                evaluate(checkpoint, iw_samples=num_samples, accelerator=device) for device in ["gpu", "cpu"]
-            )
+            best = self.folder / name / "checkpoints" / "best.ckpt"
+            gpu, cpu = (evaluate(best, iw_samples=num_samples, accelerator=kind)[0] for kind in ["gpu", "cpu"])
             self.assertEqual((gpu["device"], cpu["device"]), ("cuda", "cpu"))
             for name in ["test_bpd", "elbo", "log_likelihood"]:
                 self.assertAlmostEqual(gpu[name], cpu[name], delta=cpu[f"{name}_standard_error"] / 2)
             self.assertEqual(gpu["active_units"], cpu["active_units"])
             self.assertAlmostEqual(gpu["test_bpd"], trained["test_bpd"], delta=gpu["test_bpd_standard_error"] / 2)
 
-    def test_without_a_graph(self):
-        """What a graph cannot hold, and captures that fail in any way: as with --no_cuda_graph, bit for bit."""
+    def test_a_step_that_cannot_be_captured_trains_as_with_no_cuda_graph_bit_for_bit(self):
 
         def waits(model, batch, batch_idx):
             output = TRAINING_STEP(model, batch, batch_idx)
@@ -141,14 +137,12 @@ class TestGPU(GPUTest):
             (fails, "OutOfMemoryError: injected"),
         ]:
             with self.subTest(step.__name__), mock.patch.object(VAE, "training_step", step):
-                other, of_other = self.train_somehow()
+                other = self.train_somehow()
                 self.assertRegex(self.stderr, f"^note: training without CUDA graphs: .*{words}.*\n$")
-                ordinary, of_ordinary = self.train_somehow(no_cuda_graph=True)
-                self.assertTrue(all(map(torch.equal, weights(other), weights(ordinary))))
+                self.assert_the_same(other, self.train_somehow(no_cuda_graph=True), names=[])
             self.train()  # CUDA and torch are as before
 
-    def test_runs_one_after_another(self):
-        """Of a notebook: a run leaves no memory behind, and an epoch takes no more of it than the one before."""
+    def test_a_run_leaves_no_memory_behind_and_an_epoch_takes_no_more_than_the_one_before(self):
         self.train()
         before = torch.cuda.memory_allocated()
         reserved = []

@@ -312,34 +312,27 @@ class TestCheck(GraphTest):
                         line = self.why_not(vae=own) if base is VAE else self.why_not(own())
                         self.assertIn(f"Own has {hook}", line)
 
-    def test_callbacks_of_lightning_that_act_within_an_epoch_hinder_graphs(self):
-        for callback in [
-            pl.callbacks.LearningRateMonitor("step"),
-            pl.callbacks.StochasticWeightAveraging(0.01),
-            pl.callbacks.GradientAccumulationScheduler({0: 1}),
-            pl.callbacks.LambdaCallback(on_train_batch_end=lambda *args: None),
-            pl.callbacks.ModelCheckpoint(self.folder, every_n_train_steps=3),
-        ]:
-            with self.subTest(callback):
-                own = dict(enable_checkpointing=True) if isinstance(callback, pl.callbacks.ModelCheckpoint) else {}
-                line = self.why_not(callback, logger=pl.loggers.CSVLogger(self.folder), **own)
-                self.assertIn(type(callback).__name__, line)
-
-    def test_settings_of_the_trainer_that_change_its_steps_hinder_graphs(self):
-        for setting in [
+    def test_callbacks_settings_and_loaders_that_change_the_steps_hinder_graphs(self):
+        callbacks, own_checkpoints = pl.callbacks, dict(enable_checkpointing=True)
+        settings = [
             *(dict(accumulate_grad_batches=2), dict(gradient_clip_val=1.0), dict(precision="bf16-true")),
             *(dict(limit_train_batches=3), dict(limit_train_batches=1), dict(overfit_batches=1), dict(max_steps=5)),
             *(dict(limit_val_batches=2), dict(val_check_interval=0.5)),
+        ]
+        options = [dict(drop_last=True), dict(num_workers=1), dict(collate_fn=lambda samples: samples)]
+        for given, words in [
+            ([callbacks.LearningRateMonitor("step"), {}], "LearningRateMonitor"),
+            ([callbacks.StochasticWeightAveraging(0.01), {}], "StochasticWeightAveraging"),
+            ([callbacks.GradientAccumulationScheduler({0: 1}), {}], "GradientAccumulationScheduler"),
+            ([callbacks.LambdaCallback(on_train_batch_end=lambda *args: None), {}], "LambdaCallback"),
+            ([callbacks.ModelCheckpoint(self.folder, every_n_train_steps=3), own_checkpoints], "ModelCheckpoint"),
+            *(([setting], f"the Trainer.s ({[*setting][0]}|limit_train_batches) is") for setting in settings),
+            *(([dict(loader_options=option)], "loader does more than to index its images") for option in options),
         ]:
-            with self.subTest(setting):
-                words = f"the Trainer.s ({next(iter(setting))}|limit_train_batches) is"
-                self.assertRegex(self.why_not(**setting), words)
-
-    def test_loaders_that_do_more_than_index_images_hinder_graphs(self):
-        for options in [dict(drop_last=True), dict(num_workers=1), dict(collate_fn=lambda samples: samples)]:
-            with self.subTest(options):
-                line = self.why_not(loader_options=options)
-                self.assertIn("the training loader does more than to index its images", line)
+            with self.subTest(words):
+                *own, flags = given
+                logger = pl.loggers.CSVLogger(self.folder) if own else False
+                self.assertRegex(self.why_not(*own, logger=logger, **flags), words)
 
 
 class TestParts(unittest.TestCase):
