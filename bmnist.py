@@ -1,8 +1,6 @@
 """
-MNIST and its relatives as binary images in memory: binarisation, splits, loaders.
-
-`python bmnist.py --data_dir DIR --dataset fashion` downloads and checks the files ahead of time (the compute nodes of a
-cluster often have no network), and prints the splits.
+MNIST and its relatives as binary images in memory: binarisation, splits, loaders. `python bmnist.py --data_dir DIR`
+downloads and checks the files ahead of time (the compute nodes of a cluster often have no network).
 """
 
 import operator
@@ -15,15 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from harness.errors import DataError, exit_on_error, print_line  # noqa: F401 (bmnist.DataError)
 from harness.flags import Flag, Parser
-from sources import KINDS, NUM_VAL, SOURCE_FLAGS, TRAIN_SIZES, is_file, load_images, load_mnist
-
-BINARIZATIONS = ["threshold", "stochastic"]
-LOADER_FLAGS = {
-    "binarization": Flag("threshold", "Pixels: intensity above 0.5, or sampled for every epoch", choices=BINARIZATIONS),
-    "train_size": Flag(TRAIN_SIZES[0], "Number of training images; the 5,000 after them validate", choices=TRAIN_SIZES),
-    "num_workers": Flag(0, "Worker processes per loader; the images are in memory, so 0 is the fastest", minimum=0),
-}
-DATA_FLAGS = {"data": {**SOURCE_FLAGS, **LOADER_FLAGS}}
+from sources import BINARIZATIONS, DATA_FLAGS, KINDS, NUM_VAL, TRAIN_SIZES, is_file, load_images, load_mnist
 
 
 class BinaryImages(Dataset):
@@ -49,9 +39,8 @@ class BinaryImages(Dataset):
         return list(zip(*self[torch.as_tensor(indices)]))
 
     def to(self, device):
-        """Moves the data set to a device, and returns it."""
+        """Moves the data set to a device."""
         vars(self).update({name: tensor.to(device) for name, tensor in vars(self).items()})
-        return self
 
 
 class SampledImages(BinaryImages):
@@ -78,9 +67,8 @@ class SampledImages(BinaryImages):
 class ImageLoader(DataLoader):
     """
     A DataLoader of BinaryImages that indexes each minibatch at once: dataset[order[i : i + batch_size]]. With worker
-    processes, a collate_fn, drop_last or a batch_sampler it does what any DataLoader does. If `redraws` is True, the
-    pixels of SampledImages are sampled again for each pass: with the seed from the sampler's `draw_seed()` if it has
-    one, else with one from torch's global random numbers.
+    processes, a collate_fn, drop_last or a batch_sampler it does what any DataLoader does. If `redraws` is True, pixels
+    are sampled again for each pass: with the seed from the sampler's `draw_seed()`, or from torch's random numbers.
     """
 
     def __init__(self, dataset: BinaryImages, batch_size: int = 1, redraws: bool = False, **options):
@@ -132,9 +120,9 @@ def data_loaders(
 ) -> tuple[ImageLoader, ...]:
     """
     Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
+    Raises a ValueError if binarization or train_size is not one of the possible values.
     Inputs:
-        train_images, train_labels - uint8 tensor of shape [N,H,W], int64 tensor of shape [N]
-        test_images, test_labels - The same for the test images.
+        train_images, train_labels, test_images, test_labels - uint8 tensors [N,H,W] and int64 tensors [N].
         batch_size - Number of images per batch; the last batch of an epoch may be smaller.
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
         binarization - "threshold", or "stochastic": pixels are sampled from Bernoulli(intensity), for training again in
@@ -144,8 +132,6 @@ def data_loaders(
     Outputs:
         train_loader, val_loader, test_loader - The first one is shuffled. Their batches are (imgs, labels): float32
             [B,1,H,W] of zeros and ones, and int64 [B].
-    Raises:
-        ValueError - if binarization or train_size is not one of the possible values.
     """
     if binarization not in BINARIZATIONS or train_size not in [*TRAIN_SIZES, None]:
         possible = f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}"
@@ -175,42 +161,30 @@ def bmnist(
     kind: str = "mnist",
 ) -> tuple[ImageLoader, ...]:
     """
-    Returns data loaders for MNIST, binarised with a fixed threshold (the assignment's choice, simple and reproducible)
-    or by sampling from the intensities (as in most of the literature).
+    Returns the data_loaders of MNIST, binarised with a fixed threshold (the assignment's choice, simple and
+    reproducible) or by sampling from the intensities (as in most of the literature).
     Inputs:
         root - Directory of the data; the files are in its subfolder MNIST/raw, or that of another kind.
         batch_size, num_workers - See data_loaders.
-        download - If True, files that are missing are downloaded.
+        download - If True, files that are missing are downloaded; a DataError is raised if that fails.
         binarization, train_size - See data_loaders.
         kind - "mnist", or one of its relatives, "fashion" (Xiao et al. 2017) or "kmnist" (Clanuwat et al. 2018).
-    Outputs:
-        train_loader, val_loader, test_loader - See data_loaders.
-    Raises:
-        DataError - if a file is missing and cannot be downloaded, or is not MNIST's.
     """
     return data_loaders(*load_mnist(root, download, kind), batch_size, num_workers, binarization, train_size)
 
 
 def load_data(args, download: bool = True, sampler: Callable | None = None) -> tuple[ImageLoader, ...]:
     """
-    Returns the data loaders that the flags ask for. Of your own file with another number of training images than
-    MNIST's 60,000, the last tenth validates.
-    Inputs:
-        args - Namespace of the flags of train_pl.py.
-        download, sampler - As in bmnist and data_loaders.
-    Outputs:
-        train_loader, val_loader, test_loader - See data_loaders.
-    Raises:
-        DataError - if the data is missing, damaged or invalid.
+    Returns the data loaders that the flags of train_pl.py ask for, see bmnist and data_loaders. Of your own file with
+    another number of training images than MNIST's 60,000, the last tenth validates.
     """
-    data = load_images(args, download)
+    data, batch_size = load_images(args, download), args.batch_size // (args.devices * args.num_nodes)  # per process
     train_size = None if is_file(args.dataset) and len(data[0]) != 60_000 else args.train_size
-    batch_size = args.batch_size // (args.devices * args.num_nodes)  # that of each process
     return data_loaders(*data, batch_size, args.num_workers, args.binarization, train_size, sampler)
 
 
 def main():
-    flags = {**SOURCE_FLAGS, "dataset": Flag("mnist", "Or Fashion-MNIST, or Kuzushiji-MNIST", choices=list(KINDS))}
+    flags = {"data_dir": DATA_FLAGS["data"]["data_dir"], "dataset": Flag("mnist", "MNIST or a relative", [*KINDS])}
     parser = Parser("Downloads MNIST or a relative, checks it and prints its splits.", {"data": flags})
     args = parser.parse_args()
     with exit_on_error(parser):
@@ -218,8 +192,8 @@ def main():
         folder = os.path.join(os.path.expanduser(args.data_dir), name, "raw")
         print_line(f"{name} in {folder}: all four files verified")
         for split, loader in zip(["train", "validation", "test"], loaders):
-            ink = binarize(loader.dataset.images).mean().item()
-            print_line(f"{split:10}  {len(loader.dataset):6,} images  ink {ink:.2%}")
+            images = loader.dataset.images
+            print_line(f"{split:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Trains a variational autoencoder on binarised MNIST: `python train_pl.py`, `python train_pl.py --help`."""
 
 import argparse
-import functools
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
 
-from bmnist import DATA_FLAGS, load_data
+import utils
+from bmnist import load_data
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
 from harness.data_places import places_of_data
@@ -23,19 +22,7 @@ from harness.flags import Flag, Parser, check_run_flags, run_flags
 from harness.run import Experiment, Run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from pictures.tensorboard import log_picture
-from sources import complete_dataset
-from utils import (
-    KLD,
-    EpochMeans,
-    decode,
-    elbo_to_bpd,
-    eval_mode,
-    full_precision,
-    importance_weighted_bound,
-    log_prior_ratio,
-    sample_reparameterize,
-    visualize_manifold,
-)
+from sources import DATA_FLAGS, complete_dataset, describe
 
 # TensorBoard shows training and validation in one chart, of this title, for these names of VAE.quantities.
 TITLES = {
@@ -97,44 +84,40 @@ class VAE(pl.LightningModule):
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
         self.beta = beta  # of the current epoch, see BetaWarmup
-        self.train_means, self.val_means = EpochMeans(), EpochMeans()
+        self.train_means, self.val_means = utils.EpochMeans(), utils.EpochMeans()
 
     def terms(self, imgs, num_samples=1):
         """
-        The terms of the loss, per image: L_rec + beta * L_reg, or minus the importance-weighted bound (Burda et al.
+        The Terms of the loss, per image: L_rec + beta * L_reg, or minus the importance-weighted bound (Burda et al.
         2016, eq. 8).
         Inputs:
             imgs - Images of shape [B,C,H,W], zeros and ones.
             num_samples - K, the number of samples of each posterior.
-        Outputs:
-            terms - See Terms.
         """
-        mean, log_std = map(full_precision, self.encoder(imgs))
+        mean, log_std = map(utils.full_precision, self.encoder(imgs))
         eps = torch.randn_like(mean.unsqueeze(1).expand(-1, num_samples, -1))
-        z = sample_reparameterize(mean.unsqueeze(1), log_std.unsqueeze(1).exp(), eps)
-        logits, L_recs = decode(self.decoder, z, imgs)
-        L_rec, L_reg = L_recs.mean(dim=1), KLD(mean, log_std)
+        z = utils.sample_reparameterize(mean.unsqueeze(1), log_std.unsqueeze(1).exp(), eps)
+        logits, L_recs = utils.decode(self.decoder, z, imgs)
+        L_rec, L_reg = L_recs.mean(dim=1), utils.KLD(mean, log_std)
         if self.hparams.objective == "iwae" and num_samples > 1:
-            loss = -importance_weighted_bound(log_prior_ratio(z, eps, log_std.unsqueeze(1)) - L_recs)
+            loss = -utils.importance_weighted_bound(utils.log_prior_ratio(z, eps, log_std.unsqueeze(1)) - L_recs)
         else:  # the bound of a single sample is the ELBO
             loss = L_rec + self.beta * L_reg
         return Terms(L_rec, L_reg, loss, mean, log_std, z, logits)
 
     def quantities(self, terms, imgs):
         """
-        What is logged of every epoch, as train_NAME and val_NAME: the mean over its images.
+        What is logged of every epoch, as train_NAME and val_NAME: the mean over its images. Returns a dict from name to
+        a value per image, shape [B], or one of the minibatch.
         Inputs:
-            terms - The Terms of a minibatch.
-            imgs - Its images [B,C,H,W].
-        Outputs:
-            quantities - Dict from name to a value per image, shape [B], or one of the minibatch.
+            terms, imgs - The Terms of a minibatch, and its images [B,C,H,W].
         """
         neg_elbo = terms.L_rec + terms.L_reg
         quantities = {
             "reconstruction_loss": terms.L_rec,
             "regularization_loss": terms.L_reg,
             "ELBO": neg_elbo,
-            "bpd": elbo_to_bpd(neg_elbo, imgs.shape),
+            "bpd": utils.elbo_to_bpd(neg_elbo, imgs.shape),
         }
         if self.hparams.objective == "iwae":
             quantities["IWAE"] = terms.loss
@@ -149,7 +132,7 @@ class VAE(pl.LightningModule):
             L_rec, L_reg, bpd - Means of the losses over the batch, in nats, and of their sum in bits per dimension.
         """
         L_rec, L_reg = (loss.mean() for loss in self.terms(imgs)[:2])
-        return L_rec, L_reg, elbo_to_bpd(L_rec + L_reg, imgs.shape)
+        return L_rec, L_reg, utils.elbo_to_bpd(L_rec + L_reg, imgs.shape)
 
     @torch.no_grad()
     def sample(self, batch_size):
@@ -180,7 +163,7 @@ class VAE(pl.LightningModule):
         terms = self.terms(imgs, self.hparams.train_samples)
         quantities = self.quantities(terms, imgs)
         self.train_means.add(quantities, len(imgs))
-        return {"loss": elbo_to_bpd(terms.loss.mean(), imgs.shape), "bpd": quantities["bpd"].mean()}
+        return {"loss": utils.elbo_to_bpd(terms.loss.mean(), imgs.shape), "bpd": quantities["bpd"].mean()}
 
     def validation_step(self, batch, batch_idx):
         imgs, _ = batch
@@ -209,9 +192,8 @@ class VAE(pl.LightningModule):
         """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
         values, num_images = means.compute()
         means.reset()  # also for a module whose hook at the start of an epoch does not
-        options = {"on_epoch": True, "sync_dist": True, "batch_size": num_images}
         for name, value in values.items():  # once per epoch: self.log in every step is slow
-            self.log(f"{stage}_{name}", value, prog_bar=name == "bpd", **options)
+            self.log(f"{stage}_{name}", value, name == "bpd", on_epoch=True, sync_dist=True, batch_size=num_images)
 
 
 class CosineLearningRate(pl.Callback):
@@ -246,33 +228,28 @@ class GenerateCallback(pl.Callback):
             batch_size, every_n_epochs - Number of images to generate, and after every how many epochs.
             save_to_disk - If True, they are also written as PNG files into the run's log directory.
         """
-        self.batch_size = batch_size
-        self.every_n_epochs = every_n_epochs
-        self.save_to_disk = save_to_disk
+        self.batch_size, self.every_n_epochs, self.save_to_disk = batch_size, every_n_epochs, save_to_disk
         self.imgs = None  # Images [B,C,H,W] whose reconstructions are drawn, too
 
     def on_train_epoch_end(self, trainer, pl_module):
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs == 0:
+        if (epoch := trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.sample_and_save(trainer, pl_module, epoch)
 
     @rank_zero_only
     @best_effort("drawing the pictures")
     def sample_and_save(self, trainer, pl_module, epoch):
         """
-        Adds samples, means and, where there are images for it, reconstructions (each to the right of its original)
-        to TensorBoard, with 2 latents the manifold too; all but that also to epoch_N_samples.png ..., if save_to_disk.
+        Adds samples, means and, if there are images for it, reconstructions (each to the right of its original) to
+        TensorBoard, with 2 latents the manifold too; all but that also to epoch_N_samples.png ..., if save_to_disk.
         Inputs:
-            trainer - The PyTorch Lightning Trainer; its logger is TensorBoard's.
-            pl_module - The VAE that is being trained.
+            trainer, pl_module - The PyTorch Lightning Trainer, whose logger is TensorBoard's, and the VAE.
             epoch - Number of epochs trained so far, for the x axis and the files' names.
         """
         # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
         # numbers of the training or in what BatchNorm keeps, so that the pictures do not change its course.
-        with isolate_rng(), eval_mode(pl_module):
+        with isolate_rng(), utils.eval_mode(pl_module):
             torch.manual_seed(0)
-            samples, means = pl_module.sample(self.batch_size)
-            pictures = {"Samples": samples, "Means": means}
+            pictures = dict(zip(["Samples", "Means"], pl_module.sample(self.batch_size)))
             if self.imgs is not None:
                 imgs = self.imgs.to(pl_module.device)
                 pictures["Reconstructions"] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
@@ -281,18 +258,17 @@ class GenerateCallback(pl.Callback):
                 if self.save_to_disk:
                     Path(trainer.logger.log_dir, f"epoch_{epoch}_{name.lower()}.png").write_bytes(png)
             if pl_module.hparams.z_dim == 2:
-                log_picture(trainer.logger.experiment, "Manifold", visualize_manifold(pl_module.decoder), epoch)
+                log_picture(trainer.logger.experiment, "Manifold", utils.visualize_manifold(pl_module.decoder), epoch)
 
 
 def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:
     """
-    Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one.
+    Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one. Raises a UserError of one
+    line if a flag, the data or the run's folder is invalid, or if the loss is not finite.
     Inputs:
         args - Namespace of flags, see make_parser; those that it lacks get their defaults.
     Outputs:
         test_result - What trainer.test returns: a list with one dict, {"test_bpd": ...}.
-    Raises:
-        UserError - of one clear line, if a flag, the data or the run's folder is invalid, or the loss is not finite.
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
@@ -313,37 +289,24 @@ def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def experiment(args):
     """What a Run is told about the VAE that these flags train."""
-    data, weighed = os.path.basename(args.dataset), f", trained with beta {args.beta:g}" * (args.beta != 1)
-
-    def describe(loaders):
-        train, val = (loader.dataset for loader in loaders[:2])
-        text = f"{args.model} on {args.dataset}, {len(train):,} training images"
-        if hasattr(args, "dataset_sha256"):  # a file of your own, whose sizes nobody knows by heart
-            text += f" of {'x'.join(map(str, train.images.shape[1:]))}, the {len(val):,} after them validate"
-        return text
-
-    def bpd_curves(path, run):
-        train, first_step = run.curve("train_bpd"), run.report.first_step
-        train = train if first_step is None else {0: first_step, **train}
-        title = f"{args.model}, {args.z_dim} latents, {data}{weighed}"
-        figures.bpd_curves(path, train, run.curve("val_bpd"), run.results["test_bpd"], title)
+    title = f"{args.model}, {args.z_dim} latents, {Path(args.dataset).name}"
+    title += f", trained with beta {args.beta:g}" if args.beta != 1 else ""
 
     def manifold(path, run):
-        decoder = VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder
-        save_image(visualize_manifold(decoder), path)
+        save_image(utils.visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder), path)
 
     return Experiment(
         metric="bpd",
         metric_label="bpd",
-        describe=describe,
+        describe=lambda loaders: f"{args.model} on {describe(args, loaders)}",
         quantities={**TITLES, **OBJECTIVES[args.objective]},
         identifying=("model", "z_dim", "hidden_dims", "lr", "seed"),
         figures={
-            "bpd_curves.png": bpd_curves,
-            "samples_over_training.png": lambda path, run: figures.samples_over_training(path),
+            "bpd_curves.png": lambda path, run: figures.training_curves(path, run, "bpd", title),
+            "samples_over_training.png": figures.samples_over_training,
             **({"vae_manifold.png": manifold} if args.z_dim == 2 else {}),
         },
-        keep=functools.partial(places_of_data, vars(args)),
+        keep=lambda folder: places_of_data(vars(args), folder),
         if_not_finite=f"try a lower --lr than {args.lr:g}",
         memory_flags=("batch_size", "train_samples"),
         fixed_epochs="over which its learning rate falls" if args.lr_schedule == "cosine" else "",
@@ -370,17 +333,13 @@ FLAGS = {
     "model": {
         "model": Flag("MLP", "Kind of encoder and decoder", choices=["MLP", "CNN"]),
         "z_dim": Flag(20, "Dimensionality of the latent space", minimum=1),
-        "hidden_dims": Flag(
-            [512], "MLP: widths of the encoder's hidden layers; the decoder has them reversed", minimum=1
-        ),
+        "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
         "num_filters": Flag(32, "CNN: channels of the layers next to the image; the others have twice that", minimum=1),
         "init": Flag("pytorch", "MLP: initial weights; with He's, deeper ones learn faster", ["pytorch", "he"]),
     },
     "training": {
         "lr": Flag(1e-3, "Learning rate of Adam", above=0),
-        "lr_schedule": Flag(
-            "constant", "Over the epochs: constant, or down along half a cosine", ["constant", "cosine"]
-        ),
+        "lr_schedule": Flag("constant", "Learning rate: constant, or down along a cosine", ["constant", "cosine"]),
         "batch_size": Flag(128, "Images per minibatch, over all devices and nodes", minimum=1),
         "epochs": Flag(80, "Passes over the training images", minimum=1),
         "seed": Flag(42, "Seed of all random numbers", minimum=0),
@@ -400,7 +359,7 @@ def make_parser():
 
 
 def complete_flags(args):
-    """Adds the defaults of flags that a Namespace lacks. Raises a FlagError that names a flag of no use."""
+    """Adds the defaults of flags that a Namespace lacks. Raises a FlagError that names an invalid flag."""
     args = make_parser().complete(args)
     check_run_flags(args)
     complete_dataset(args)
@@ -413,9 +372,8 @@ def complete_flags(args):
 
 def main():
     parser = make_parser()
-    args = parser.parse_args()
     with exit_on_error(parser):
-        train_vae(args)
+        train_vae(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -95,13 +95,21 @@ def bpd_locator(low, high):
     return MaxNLocator(6) if high < 3 * low else LogLocator(subs=[1, 2, 3, 5, 7])
 
 
+def training_curves(path: str, run, metric: str, title: str):
+    """Plots a metric of a finished harness.Run: of training, from its first step on, of validation and of the test."""
+    train = {0: run.results.get(f"first_step_{metric}"), **run.curve(f"train_{metric}")}
+    bpd_curves(path, train, run.curve(f"val_{metric}"), run.results[f"test_{metric}"], title)
+
+
 @default_settings
-def samples_over_training(path: str | Path):
+def samples_over_training(path: str | Path, run=None):
     """
     Saves a picture of a run's samples: those of the untrained model, of epoch 10 or the last one before it, and of the
     last epoch that has any.
     Inputs:
         path - The PNG file to write, in the folder of the files epoch_N_samples.png.
+        run - The harness.Run that gives the path.
+        run - The harness.Run, which is not needed.
     """
     folder = Path(path).parent
     matches = [re.fullmatch(r"epoch_(\d+)_samples.png", file.name) for file in folder.iterdir()]

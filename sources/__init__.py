@@ -14,6 +14,7 @@ from sources.rendered_digits import rendered_mnist
 
 TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all of MNIST's images but those of the validation set
 NUM_VAL = 5_000
+BINARIZATIONS = ["threshold", "stochastic"]
 # Functions of (args, download) that return train_images, train_labels, test_images and test_labels, see load_mnist.
 SOURCES = {
     **{kind: lambda args, download, kind=kind: load_mnist(args.data_dir, download, kind) for kind in KINDS},
@@ -34,9 +35,14 @@ def known_dataset(value):
     raise ValueError(f"one of {NAMES}")
 
 
-SOURCE_FLAGS = {
-    "dataset": Flag("mnist", f"Images: {NAMES}", parse=known_dataset),
-    "data_dir": Flag("../data/", "Directory of MNIST, which is in MNIST/raw; downloaded where missing"),
+DATA_FLAGS = {
+    "data": {
+        "dataset": Flag("mnist", f"Images: {NAMES}", parse=known_dataset),
+        "data_dir": Flag("../data/", "Directory of MNIST, which is in MNIST/raw; downloaded where missing"),
+        "binarization": Flag("threshold", "Pixels: intensity above 0.5, or sampled for every epoch", BINARIZATIONS),
+        "train_size": Flag(TRAIN_SIZES[0], "Number of training images; the 5,000 after them validate", TRAIN_SIZES),
+        "num_workers": Flag(0, "Worker processes per loader; the images are in memory, so 0 is the fastest", minimum=0),
+    }
 }
 
 
@@ -74,3 +80,12 @@ def load_images(args: argparse.Namespace, download: bool = True) -> tuple[Tensor
     if is_file(args.dataset):
         return load_file(args.dataset, vars(args).get("dataset_sha256"))
     return SOURCES[args.dataset](args, download)
+
+
+def describe(args: argparse.Namespace, loaders: tuple) -> str:
+    """What a run trains on, for its first line: of your own file, whose sizes nobody knows by heart, these too."""
+    train, val = (loader.dataset for loader in loaders[:2])
+    text = f"{args.dataset}, {len(train):,} training images"
+    if is_file(args.dataset):
+        text += f" of {'x'.join(map(str, train.images.shape[1:]))}, the {len(val):,} after them validate"
+    return text

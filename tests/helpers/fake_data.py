@@ -1,4 +1,4 @@
-"""Stand-ins for data: loaders of a few rendered digits, and a small MNIST on a local mirror."""
+"""Stand-ins for data: loaders of a few rendered digits, a small MNIST on a local mirror, and your own .npz file."""
 
 import contextlib
 import gzip
@@ -7,9 +7,11 @@ import http.server
 import threading
 from unittest import mock
 
+import numpy as np
 import torch
 
 import bmnist
+from sources import mnist_files
 from sources.rendered_digits import rendered_digits
 
 
@@ -25,6 +27,18 @@ def small_loaders(args, download=True, sampler=None, sizes=(300, 50, 50)):
         return bmnist.data_loaders(*data, train_size=num_train, sampler=sampler, **options)
 
 
+def own_images(number, height=20, width=14):
+    """Digits of another size than MNIST's, as a NumPy array."""
+    return rendered_digits(number)[0].repeat(1, 2, 2)[:, 4 : 4 + height, 4 : 4 + width].numpy()
+
+
+def write_npz(folder, name="own.npz", **arrays):
+    """The path of a file of 200 training and 100 test images, with changes; None leaves an array out."""
+    arrays = {"train_images": own_images(200), "test_images": own_images(100), **arrays}
+    np.savez(folder / name, **{name: array for name, array in arrays.items() if array is not None})
+    return folder / name
+
+
 def idx(tensor):
     """The bytes of an IDX file, MNIST's format, of a uint8 tensor."""
     head = (0x0800 + tensor.dim()).to_bytes(4, "big") + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
@@ -35,14 +49,19 @@ def small_mnist(num_train=60, num_test=10):
     """A small stand-in for MNIST: the content of its four files by name; the same compressed; images and labels."""
     images, labels = rendered_digits(num_train + num_test)
     parts = [images[:num_train], labels[:num_train], images[num_train:], labels[num_train:]]
-    content = dict(zip(bmnist.FILES, map(idx, parts)))
+    content = dict(zip(mnist_files.FILES, map(idx, parts)))
     packed = {f"{name}.gz": gzip.compress(data) for name, data in content.items()}  # once: gzip writes the time
     return content, packed, images, labels
 
 
 def known_files(content):
-    """The value of bmnist.FILES for a stand-in: MD5 and size by name."""
+    """The value of mnist_files.FILES for a stand-in: MD5 and size by name."""
     return {name: (hashlib.md5(data).hexdigest(), len(data)) for name, data in content.items()}
+
+
+def known_resources(packed):
+    """The value of the attribute `resources` of torchvision's class for a stand-in: names and MD5."""
+    return [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
 
 
 @contextlib.contextmanager
@@ -75,9 +94,15 @@ def mirror(packed, write=None):
         server.server_close()
 
 
-def stand_in_code(address, resources, files, **constants):
-    """Lines of Python, for a process of their own, that make bmnist use a stand-in for MNIST."""
+def stand_in_code(address, resources, files, **sizes):
+    """
+    Lines of Python, for another process, that import bmnist and make it use a stand-in for MNIST: its only mirror, see
+    mirror, known_resources and known_files. sizes are the values of sources.TRAIN_SIZES and sources.NUM_VAL.
+    """
     return (
-        f"import bmnist\nbmnist.MNIST.mirrors, bmnist.MNIST.resources = [{address!r}], {resources!r}\n"
-        f"vars(bmnist).update({dict(FILES=files, **constants)!r})\n"
+        "import sources.mnist_files\n"
+        f"sources.mnist_files.MNIST.mirrors, sources.mnist_files.MNIST.resources = [{address!r}], {resources!r}\n"
+        f"sources.mnist_files.FILES = {files!r}\n"
+        f"vars(sources).update({sizes!r})\n"
+        "import bmnist\n"  # only now: it takes these sizes
     )

@@ -5,7 +5,7 @@ import threading
 
 from sources import mnist_files
 from tests.helpers import REPOSITORY, CommandTest
-from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
+from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
 
 
 class TestDownload(CommandTest):

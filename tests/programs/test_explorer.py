@@ -158,8 +158,7 @@ class TestExplorer(SeededTest):
         facts = {**dict.fromkeys(explorer.FACTS, 1.5), **known, **facts}
         self.path = self.folder / "explorer.html"
         explorer.write_explorer(self.path, model.encoder, model.decoder, imgs, means, plane(means, labels), facts)
-        self.browser.requests.clear()
-        self.browser.errors.clear()
+        self.browser.requests, self.browser.errors = [], []
         self.browser.open(self.path)
         self.addCleanup(self.assert_quiet)
         return imgs
@@ -232,7 +231,6 @@ class TestExplorer(SeededTest):
         self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
         self.assertTrue(torch.equal(self.picture(), before))
         torch.testing.assert_close(self.latents(), start)
-
         self.browser.click("#plane", 0.2, 0.3)
         first = self.latents()
         self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
@@ -256,8 +254,7 @@ class TestExplorer(SeededTest):
         self.open(self.vae("MLP", [64], 32, 3))
         before = self.latents()
         self.browser.click("#active input", 0.9, 0.5)
-        unit = self.browser.run("sliders[0].unit")
-        self.assertEqual((self.latents() != before).nonzero().tolist(), [[unit]])
+        self.assertEqual((self.latents() != before).nonzero().tolist(), [[self.browser.run("sliders[0].unit")]])
         self.assert_shows_latents()
         self.browser.click("#prior")
         self.assertTrue((self.latents() != before).all())
@@ -279,8 +276,8 @@ class TestExplorer(SeededTest):
         mean, log_std = model.encoder(imgs)
         losses = torch.stack([sum(model.terms(imgs)[:2]) for _ in range(1_000)])
         torch.testing.assert_close(self.latents(), mean[0], atol=2e-3, rtol=0)
-        means = model.reconstruct(imgs).view(28, 28)
-        self.assertLess((self.picture("reconstruction") / 255 - means).abs().max().item(), 0.01)
+        difference = self.picture("reconstruction") / 255 - model.reconstruct(imgs)
+        self.assertLess(difference.abs().max().item(), 0.01)
         self.browser.wait_for("/ELBO -[0-9.]+ nats, [0-9.]+ bpd/.test(document.getElementById('elbo').textContent)")
         elbo = self.browser.run("parseFloat(document.getElementById('elbo').textContent.slice(5))")
         self.assertAlmostEqual(elbo, -losses.mean().item(), delta=5 * losses.std().item() / 32**0.5 + 0.1)
@@ -310,9 +307,8 @@ class TestExplorer(SeededTest):
         box = self.browser.run("document.getElementById('field').getBoundingClientRect().toJSON()")
         for number, (x, y) in enumerate(corner):
             points = [{"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}]
-            self.browser.send(
-                "Input.dispatchTouchEvent", type="touchMove" if number else "touchStart", touchPoints=points
-            )
+            kind = "touchMove" if number else "touchStart"
+            self.browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
         self.browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
         self.check_drawing(model)
 
@@ -351,11 +347,9 @@ class TestExplorer(SeededTest):
             self.browser.key(key)
         torch.testing.assert_close(self.latents() - before, self.tensor("[0.1 * spans[0], 0.02 * spans[1]]"))
         for key in ["Enter", " "]:
-            self.browser.run("duration = 1e9")
+            self.browser.run("playing = null, duration = 1e9")
             self.browser.key(key)
             self.assertTrue(self.browser.run("playing !== null"))
-            self.browser.run("duration = 1")
-            self.browser.wait_for("playing === null")
         self.browser.key("Escape")
         self.assertEqual(self.browser.run("[playing, line, anchor]"), [None] * 3)
         self.browser.key("Enter")
@@ -371,9 +365,8 @@ class TestExplorer(SeededTest):
         self.open(self.vae("CNN", None, 4, 20), run="a-long-name-without-any-space-in-it" * 4)
         colors = set()
         for scheme in ["light", "dark"]:
-            self.browser.send(
-                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
-            )
+            media = [{"name": "prefers-color-scheme", "value": scheme}]
+            self.browser.send("Emulation.setEmulatedMedia", features=media)
             for width, height in [(320, 568), (390, 844), (640, 360), (768, 1024), (1280, 800), (3840, 2160)]:
                 self.browser.resize(width, height)
                 self.browser.next_frame()

@@ -18,7 +18,7 @@ import unittest
 from pathlib import Path
 
 from tests.helpers import NO_NETWORK, REPOSITORY, assert_left_the_same, few_digits, results
-from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
+from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
 
 MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
 # Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM

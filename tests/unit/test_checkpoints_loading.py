@@ -1,131 +1,269 @@
-"""Tests of harness/checkpoints.py's load_model: `python -m unittest tests/unit/test_checkpoints_loading.py`."""
+"""Tests of reading checkpoints and building models: `python -m unittest tests/unit/test_checkpoints_loading.py`."""
 
 import argparse
+import functools
 import io
 import os
 import pathlib
+import pickle
 import types
 import warnings
+import zipfile
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import yaml
 from torch import nn
 
 from harness import checkpoints
+from harness.errors import UserError
 from tests.helpers import SeededTest
 from train_pl import VAE
 
 ASSIGNMENTS = ["model_name", "hidden_dims", "num_filters", "z_dim", "lr"]  # the hyperparameters of its VAE
+SCALAR = np.float64(1).__reduce__()[0]  # NumPy's function that makes a scalar, which newer versions have moved
 
 
-class TestLoading(SeededTest):
-    """VAE.load_from_checkpoint takes what Lightning's takes."""
+class Call:
+    """A pickle of it calls a function when it is loaded."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args, state) if state else (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+class LoadingTest(SeededTest):
+    """A test with a checkpoint of a small VAE at `path`."""
 
     def setUp(self):
         self.path = str(self.folder / "some.ckpt")
         model = VAE("MLP", [16], 4, 2, 1e-3)
         self.good = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
-
-    def assert_refused(self, part, **options):
-        with self.assertRaises(checkpoints.CheckpointError) as caught:
-            VAE.load_from_checkpoint(self.path, **options)
-        self.assertIn(part, str(caught.exception))
-        self.assertNotIn("\n", str(caught.exception))
+        self.save()
 
     def save(self, **parts):
         """Saves the checkpoint with other parts."""
         torch.save({**self.good, **parts}, self.path)
 
+    def assert_refused(self, *parts, **options):
+        """The file is refused with a message of one line that contains the parts."""
+        with self.assertRaises(checkpoints.CheckpointError) as caught:
+            VAE.load_from_checkpoint(self.path, **options)
+        for part in parts or [self.path]:
+            self.assertIn(part, str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
+
     def assert_loads(self, path=None, **options):
-        """Loads the weights of the checkpoint, and returns the hyperparameters."""
+        """The weights of the checkpoint are loaded. Returns the hyperparameters."""
         model = VAE.load_from_checkpoint(path or self.path, **options)
         torch.testing.assert_close(dict(model.state_dict()), dict(self.good["state_dict"]), rtol=0, atol=0)
         return model.hparams
 
-    def test_of_other_trainers(self):
-        """What ModelCheckpoint(save_weights_only=True) of newer and older Lightnings leaves."""
-        for parts in [{}, {"epoch": 3, "global_step": 4, "loops": {}}, {"pytorch-lightning_version": "1.9.0"}]:
-            self.save(**parts)
-            self.assertEqual(self.assert_loads().z_dim, 2)
 
-    def test_what_a_users_trainer_wrote(self):
-        parameters = dict(model_name=np.str_("MLP"), hidden_dims=np.array([16]), num_filters=np.int64(4))
+class TestRefused(LoadingTest):
+    """Tensors and plain values are loaded, or nothing."""
+
+    def test_code_in_a_checkpoint_is_never_run(self):
+        made = self.folder / "made by the exploit"
+        exploit = Call(os.mkdir, str(made))
+
+        def save_pickle(content, path):
+            Path(path).write_bytes(pickle.dumps(content))
+
+        for content in [
+            exploit,
+            {**self.good, "x": exploit},
+            {**self.good, "state_dict": exploit},
+            {**self.good, "hyper_parameters": {"model_name": exploit}},
+            # By the names that are allowed for numbers, paths and namespaces.
+            {**self.good, "x": Call(SCALAR, np.dtype("O"), exploit)},
+            {**self.good, "x": np.array([exploit])},
+            {**self.good, "x": argparse.Namespace(x=exploit)},
+            {**self.good, "x": Call(pathlib.PurePosixPath, exploit)},
+        ]:
+            for save in [torch.save, functools.partial(torch.save, _use_new_zipfile_serialization=False), save_pickle]:
+                with self.subTest(content=content, save=save):
+                    save(content, self.path)
+                    self.assert_refused("refused" if zipfile.is_zipfile(self.path) else "no checkpoint")
+                    with self.assertRaises(checkpoints.CheckpointError):
+                        checkpoints.CheckpointFiles().load_checkpoint(self.path)
+                    self.assertFalse(made.exists())
+        torch.save(exploit, self.path)
+        torch.load(self.path, weights_only=False)
+        self.assertTrue(made.exists(), "the exploit is none")
+
+    def test_names_that_lightning_would_import_and_tags_of_yaml_run_nothing(self):
+        made = self.folder / "made"
+        hidden = {"_instantiator": "os.mkdir", "_class_path": str(made), **self.good["hyper_parameters"]}
+        self.save(hyper_parameters=hidden, hparams_type="os.mkdir")
+        self.assert_loads()
+        file = self.folder / "hparams.yaml"
+        file.write_text(f"model_name: !!python/object/apply:os.mkdir ['{made}']")
+        with self.assertRaises(yaml.YAMLError):
+            VAE.load_from_checkpoint(self.path, hparams_file=file)
+        self.assertFalse(made.exists())
+
+    def test_other_objects_are_refused(self):
+        """Arrays, types of NumPy whose values would be addresses, and modules."""
+        fields = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+        for content, *parts in [
+            (np.zeros(1), "refused", "GLOBAL"),
+            (np.datetime64("2020-01-01"), "refused", "neither numbers nor text"),
+            (Call(SCALAR, Call(np.dtype, "V8", state=fields), b"12345678"), "refused"),
+            (Call(SCALAR, np.dtype("f8"), b"1234"), "damaged"),
+            (Call(SCALAR, Call(np.dtype, "f8", state=(3, "<x", None, None, None, 8, 1, 0)), b"12345678"), "refused"),
+            (Call(np.frombuffer, b"1234", np.dtype("f8")), "refused", "GLOBAL"),
+            (types.SimpleNamespace(x=nn.Linear(2, 2)), "refused", "GLOBAL"),
+        ]:
+            for weights_only in [None, False]:
+                with self.subTest(content=content, weights_only=weights_only):
+                    self.save(x=content)
+                    self.assert_refused(*parts, weights_only=weights_only)
+
+    def test_a_file_that_is_not_a_checkpoint_is_refused(self):
+        for content in [b"", b"nonsense", Path(__file__).read_bytes()]:
+            with self.subTest(content[:10]):
+                Path(self.path).write_bytes(content)
+                self.assert_refused("no checkpoint, or a damaged one (File is not a zip file)")
+        for names in [[], ["notes.txt"], ["archive/data.pkl", "archive/version"]]:
+            with self.subTest(names):
+                with zipfile.ZipFile(self.path, "w") as archive:
+                    for name in names:
+                        archive.writestr(name, "text")
+                self.assert_refused()
+        with self.assertRaisesRegex(checkpoints.CheckpointError, "the open file is no checkpoint"):
+            VAE.load_from_checkpoint(io.BytesIO(b"nonsense"))
+
+    def test_a_damaged_pickle_in_a_checkpoint_is_refused(self):
+        with zipfile.ZipFile(self.path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        for pickled in [
+            b"",
+            b".",
+            b"\x80\x02h\x05.",
+            b"\x80\x02X\x01\0\0\0\xff.",
+            b"\x80\x02K\x01Q.",
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+        ]:
+            with self.subTest(pickled):
+                with zipfile.ZipFile(self.path, "w") as archive:
+                    for name, part in parts.items():
+                        archive.writestr(name, pickled if name.endswith("data.pkl") else part)
+                self.assert_refused()
+
+    def test_a_path_that_cannot_be_read_is_a_users_error(self):
+        for path, message in [
+            (self.folder, "is a folder, no checkpoint; that of a run is RUN/checkpoints/"),
+            (f"{self.path}.not", r"some.ckpt.not cannot be read \(No such file or directory\)"),
+            (f"{self.path}/x", r"cannot be read \(Not a directory\)"),
+        ]:
+            with self.subTest(path), self.assertRaisesRegex(UserError, message):
+                VAE.load_from_checkpoint(path)
+
+    def test_files_of_other_programs_are_refused(self):
+        for content in [
+            torch.zeros(3),
+            [1, 2],
+            {},
+            {"epoch": 3, "model_state_dict": nn.Linear(2, 3).state_dict()},
+            {**self.good, "state_dict": [torch.zeros(3)]},
+            {**self.good, "hyper_parameters": None},
+        ]:
+            with self.subTest(content):
+                torch.save(content, self.path)
+                self.assert_refused("of another program")
+
+    def test_weights_and_hyperparameters_that_do_not_fit_are_refused(self):
+        parameters, weights = self.good["hyper_parameters"], self.good["state_dict"]
+        for change, part in [
+            ({"hyper_parameters": {**parameters, "z_dim": 5}}, "size mismatch for encoder.net.2"),
+            ({"hyper_parameters": {**parameters, "hidden_dims": [16, 16]}}, "does not fit"),
+            ({"hyper_parameters": {**parameters, "hidden_dims": "wide"}}, "does not fit"),
+            ({"hyper_parameters": {**parameters, "z_dim": -1}}, "does not fit"),
+            ({"hyper_parameters": {**parameters, "model_name": "GAN"}}, "model_name must be"),
+            ({"state_dict": {}}, 'Missing key(s) in state_dict: "encoder.net.0.weight"'),
+            ({"state_dict": {**weights, "encoder.net.0.weight": "x"}}, "does not fit"),
+        ]:
+            with self.subTest(part=part, change=list(change)):
+                self.save(**change)
+                self.assert_refused(part)
+
+    def test_a_lack_of_memory_is_not_reported_as_damage(self):
+        for error in [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")]:
+            with (
+                self.subTest(error),
+                mock.patch.object(torch, "load", side_effect=error),
+                self.assertRaises(type(error)) as caught,
+            ):
+                VAE.load_from_checkpoint(self.path)
+            self.assertIs(caught.exception, error)
+
+
+class TestLoading(LoadingTest):
+    """VAE.load_from_checkpoint takes what Lightning's takes."""
+
+    def test_checkpoints_of_several_versions_of_lightning_are_loaded(self):
+        for parts in [{}, {"epoch": 3, "global_step": 4, "loops": {}}, {"pytorch-lightning_version": "1.9.0"}]:
+            with self.subTest(parts):
+                self.save(**parts)
+                self.assertEqual(self.assert_loads(), self.good["hyper_parameters"])
+
+    def test_hyperparameters_may_be_numbers_of_numpy_tensors_paths_and_namespaces(self):
+        parameters = dict(model_name=np.str_("MLP"), hidden_dims=[np.int64(16)], num_filters=np.int64(4))
         model = VAE(**parameters, z_dim=torch.tensor(2), lr=np.float64(1e-3))
         model.load_state_dict(self.good["state_dict"])
         model.hparams["others"] = argparse.Namespace(a=Path("x"), b=types.SimpleNamespace(c=(np.float32(0.5), True)))
         trainer = pl.Trainer(accelerator="cpu", logger=False, max_epochs=0, enable_progress_bar=False)
         trainer.strategy.connect(model)
         for weights_only in [True, False]:
-            trainer.save_checkpoint(self.path, weights_only)
-            hparams = self.assert_loads()
-            self.assertEqual(
-                {name: hparams[name] for name in ASSIGNMENTS},
-                {**parameters, "hidden_dims": [16], "z_dim": 2, "lr": 1e-3},
-            )
-            others = checkpoints.read_checkpoint(self.path)["hyper_parameters"]["others"]
-            self.assertEqual(others, argparse.Namespace(a=pathlib.PurePosixPath("x"), b=others.b))
-            self.assertEqual(others.b.c, (0.5, True))
+            with self.subTest(weights_only=weights_only):
+                trainer.save_checkpoint(self.path, weights_only)
+                hparams = self.assert_loads()
+                self.assertEqual({name: hparams[name] for name in parameters}, parameters)
+                self.assertEqual((hparams["z_dim"], hparams["lr"]), (2, 1e-3))
+                others = checkpoints.read_checkpoint(self.path)["hyper_parameters"]["others"]
+                self.assertEqual((others.a, others.b.c), (pathlib.PurePosixPath("x"), (0.5, True)))
 
-    def test_user_who_allows_numpy(self):
-        """As torch's own message advises, which must not mix with what stands in for NumPy."""
-        self.save(hyper_parameters={**self.good["hyper_parameters"], "lr": np.float64(0.5)})
-        before = set(torch.serialization.get_safe_globals())
-        allowed = [np.dtype, np.ndarray, np.float64(1).__reduce__()[0], Path]
-        with torch.serialization.safe_globals(allowed):
-            self.assertEqual(self.assert_loads().lr, 0.5)
-            self.assertLessEqual(set(allowed), set(torch.serialization.get_safe_globals()))
-        self.assertEqual(set(torch.serialization.get_safe_globals()), before)
-
-    def test_where_from(self):
-        self.save()
+    def test_a_checkpoint_is_a_path_or_an_open_file(self):
         self.assert_loads(Path(self.path))
         with open(self.path, "rb") as file:
             self.assert_loads(file)
         with mock.patch.dict(os.environ, HOME=str(self.folder), USERPROFILE=str(self.folder)):
             self.assert_loads("~/some.ckpt")
-        with self.assertRaisesRegex(checkpoints.CheckpointError, "the open file is no checkpoint"):
-            VAE.load_from_checkpoint(io.BytesIO(b"nonsense"))
 
-    def test_where_to(self):
-        self.save()
-        seen = []
+    def test_map_location_says_where_the_tensors_go(self):
+        locations = []
 
         def remember(storage, location):
-            seen.append(location)
+            locations.append(location)
             return storage
 
         for place in ["cpu", torch.device("cpu"), {"cuda:0": "cpu"}, remember]:
-            self.assert_loads(map_location=place)
-        self.assertEqual(set(seen), {"cpu"})
-        with self.assertRaisesRegex(RuntimeError, "nowhere"):  # which is no damage
-            VAE.load_from_checkpoint(self.path, "nowhere")
+            with self.subTest(place):
+                self.assert_loads(map_location=place)
+        self.assertEqual(set(locations), {"cpu"})
 
-    def test_other_hyperparameters(self):
-        self.save(hyper_parameters={"model_name": "MLP", "hidden_dims": [16], "num_filters": 4, "depth": 3})
-        self.assert_refused("some.ckpt holds weights without the hyperparameters z_dim, lr: give them to VAE.load_")
-        self.assertEqual(self.assert_loads(z_dim=2, lr=0.5).lr, 0.5)
-        for name, text in [
-            ("a.yaml", "z_dim: 2\nlr: 0.25\nhidden_dims: !!python/tuple [16]\n"),
-            ("a.csv", "key,value\nz_dim,2\nlr,0.25\nhidden_dims,[16]\n"),
-        ]:
-            (self.folder / name).write_text(text)
-            self.assertEqual(self.assert_loads(hparams_file=str(self.folder / name)).lr, 0.25)
-            self.assertEqual(self.assert_loads(hparams_file=self.folder / name, lr=2).lr, 2)
-        for text in ["", "a", "- 1", "a: [", "\0"]:
-            (self.folder / "a.yaml").write_text(text)
-            self.assert_refused("a.yaml holds no hyperparameters", hparams_file=self.folder / "a.yaml")
-        with self.assertRaises(FileNotFoundError):
-            VAE.load_from_checkpoint(self.path, hparams_file=self.folder / "b.yaml")
+    def test_hyperparameters_that_are_given_replace_those_of_a_file_and_of_the_checkpoint(self):
+        self.save(hyper_parameters={"model_name": "MLP", "hidden_dims": [16], "num_filters": 4, "lr": 1.0, "depth": 3})
+        self.assert_refused("some.ckpt holds weights without the hyperparameters z_dim: give them to VAE.load_")
+        self.assertEqual(self.assert_loads(z_dim=2).lr, 1)
+        file = self.folder / "hparams.yaml"
+        file.write_text("z_dim: 2\nlr: 0.25\n")
+        for path in [file, str(file)]:
+            self.assertEqual(self.assert_loads(hparams_file=path).lr, 0.25)
+        self.assertEqual(self.assert_loads(hparams_file=file, lr=2).lr, 2)
 
-    def test_state_dict_alone(self):
+    def test_a_bare_state_dict_needs_the_hyperparameters(self):
         torch.save(self.good["state_dict"], self.path)
         self.assert_refused("is a bare state_dict without the hyperparameters model_name, hidden_dims, num_filters")
         self.assertEqual(self.assert_loads(**self.good["hyper_parameters"]).z_dim, 2)
 
-    def test_strict(self):
+    def test_other_weights_are_loaded_with_a_warning_if_strict_is_false(self):
         weights = {**self.good["state_dict"], "more": torch.zeros(1)}
         del weights["encoder.net.0.bias"]
         self.save(state_dict=weights)
@@ -135,26 +273,13 @@ class TestLoading(SeededTest):
         told = "".join(str(warning.message) for warning in caught)
         self.assertRegex(told, "some.ckpt lacks: encoder.net.0.bias.*some.ckpt has too many: more$")
 
-    def test_weights_only_changes_nothing(self):
-        self.save()
-        self.assert_loads(weights_only=False)
-        self.save(x=nn.Linear(2, 2))
-        self.assert_refused("refused", weights_only=False)
-
-    def test_subclass(self):
+    def test_a_subclass_gets_its_own_hyperparameters(self):
         class Other(VAE):
             def __init__(self, beta, **others):
                 super().__init__(**others)
                 self.beta = beta
 
         assignments = {name: self.good["hyper_parameters"][name] for name in ASSIGNMENTS}
-        model = Other(beta=4, **assignments)  # which has the name of one of ours
+        model = Other(beta=4, **assignments)  # beta is the name of a hyperparameter of VAE, too
         torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, self.path)
         self.assertEqual(Other.load_from_checkpoint(self.path).beta, 4)
-
-    def test_no_memory_is_no_damage(self):
-        self.save()
-        for error in [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")]:
-            with mock.patch.object(torch, "load", side_effect=error), self.assertRaises(type(error)) as caught:
-                VAE.load_from_checkpoint(self.path)
-            self.assertIs(caught.exception, error)

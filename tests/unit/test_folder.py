@@ -1,87 +1,120 @@
 """Tests of harness/folder.py: `python -m unittest tests/unit/test_folder.py`."""
 
+import argparse
 import contextlib
-import io
+import errno
 import json
 import os
 import shutil
-import unittest
 from unittest import mock
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import train_pl
 from harness import files, folder
-from harness.checkpoints import CheckpointError
+from harness.checkpoints import BEST, LAST, PREVIOUS, CheckpointError
 from harness.errors import UserError
 from harness.folder import RunError
 from tests.helpers import NamedRunTest, assert_left_the_same, load, metrics, printed_lines, results
-from train_pl import TITLES, VAE, train_vae
+from train_pl import VAE, complete_flags, experiment, make_parser, train_vae
+
+HPARAMS, RESULTS, IN_USE = "hparams.yaml", "results.json", "is in use by another process"
+NO_RUN, OTHER_PROGRAM = "holds no run: choose another --run_name", "holds a run of another program: choose another"
 
 
-class TestFolder(NamedRunTest):
-    """Which folder a run has, and when it is refused."""
-
+class FolderTest(NamedRunTest):
     def open_folder(self, name="run", **flags):
         """The context of a run's folder."""
-        flags = {**train_pl.make_parser().defaults, **vars(self.namespace(**flags))}
-        return folder.open_folder(str(self.folder), name, flags, train_pl.make_parser().defaults, TITLES)
+        args = complete_flags(self.namespace(**flags))
+        return folder.open_folder(str(self.folder), name, vars(args), make_parser().defaults, experiment(args))
 
-    def test_runs_are_numbered(self):
-        folders = []
-        for version in [None, None, 0]:  # the last one has lost a race for the number
-            lost = mock.patch.object(folder.TensorBoardLogger, "_get_next_version", lambda self: 0)
-            with lost if version == 0 else contextlib.nullcontext(), self.open_folder(name=None) as place:
-                folders.append(os.path.relpath(place.folder, self.folder))
-        self.assertEqual(folders, [f"lightning_logs/version_{number}" for number in range(3)])
+    def assert_refused(self, message, error=RunError, **flags):
+        """Training ends with a message, and changes nothing in the run's folder. Returns the message."""
+        before = self.contents()
+        with self.assertRaisesRegex(error, message) as caught:
+            self.train(**flags)
+        self.assertEqual(self.contents(), before)
+        return str(caught.exception)
 
-    def test_run_names(self):
-        logs = self.folder / "logs"
-        for name in ["", ".", "..", os.path.abspath("run"), "../run", "a/../.."]:
-            with self.assertRaisesRegex(ValueError, "--run_name"):
-                self.train(run_name=name, log_dir=str(logs))
-        self.assertEqual(os.listdir(self.folder), [])
-        self.train(run_name="sweep/a", log_dir=str(logs), epochs=1)
-        self.assertTrue((logs / "sweep" / "a" / "results.json").exists())
-        here = os.getcwd()
-        self.addCleanup(os.chdir, here)
-        os.chdir(self.folder)
-        for name in ["logs/sweep/a", "./logs/sweep/a/"]:  # as a shell completes them
-            with self.assertRaisesRegex(ValueError, "not found from the log directory: give sweep/a$"):
-                self.train(run_name=name, log_dir="logs", epochs=1)
-        self.assertEqual([os.listdir(folder) for folder in [".", "logs"]], [["logs"], ["sweep"]])
-        os.chdir(logs)
-        for log_dir in [".", "../logs"]:
-            _, output = self.train(run_name="sweep/a", log_dir=log_dir, epochs=1)
-            self.assertIn("is finished", output)
 
-    def test_one_process_at_a_time(self):
-        with (
-            mock.patch.object(folder, "LOCK_TIMEOUT", 0.1),
-            self.open_folder(epochs=1),
-            self.assertRaisesRegex(RunError, "in use by another process"),
-        ):
-            self.train(epochs=1)
+class TestNewFolders(FolderTest):
+    def test_runs_without_a_name_are_numbered_even_if_another_process_takes_a_number_first(self):
+        stale = mock.patch.object(folder, "TensorBoardLogger", lambda log_dir: argparse.Namespace(version=0))
+        for number, version in enumerate([contextlib.nullcontext(), contextlib.nullcontext(), stale]):
+            with version, self.open_folder(name=None) as (state, checkpoint):
+                self.assertEqual(state.folder, str(self.folder / "lightning_logs" / f"version_{number}"))
+                self.assertEqual((state.checkpoint, state.epoch, checkpoint), (None, 0, None))
+
+    def test_a_folder_may_contain_what_a_shell_or_an_editor_puts_there_ahead_of_the_run(self):
+        (self.run_folder() / "empty").mkdir(parents=True)
+        for name in ["train.log", "slurm-7.out", "nohup.out", "log.txt", ".gitkeep", ".DS_Store"]:
+            (self.run_folder() / name).write_text("mine")
         self.train(epochs=1)
-        with self.assertRaisesRegex(RunError, "finished by another process just now"), self.open_folder(epochs=1):
-            pass
+        self.assertEqual((self.run_folder() / "train.log").read_text(), "mine")
+        self.assertTrue((self.run_folder() / "empty").is_dir())
 
-    def test_the_folder_is_the_runs_as_long_as_it_trains(self):
+    def test_a_process_that_was_killed_while_it_made_the_folder_does_not_block_the_run(self):
+        self.run_folder().mkdir(parents=True)
+        for name in [files.LOCK, f"{HPARAMS}{files.UNFINISHED}"]:
+            (self.run_folder() / name).touch()
+        self.train(epochs=1)
+        self.assertNotIn(f"{HPARAMS}{files.UNFINISHED}", os.listdir(self.run_folder()))
+
+    def test_a_folder_of_somebody_else_is_refused_and_not_touched(self):
+        """A folder of other files, or a run of the assignment's template."""
+        template = {HPARAMS: "model_name: MLP\nz_dim: 20\nlr: 0.001\n", "events.out.tfevents.1.host": "curves"}
+        for contents, message in [
+            *(({name: ""}, NO_RUN) for name in ["thesis.tex", "table.csv.tmp", "sub/data.csv", "epoch_0_samples.png"]),
+            (template, OTHER_PROGRAM),
+            ({**template, "checkpoints/epoch=3.ckpt": "weights"}, OTHER_PROGRAM),
+            ({HPARAMS: "{}\n", "sub/x.txt": ""}, OTHER_PROGRAM),
+            ({HPARAMS: "- 1\n"}, f"{HPARAMS} is damaged, and no checkpoint says what the run is"),
+        ]:
+            with self.subTest(list(contents)):
+                for name, text in contents.items():
+                    (self.run_folder() / name).parent.mkdir(parents=True, exist_ok=True)
+                    (self.run_folder() / name).write_text(text)
+                self.assert_refused(message)
+                shutil.rmtree(self.run_folder())
+
+
+class TestLock(FolderTest):
+    def setUp(self):
+        super().setUp()
+        self.enter(mock.patch.object(folder, "LOCK_TIMEOUT", 0.1))
+
+    def test_a_folder_is_one_runs_as_long_as_it_trains(self):
         refused = []
 
-        def on_train_epoch_start(model):
-            with self.assertRaisesRegex(RunError, "in use by another process"), self.open_folder(epochs=1):
-                pass
+        def open_it_too(model):
+            with self.assertRaisesRegex(UserError, IN_USE), self.open_folder(epochs=1):
+                self.fail("both have it")
             refused.append(model.current_epoch)
 
-        with (
-            mock.patch.object(folder, "LOCK_TIMEOUT", 0.1),
-            mock.patch.object(VAE, "on_train_epoch_start", on_train_epoch_start),
-        ):
+        with mock.patch.object(VAE, "on_train_epoch_start", open_it_too):
             self.train(epochs=1)
         self.assertEqual(refused, [0])
+        with self.assertRaisesRegex(RunError, "was finished by another process just now"), self.open_folder(epochs=1):
+            self.fail("it is finished")
 
-    def test_a_finished_run_is_left_alone(self):
+    def test_a_run_in_a_folder_in_use_is_refused(self):
+        with self.open_folder(epochs=1), self.assertRaisesRegex(UserError, IN_USE):
+            self.train(epochs=1)
+        self.train(epochs=1)
+
+    def test_a_run_trains_on_a_file_system_without_locks_and_is_refused_if_its_folder_cannot_be_written(self):
+        with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks")):
+            _, output = self.train(epochs=1)
+        self.assertEqual(output.count("is on a file system without locks"), 1)
+        self.assertTrue(results(self.run_folder()))
+        message = "^cannot write to .*run .Input/output error.; choose another --log_dir or --run_name$"
+        with mock.patch("fcntl.flock", side_effect=OSError(errno.EIO, "Input/output error")):
+            self.assert_refused(message, epochs=2)
+
+
+class TestFinishedRun(FolderTest):
+    def test_a_finished_run_is_left_alone_and_its_data_is_not_even_loaded(self):
         self.train(epochs=1)
         before, result = self.contents(), [{"test_bpd": results(self.run_folder())["test_bpd"]}]
         with mock.patch.object(train_pl, "load_data", mock.Mock(side_effect=AssertionError)), printed_lines() as lines:
@@ -90,210 +123,112 @@ class TestFolder(NamedRunTest):
         self.assertEqual((again, lines), (result, [line]))
         self.assertEqual(self.contents(), before)
 
-    def test_other_hyperparameters(self):
-        for epoch in [0, 1]:
-            self.stop_at(VAE, "on_train_epoch_start", epoch, epochs=2)
-            before = self.contents()
-            with self.assertRaises(RunError) as caught:
-                self.train(hidden_dims=[8, 4], seed=1, num_workers=1, epochs=2)
-            self.assertIn("(--hidden_dims was [16], is [8, 4]; --seed was 42, is 1)", str(caught.exception))
-            self.assertEqual(self.contents(), before)
-        hparams = self.run_folder() / "hparams.yaml"
-        hparams.write_text(hparams.read_text().replace("binarization: threshold\n", ""))  # as of an older version
-        with self.assertRaisesRegex(RunError, "binarization was threshold, is stochastic"):
-            self.train(binarization="stochastic", epochs=2)
-        self.assertIn("continued", self.train(hidden_dims=(16,), epochs=2)[1])
-
-    def test_folders_of_others(self):
-        """A text of somebody's, or a run of the assignment's template: nothing is touched."""
-        template = {"hparams.yaml": "model_name: MLP\nz_dim: 20\nlr: 0.001\n", "events.out.tfevents.1.host": "curves"}
-        for contents, message in [
-            ({"thesis.tex": ""}, "holds no run: choose another --run_name"),
-            ({"table.csv.tmp": ""}, "holds no run: choose another --run_name"),
-            ({"sub/data.csv": ""}, "holds no run: choose another --run_name"),
-            ({"epoch_0_samples.png": ""}, "holds no run: choose another --run_name"),
-            (template, "holds a run of another program: choose another --run_name"),
-            ({**template, "checkpoints/epoch=3.ckpt": "weights"}, "holds a run of another program"),
-            ({"hparams.yaml": "- 1\n"}, "hparams.yaml is damaged, and no checkpoint says what the run is"),
-            ({"hparams.yaml": "{}\n", "sub/x.txt": ""}, "holds a run of another program"),
-        ]:
-            for name, text in contents.items():
-                (self.run_folder() / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.run_folder() / name).write_text(text)
-            before = self.contents()
-            with self.assertRaisesRegex(RunError, message):
-                self.train()
-            self.assertEqual(self.contents(), before)
-            shutil.rmtree(self.run_folder())
-
-    def test_folders_that_can_be_used(self):
-        """They hold what a shell or an editor puts there ahead of the run."""
-        (self.run_folder() / "empty" / "nothing").mkdir(parents=True)
-        (self.run_folder() / "empty" / "nothing").rmdir()
-        for name in ["train.log", "slurm-7.out", "nohup.out", "log.txt", ".gitkeep", ".DS_Store"]:
-            (self.run_folder() / name).write_text("mine")
+    def test_damaged_results_are_made_again_from_the_checkpoints(self):
         self.train(epochs=1)
-        self.assertEqual((self.run_folder() / "train.log").read_text(), "mine")
-        self.assertTrue((self.run_folder() / "empty").is_dir())
-
-    def test_damaged_results(self):
-        """They are made anew from the checkpoints."""
-        self.train(epochs=1)
-        path = self.run_folder() / "results.json"
-        good, lines = results(self.run_folder()), []
+        path, good, lines = self.run_folder() / RESULTS, results(self.run_folder()), []
         line = f"{path} is damaged; it is made anew from the run's checkpoints"
-        flags = {**train_pl.make_parser().defaults, **vars(self.namespace(epochs=1))}
+        args = complete_flags(self.namespace(epochs=1))
         others = (json.dumps({**good, "test_bpd": bpd}) for bpd in [None, "0.3", float("nan")])
         for bad in [path.read_text()[:40], "[]", "{}", "[" * 100_000, *others, ""]:
-            path.write_text(bad)
-            self.assertIsNone(folder.finished_results(self.run_folder(), flags, {}, lines.append))
-            self.assertEqual(lines.pop(), line, bad)
+            with self.subTest(bad[-40:]):
+                path.write_text(bad)
+                found = folder.finished_results(self.run_folder(), vars(args), {}, experiment(args), lines.append)
+                self.assertEqual((found, lines.pop()), (None, line))
         _, output = self.train(epochs=1)
         self.assertEqual(output.count(line), 1)
         self.assertEqual(results(self.run_folder())["test_bpd"], good["test_bpd"])
         self.assertEqual(len(metrics(self.run_folder())), 2)
 
-    def test_damaged_flags(self):
+    def test_what_decides_about_a_run_is_synced_to_the_disk(self):
+        synced, fsync = [], os.fsync
+
+        def remember_and_sync(number):
+            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")).removesuffix(files.UNFINISHED))
+            fsync(number)
+
+        with mock.patch.object(os, "fsync", remember_and_sync):
+            self.train(epochs=1)
+        self.assertEqual(synced, [HPARAMS, BEST, LAST, RESULTS])
+
+
+class TestOtherFlags(FolderTest):
+    def test_a_run_with_other_hyperparameters_is_refused_with_their_values(self):
+        for epoch in [0, 1]:
+            self.stop_at(VAE, "on_train_epoch_start", epoch, epochs=2)
+            message = self.assert_refused("other", hidden_dims=[8, 4], seed=1, num_workers=1, epochs=2)
+            self.assertIn("(--hidden_dims was [16], is [8, 4]; --seed was 42, is 1)", message)
+        hparams = self.run_folder() / HPARAMS
+        hparams.write_text(hparams.read_text().replace("binarization: threshold\n", ""))  # as of an older version
+        self.assert_refused("binarization was threshold, is stochastic", binarization="stochastic", epochs=2)
+        self.assertIn("continued", self.train(hidden_dims=(16,), epochs=2)[1])
+
+    def test_damaged_flags_are_read_from_the_checkpoints(self):
         self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
-        path = self.run_folder() / "hparams.yaml"
+        path = self.run_folder() / HPARAMS
         good = path.read_text()
         for bad in [b"", good.encode()[:20] + b"\xff", b"model: [", b"3", good.encode()[:50]]:
-            path.write_bytes(bad)
-            with self.assertRaisesRegex(RunError, "--hidden_dims was"):
-                self.train(epochs=2, hidden_dims=[7])
-            self.assertEqual(path.read_bytes(), bad)
+            with self.subTest(bad):
+                path.write_bytes(bad)
+                self.assert_refused("--hidden_dims was", epochs=2, hidden_dims=[7])
         path.unlink()
         _, output = self.train(epochs=2)
         self.assertIn(f"{path} is damaged or gone; it is made anew from the run's checkpoints\n", output)
         self.assertIn("continued after epoch 1", output)
         self.assertEqual(path.read_text(), good)
 
-    def test_damaged_flags_without_a_checkpoint(self):
+    def test_damaged_flags_without_a_checkpoint_are_an_error_that_says_what_to_delete(self):
         self.stop_at(VAE, "on_train_epoch_start", 0)
-        path = self.run_folder() / "hparams.yaml"
+        path = self.run_folder() / HPARAMS
         path.write_text("")
-        with self.assertRaisesRegex(RunError, f"{path} is damaged, and no checkpoint .*: delete {self.run_folder()}"):
-            self.train()
+        self.assert_refused(f"{path} is damaged, and no checkpoint .*: delete {self.run_folder()} to start over")
 
-    def test_what_decides_about_a_run_is_synced(self):
-        synced = []
-        fsync = os.fsync
-
-        def remember(number):
-            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
-            fsync(number)
-
-        with mock.patch.object(os, "fsync", remember):
-            self.train(epochs=1)
-        names = ["hparams.yaml.unfinished", "best.ckpt.unfinished", "last.ckpt.unfinished", "results.json.unfinished"]
-        self.assertEqual(synced, names)
-
-    def test_killed_while_its_folder_was_made(self):
-        """The folder and its lock may be there already, and flags that are not written whole."""
-        self.run_folder().mkdir(parents=True)
-        for name in [".lock", "hparams.yaml.unfinished"]:
-            (self.run_folder() / name).touch()
-        self.train(epochs=1)
-        self.assertNotIn("hparams.yaml.unfinished", os.listdir(self.run_folder()))
-
-    def test_checkpoints_of_others(self):
-        self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2)
-        for name in ["best", "last"]:
-            checkpoint = load(self.run_folder(), name)
+    def test_checkpoints_that_no_run_can_resume_from_are_an_error_that_says_what_to_do(self):
+        self.stop_at(VAE, "on_train_epoch_start", 2, epochs=3)
+        paths = {name: self.run_folder() / "checkpoints" / name for name in [BEST, LAST, PREVIOUS]}
+        for name, path in paths.items():
+            checkpoint = load(self.run_folder(), name.removesuffix(".ckpt"))
             del checkpoint["run"]
-            torch.save(checkpoint, self.run_folder() / "checkpoints" / f"{name}.ckpt")
-        with self.assertRaisesRegex(CheckpointError, "is no checkpoint to continue a run from: .* another --run_name"):
-            self.train(epochs=2)
-
-    def test_all_checkpoints_damaged(self):
-        self.stop_at(VAE, "on_train_epoch_start", 2)
-        for path in (self.run_folder() / "checkpoints").iterdir():
+            torch.save(checkpoint, path)
+        of_others = "is no checkpoint to continue a run from: it lacks run .* another --run_name"
+        self.assert_refused(of_others, CheckpointError, epochs=3)
+        for path in paths.values():
             path.write_bytes(b"nonsense")
-        before = self.contents()
-        with self.assertRaisesRegex(CheckpointError, "last.ckpt is no .*previous.*delete.*--run_name"):
-            self.train()
-        self.assertEqual(self.contents(), before)
+        self.assert_refused(f"{LAST} is no .*{PREVIOUS} is no .*delete .*--run_name", CheckpointError, epochs=3)
 
 
-class TestMoreEpochs(NamedRunTest):
-    def test_a_finished_run_goes_on(self):
-        """It equals one that was asked for more epochs from the start."""
+class TestMoreEpochs(FolderTest):
+    def test_a_finished_run_that_is_given_more_epochs_equals_one_that_had_them_from_the_start(self):
         self.train(epochs=6, run_name="long")
         self.train(epochs=3)
+        first_result = results(self.run_folder())["test_bpd"]
         self.stop_at(VAE, "on_train_epoch_start", 4, epochs=6)
         self.assertEqual({path.name for path in self.run_folder().glob("results*")}, {"results_3.json"})
-        with self.assertRaisesRegex(RunError, "has trained 4 epochs"):
-            self.train(epochs=3)
+        self.assert_refused("has trained 4 epochs, more than --epochs 3: give --epochs 4 or more", epochs=3)
         _, output = self.train(epochs=6)
         self.assertIn("continued after epoch 4\nepoch   5/6", output)
+        with contextlib.closing(SummaryWriter(str(self.folder / "long"))) as writer:
+            writer.add_scalar("test_bpd", first_result, 3)  # TensorBoard goes on showing that of the first 3 epochs
         assert_left_the_same(self, self.run_folder(), self.folder / "long")
 
-    def test_an_unfinished_run_gets_other_epochs(self):
+    def test_an_unfinished_run_can_be_given_fewer_epochs_than_it_was_asked_for(self):
         self.stop_at(VAE, "on_train_epoch_start", 2)
         self.train(epochs=3)
         self.train(epochs=3, run_name="short")
         assert_left_the_same(self, self.run_folder(), self.folder / "short")
 
-    def test_results_whose_checkpoints_are_gone(self):
-        """Deleted to save space: another number of epochs does not replace what is left."""
+    def test_fewer_epochs_than_were_trained_or_other_flags_are_refused(self):
+        self.train(epochs=3)
+        self.assert_refused("has trained 3 epochs, more than --epochs 2: give --epochs 3 or more", epochs=2)
+        self.assert_refused("--lr_schedule was constant, is cosine", epochs=4, lr_schedule="cosine")
+
+    def test_a_run_whose_learning_rate_has_fallen_to_its_end_cannot_be_given_more_epochs(self):
+        self.train(epochs=1, lr_schedule="cosine")
+        message = "with --epochs 1, over which its learning rate falls: .* --epochs 2"
+        self.assert_refused(message, epochs=2, lr_schedule="cosine")
+
+    def test_results_whose_checkpoints_are_gone_are_not_replaced(self):
+        """As if somebody had deleted the checkpoints to save space."""
         self.train(epochs=2)
         shutil.rmtree(self.run_folder() / "checkpoints")
-        before = self.contents()
         for epochs in [1, 3]:
-            with self.assertRaisesRegex(RunError, "holds the results of 2 epochs, but no checkpoint of them"):
-                self.train(epochs=epochs)
-            self.assertEqual(self.contents(), before)
-
-    def test_refused(self):
-        self.train(epochs=3)
-        before = self.contents()
-        with self.assertRaisesRegex(RunError, "has trained 3 epochs, more than --epochs 2: give --epochs 3 or more"):
-            self.train(epochs=2)
-        with self.assertRaisesRegex(RunError, "--lr_schedule was constant, is cosine"):
-            self.train(epochs=4, lr_schedule="cosine")
-        self.assertEqual(self.contents(), before)
-        self.train(epochs=1, lr_schedule="cosine", run_name="cosine")
-        with self.assertRaisesRegex(RunError, "with --epochs 1, over which its learning rate falls: .* --epochs 2"):
-            self.train(epochs=2, lr_schedule="cosine", run_name="cosine")
-
-
-class TestDisksWithoutLocks(NamedRunTest):
-    def test_a_file_keeps_the_folder_instead(self):
-        """As on NFS without its lock service (37), Lustre without flock (38, 524), and others (95)."""
-        for number in [37, 38, 95, 524]:
-            place = self.folder / str(number)
-            place.mkdir()
-            with (
-                mock.patch("fcntl.flock", side_effect=OSError(number, "No locks")),
-                contextlib.redirect_stderr(io.StringIO()) as output,
-            ):
-                with files.folder_lock(place, 1):
-                    soft = place / ".lock.soft"
-                    self.assertIn(str(os.getpid()), soft.read_text())
-                    with (
-                        self.assertRaisesRegex(UserError, f"in use by another process: .* delete {soft} if"),
-                        files.folder_lock(place, 0.01),
-                    ):
-                        pass
-                self.assertFalse(soft.exists())
-                with files.folder_lock(place, 1):
-                    pass
-            line = f"{place} is on a file system without locks: {soft} keeps it to this process instead"
-            self.assertEqual(output.getvalue().splitlines(), [line] * 3)
-
-    def test_a_run_trains(self):
-        with mock.patch("fcntl.flock", side_effect=OSError(37, "No locks")):
-            _, output = self.train(epochs=1)
-        self.assertEqual(output.count("is on a file system without locks"), 1)
-        self.assertTrue(results(self.run_folder()))
-
-    def test_other_errors_are_none_of_locks(self):
-        with (
-            mock.patch("fcntl.flock", side_effect=OSError(5, "Input/output error")),
-            self.assertRaisesRegex(RunError, "cannot write to .*run .Input/output error.; choose another --log_dir"),
-        ):
-            self.train()
-
-
-if __name__ == "__main__":
-    unittest.main()
+            self.assert_refused("holds the results of 2 epochs, but no checkpoint of them", epochs=epochs)

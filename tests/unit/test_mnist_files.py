@@ -16,7 +16,7 @@ from harness.errors import DataError
 from sources import mnist_files
 from sources.mnist_files import KINDS, load_mnist
 from tests.helpers import SeededTest
-from tests.helpers_fake_data import known_files, known_resources, mirror, small_mnist
+from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = mnist_files.FILES
 

@@ -11,7 +11,7 @@ import torch
 from harness.errors import DataError
 from sources.npz_file import checksum, load_file, opened
 from tests.helpers import SeededTest
-from tests.helpers_fake_data import own_images, write_npz
+from tests.helpers.fake_data import own_images, write_npz
 
 
 class TestLoadFile(SeededTest):

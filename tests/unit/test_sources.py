@@ -21,7 +21,7 @@ from harness.folder import RunError
 from sources import find_file, load_images
 from sources.rendered_digits import rendered_digits
 from tests.helpers import NamedRunTest, SeededTest, load, metrics, results
-from tests.helpers_fake_data import own_images, write_npz
+from tests.helpers.fake_data import own_images, write_npz
 
 
 class TestSources(SeededTest):
