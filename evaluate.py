@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from bmnist import BinaryImages, load_data
 from harness.checkpoints import RUN, CheckpointError, build_model, read_checkpoint
-from harness.data_places import find_data_dir, places_of_file, run_folder
 from harness.devices import pick_device, use_fast_layout
 from harness.errors import FlagError, UserError, best_effort, exit_on_error, is_out_of_memory, is_screen, print_line
 from harness.files import write_text
 from harness.flags import Flag, Parser, plain_value
 from harness.settings import process_settings
 from pictures.explorer import write_explorer
-from sources import KINDS, find_file
+from sources import DATASET_CHECKSUM, KINDS, find_file
+from sources.places import find_data_dir, places_of_file, run_folder
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags
 from utils import active_units, elbo_to_bpd, log_likelihood, quadrature_log_likelihood
@@ -38,13 +38,10 @@ BATCH_SIZE = 100  # test images
 CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # decoded samples, as many as fit into the caches of a CPU; a GPU needs more
 QUADRATURE_SIZE = 2048  # decoded points of the quadrature
 RESULTS, EXPLORER = "evaluation.json", "explorer.html"
-CHECKSUM = "dataset_sha256"  # the flag that identifies the user's own file
 DATASET = TRAINING_FLAGS["data"]["dataset"]
 FLAGS = {
     "evaluation": {
-        "dataset": Flag(
-            None, "Data; by default that of the training", parse=lambda value: value and DATASET.parse(value)
-        ),
+        "dataset": Flag(None, "Data; by default that of the training", parse=DATASET.parse),
         "data_dir": Flag(None, "Directory of MNIST, downloaded if missing; by default that of the training"),
         "iw_samples": Flag(1000, "Samples per image of the importance-weighted log p(x)", minimum=1),
         "out": Flag(None, "Folder for the results; by default `evaluation` in the run's folder"),
@@ -86,7 +83,7 @@ def evaluate_checkpoint(path, args):
     try:
         test_set = load_data(flags, download=args.data_dir is not None)[2].dataset
     except UserError as error:
-        if args.data_dir is not None or CHECKSUM in vars(flags):
+        if args.data_dir is not None or DATASET_CHECKSUM in vars(flags):
             raise
         raise UserError(f"{error} (--data_dir says where MNIST is now)") from error
     img_size, trained_size = list(test_set.images.shape[1:]), list(model.hparams.get("img_size", [28, 28]))
@@ -152,15 +149,15 @@ def flags_of_training(checkpoint, path, run, args):
         flags = {name: value for name, value in saved.items() if name in known}
         if args.dataset:
             flags["dataset"] = args.dataset
-        elif CHECKSUM in saved:
+        elif DATASET_CHECKSUM in saved:
             places = places_of_file(run, kept, flags["dataset"])
-            flags["dataset"] = find_file(places, saved[CHECKSUM]) or places[-1]
+            flags["dataset"] = find_file(places, saved[DATASET_CHECKSUM]) or places[-1]
             if not os.path.exists(flags["dataset"]):
                 raise UserError(f"{places[-1]}, what it was trained on, is gone: give --dataset with where it is now")
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} contains invalid flags ({error})") from error
-    if not args.dataset and vars(flags).get(CHECKSUM) != saved.get(CHECKSUM):
+    if not args.dataset and vars(flags).get(DATASET_CHECKSUM) != saved.get(DATASET_CHECKSUM):
         raise UserError(f"{flags.dataset} has changed since the training: give --dataset to evaluate on it anyway")
     content = KINDS[flags.dataset].__name__ if flags.dataset in KINDS else ""
     flags.data_dir = args.data_dir or find_data_dir(run, kept, flags.data_dir, content)

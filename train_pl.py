@@ -16,13 +16,13 @@ import utils
 from bmnist import load_data
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from harness.checkpoints import load_model
-from harness.data_places import places_of_data
 from harness.errors import FlagError, best_effort, exit_on_error
 from harness.flags import Flag, Parser, check_run_flags, run_flags
 from harness.run import Experiment, Run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from pictures.tensorboard import log_picture
 from sources import DATA_FLAGS, complete_dataset, describe
+from sources.places import places_of_data
 
 # TensorBoard shows training and validation in one chart, of this title, for these names of VAE.quantities.
 TITLES = {

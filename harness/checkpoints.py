@@ -162,8 +162,8 @@ def load_model(
 
 def build_model(model_class, checkpoint, path, strict=None, **hyperparameters):
     """
-    Builds the module of a checkpoint that has been read, see load_model. Raises a CheckpointError if hyperparameters are
-    missing or invalid, or if the weights do not fit the module.
+    Builds the module of a checkpoint that has been read. Raises a CheckpointError if hyperparameters are missing or
+    invalid, or if the weights do not fit the module.
     Inputs:
         model_class, checkpoint - Class of the module, and what read_checkpoint returned.
         path - Path of the file, for messages.
@@ -186,9 +186,7 @@ def build_model(model_class, checkpoint, path, strict=None, **hyperparameters):
         model.on_load_checkpoint(checkpoint)
         keys = model.load_state_dict(state_dict, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        raise CheckpointError(
-            f"{path} does not fit {model_class.__name__} of {model_class.__module__}.py ({short_reason(error)})"
-        ) from error
+        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({short_reason(error)})") from error
     for kind, names in zip(["lacks", "has too many"], keys):
         if names:
             rank_zero_warn(f"of the module's weights, {path} {kind}: {', '.join(names)}")

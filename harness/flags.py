@@ -109,10 +109,10 @@ def validate(value, flag: Flag):
     text says what the flag must be.
     """
     kind, is_number = type(flag.default), isinstance(value, (int, float)) and not isinstance(value, bool)
-    if flag.parse:
-        return flag.parse(value)
     if value is None and flag.default is None:
         return None
+    if flag.parse:
+        return flag.parse(value)
     if kind is bool:
         if value in (False, True):  # 0 and 1, too
             return bool(value)

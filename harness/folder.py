@@ -9,7 +9,7 @@ import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from harness import checkpoints, report
-from harness.errors import UserError, warn
+from harness.errors import UserError, is_disk_full, warn
 from harness.files import UNFINISHED, folder_lock, read_results, write_text
 from harness.flags import CHECKSUM, RUNTIME_FLAGS
 
@@ -32,6 +32,18 @@ class RunState(NamedTuple):
     device: str | None  # what trained them, as in results.json
 
 
+@contextlib.contextmanager
+def folder_errors(folder):
+    """A context in which an OSError, in the folder of a run, becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        problem = f"cannot write to {folder} ({error.strerror})"
+        raise RunError(f"{problem}; choose another --log_dir or --run_name") from error
+
+
 def finished_results(folder, flags, defaults, experiment, tell=None):
     """
     What the results.json of a finished run contains; None if the run is unfinished or new. Changes nothing. Raises a
@@ -41,7 +53,8 @@ def finished_results(folder, flags, defaults, experiment, tell=None):
         flags, defaults, experiment - See Run.
         tell - Function of a line, which is called for what is damaged; None: nothing is said of it.
     """
-    existing = flags_of_run(folder, tell)
+    with folder_errors(folder):
+        existing = flags_of_run(folder, tell)
     if existing is None:
         return None
     existing = {**defaults, **existing}
@@ -129,31 +142,26 @@ def open_folder(log_dir, name, flags, defaults, experiment):
         state, checkpoint - A RunState, and the checkpoint to resume from or None.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with folder_errors(os.path.join(log_dir, name or "lightning_logs")):
             folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
             os.makedirs(folder, exist_ok=True)
             stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {os.path.join(log_dir, name or 'lightning_logs')} ({error.strerror}); choose another "
-                "--log_dir or --run_name"
-            ) from error
-        if finished_results(folder, flags, defaults, experiment, tell=warn):
-            raise RunError(f"{folder} was finished by another process just now")
-        path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
-        kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
-        history = kept["history"]
-        epoch = max(len(history) - 1, 0)
-        if epoch > flags["epochs"]:
-            raise RunError(
-                f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
-                f"--epochs {epoch} or more, or choose another --run_name"
-            )
-        set_aside_results(folder, epoch, experiment.metric)
-        for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
-            unfinished.unlink()  # left by a process that was killed
-        write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
-        report.write_metrics(folder, history, experiment.quantities)
+            if finished_results(folder, flags, defaults, experiment, tell=warn):
+                raise RunError(f"{folder} was finished by another process just now")
+            path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
+            kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
+            history = kept["history"]
+            epoch = max(len(history) - 1, 0)
+            if epoch > flags["epochs"]:
+                raise RunError(
+                    f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
+                    f"--epochs {epoch} or more, or choose another --run_name"
+                )
+            set_aside_results(folder, epoch, experiment.metric)
+            for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
+                unfinished.unlink()  # left by a process that was killed
+            write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
+            report.write_metrics(folder, history, experiment.quantities)
         yield RunState(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device")), checkpoint
 
 

@@ -109,7 +109,6 @@ def samples_over_training(path: str | Path, run=None):
     Inputs:
         path - The PNG file to write, in the folder of the files epoch_N_samples.png.
         run - The harness.Run that gives the path.
-        run - The harness.Run, which is not needed.
     """
     folder = Path(path).parent
     matches = [re.fullmatch(r"epoch_(\d+)_samples.png", file.name) for file in folder.iterdir()]

@@ -14,6 +14,7 @@ from sources.rendered_digits import rendered_mnist
 
 TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all of MNIST's images but those of the validation set
 NUM_VAL = 5_000
+DATASET_CHECKSUM = "dataset_sha256"  # a flag that no one gives: the checksum of your own file identifies it
 BINARIZATIONS = ["threshold", "stochastic"]
 # Functions of (args, download) that return train_images, train_labels, test_images and test_labels, see load_mnist.
 SOURCES = {
@@ -48,14 +49,14 @@ DATA_FLAGS = {
 
 def complete_dataset(args: argparse.Namespace):
     """
-    Completes the flags by what identifies your own file: its absolute path, and the SHA-256 checksum of its content as
-    dataset_sha256. Raises a DataError if it cannot be read.
+    Completes the flags by what identifies your own file: its absolute path, and the SHA-256 checksum of its content.
+    Raises a DataError if it cannot be read.
     """
-    vars(args).pop("dataset_sha256", None)  # of another run's flags
+    vars(args).pop(DATASET_CHECKSUM, None)  # of another run's flags
     if is_file(args.dataset):
         args.dataset = os.path.abspath(os.path.expanduser(args.dataset))
         with opened(args.dataset) as file:
-            args.dataset_sha256 = checksum(file)
+            setattr(args, DATASET_CHECKSUM, checksum(file))
 
 
 def find_file(paths, sha256: str):
@@ -78,7 +79,7 @@ def load_images(args: argparse.Namespace, download: bool = True) -> tuple[Tensor
             they are from your own file.
     """
     if is_file(args.dataset):
-        return load_file(args.dataset, vars(args).get("dataset_sha256"))
+        return load_file(args.dataset, vars(args).get(DATASET_CHECKSUM))
     return SOURCES[args.dataset](args, download)
 
 

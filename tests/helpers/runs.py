@@ -46,6 +46,8 @@ def few_digits(folder, sizes=(300, 50, 50)):
         "rendered_mnist = sources.rendered_mnist\n"
         f"sources.rendered_mnist = lambda num_train: rendered_mnist(num_train, {num_test})\n"
         f"sources.TRAIN_SIZES, sources.NUM_VAL = [{num_train}], {num_val}\n"
+        "flags = sources.DATA_FLAGS['data']\n"
+        f"flags['train_size'] = sources.Flag({num_train}, 'few', [{num_train}])\n"
     )
     return {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
 

@@ -37,7 +37,7 @@ class TestChangeIt(CommandTest):
             source = apply(block, source)
         for line in re.findall(r"`(from \S+ import \S+)`", section):
             source = source.replace("\nimport torch\n", f"\nimport torch\n{line}\n")
-        for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "harness"]:
+        for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / name for name in ["harness", "pictures", "sources"])]:
             if path.name != "train_pl.py":
                 (self.folder / path.name).symlink_to(path)
         (self.folder / "train_pl.py").write_text(source)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import bmnist
 import evaluate  # noqa: F401 (ahead of the patches)
+import sources
 import train_pl
 from sources import load_file
 from sources.rendered_digits import rendered_mnist
@@ -58,9 +59,12 @@ class TestDocs(SeededTest):
         """Makes a folder with one short run. All data are a few digits."""
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        for module in [bmnist, data_sources]:
-            stand_ins = dict(load_mnist=load_few_digits, data_loaders=loaders_of_few_digits)
-            self.enter(mock.patch.multiple(module, **stand_ins))
+        for module, name, stand_in in [
+            (bmnist, "load_mnist", load_few_digits),
+            (sources, "load_mnist", load_few_digits),
+            (bmnist, "data_loaders", loaders_of_few_digits),
+        ]:
+            self.enter(mock.patch.object(module, name, stand_in))
         self.enter(contextlib.redirect_stdout(io.StringIO()))
         train_pl.train_vae(Namespace(z_dim=Z_DIM, hidden_dims=[16], epochs=1, accelerator="cpu"))
         self.runs = self.folder / "VAE_logs" / "lightning_logs"

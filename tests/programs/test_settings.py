@@ -40,8 +40,6 @@ class TestSettings(CommandTest):
         for number, variables in enumerate(settings):
             folder = self.folder / str(number)
             folder.mkdir()
-            if number == 0:
-                (folder / "matplotlibrc").write_bytes(damaged.read_bytes())
             environment = {name: value for name, value in os.environ.items() if name not in figures.SETTINGS}
             environment |= {"PYTHONPATH": str(REPOSITORY), **{name: str(value) for name, value in variables.items()}}
             command = [sys.executable, "-c", PROGRAM]

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-import bmnist
+from sources.mnist_files import FILES
 from tests.helpers import NO_NETWORK, REPOSITORY, CommandTest, few_digits, hold, load, metrics, use_few_digits
 from train_pl import VAE
 
@@ -186,5 +186,5 @@ class TestTraining(CommandTest):
 
     def test_without_data_the_command_names_the_missing_files_and_the_stand_in(self):
         result = self.run_forked("train_pl.py", "--data_dir", "data", "--log_dir", "logs", **NO_NETWORK)
-        self.assert_one_line(result, 1, Path("data/MNIST/raw"), *bmnist.FILES, "refused", "--dataset rendered")
+        self.assert_one_line(result, 1, Path("data/MNIST/raw"), *FILES, "refused", "--dataset rendered")
         self.assertFalse((self.folder / "logs").exists())

@@ -91,7 +91,8 @@ class TestDocs(unittest.TestCase):
     def test_every_path_in_backticks_that_begins_with_a_folder_of_the_repository_exists(self):
         count = 0
         for page in PAGES:
-            for path in re.findall(r"`((?:harness|sources|pictures|tests|docs|benchmarks|slurm|\.ci)/[\w./]*)`", page.read_text()):
+            folders = r"harness|sources|pictures|tests|docs|benchmarks|slurm|\.ci"
+            for path in re.findall(rf"`((?:{folders})/[\w./]*)`", page.read_text()):
                 self.assertTrue((REPOSITORY / path).exists(), f"{page.name}: {path}")
                 count += 1
         self.assertGreater(count, 10)

@@ -14,9 +14,9 @@ import torch.distributions as D
 
 import evaluate
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
-from harness.data_places import places_of_data
 from harness.errors import DataError, FlagError, UserError
 from pictures import explorer, latent_space
+from sources.places import places_of_data
 from tests.helpers import SeededTest, printed_lines, small_loaders
 from train_pl import VAE, complete_flags, make_vae
 from utils import log_likelihood, quadrature_log_likelihood

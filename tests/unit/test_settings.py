@@ -13,11 +13,10 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-import train_pl
 from harness import slurm
 from harness.errors import UserError
 from harness.settings import QUIET_LOGGERS, process_settings
-from tests.helpers import NamedRunTest, SeededTest
+from tests.helpers import NamedRunTest
 from train_pl import VAE
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # those that our code or Lightning handles
@@ -26,7 +25,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # those that our code
 def settings():
     """Settings of this process, by what they are of."""
     return {
-        "numbers below 1e-38": (torch.tensor(1e-40) * 1).item(),
+        "tiny numbers": (torch.tensor(1e-40) * 1).item(),
         "threads": torch.get_num_threads(),
         "cuDNN": torch.backends.cudnn.deterministic,
         "warnings": list(warnings.filters),
@@ -41,7 +40,7 @@ def change_settings(flag):
     """Changes all of these settings but the number of threads, as any program may."""
     torch.set_flush_denormal(flag)
     torch.backends.cudnn.deterministic = flag
-    warnings.simplefilter("error")
+    warnings.simplefilter("always")
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = print
@@ -51,30 +50,24 @@ def change_settings(flag):
         signal.signal(number, signal.SIG_IGN)
 
 
-class SettingsTest(SeededTest):
-    """A test in a process whose user has other settings than Python's and torch's own."""
+class TestSettings(NamedRunTest):
+    """Settings of a process whose user has others than Python's and torch's own."""
 
     def setUp(self):
         super().setUp()
         self.enter(warnings.catch_warnings())
         warnings.filterwarnings("error", message="of the user")
         self.enter(mock.patch.dict(os.environ, OF_THE_USER="1", CHANGED="old"))
-        self.enter(mock.patch.object(threading, "excepthook", self.remember_error))
+        self.errors = []
+        self.enter(mock.patch.object(threading, "excepthook", lambda args: self.errors.append(args.exc_type)))
         self.addCleanup(setattr, torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
         self.addCleanup(torch.set_flush_denormal, False)
-        self.errors = []
         for name in QUIET_LOGGERS:
             self.addCleanup(logging.getLogger(name).setLevel, logging.getLogger(name).level)
             logging.getLogger(name).setLevel(logging.DEBUG)
         for number in SIGNALS:
             self.addCleanup(signal.signal, number, signal.signal(number, lambda *_: None))
 
-    def remember_error(self, args):
-        """The user's hook for errors of threads."""
-        self.errors.append(args.exc_type)
-
-
-class TestProcessSettings(SettingsTest):
     def test_everything_is_as_before_whatever_the_block_does_and_however_it_ends(self):
         for flag in [False, True]:
             torch.set_flush_denormal(flag)
@@ -93,7 +86,7 @@ class TestProcessSettings(SettingsTest):
     def test_within_the_block_a_seed_repeats_itself_and_libraries_are_quiet(self):
         warnings.simplefilter("error")
         with process_settings():
-            self.assertEqual((settings()["numbers below 1e-38"], settings()["cuDNN"]), (0, True))
+            self.assertEqual((settings()["tiny numbers"], settings()["cuDNN"]), (0, True))
             for name in QUIET_LOGGERS:
                 self.assertFalse(logging.getLogger(name).isEnabledFor(logging.INFO), name)
                 self.assertTrue(logging.getLogger(name).isEnabledFor(logging.ERROR), name)
@@ -105,11 +98,8 @@ class TestProcessSettings(SettingsTest):
         others = threading.enumerate()
         with process_settings(), contextlib.redirect_stderr(io.StringIO()) as output:
             threading.Thread(target=lambda: 1 / 0).start()
-            writer = SummaryWriter(str(self.folder))
-            with (
-                mock.patch.object(RecordWriter, "write", side_effect=OSError(5, "Input/output error")),
-                self.assertRaises(OSError),
-            ):
+            writer, broken = SummaryWriter(str(self.folder)), OSError(5, "Input/output error")
+            with mock.patch.object(RecordWriter, "write", side_effect=broken), self.assertRaises(OSError):
                 while True:
                     writer.add_scalar("val_bpd", 1.0)
                     writer.flush()
@@ -117,48 +107,33 @@ class TestProcessSettings(SettingsTest):
                 thread.join()
         self.assertEqual((self.errors, output.getvalue()), ([ZeroDivisionError], ""))
 
-    def test_another_thread_leaves_the_handlers_of_signals_alone(self):
-        before = settings()
-        thread = threading.Thread(target=process_settings().__enter__)
+    def test_a_thread_leaves_the_handlers_of_signals_alone(self):
+        def within():
+            with process_settings():
+                pass
+
+        before, thread = settings(), threading.Thread(target=within)
         thread.start()
         thread.join()
-        self.assertEqual(settings()["signals"], before["signals"])
-        self.assertEqual(self.errors, [])
+        self.assertEqual((settings()["signals"], self.errors), (before["signals"], []))
 
-
-class TestTraining(SettingsTest, NamedRunTest):
-    """The settings of a process that trains, as a notebook does."""
-
-    def check(self, hook=lambda model: None, **flags):
-        """Trains with a hook in the first epoch, and checks that all settings are as before. Returns the error."""
-        before, error = settings(), None
-        with mock.patch.object(VAE, "on_train_epoch_start", hook):
-            try:
-                self.train(epochs=1, **flags)
-            except (ZeroDivisionError, UserError, SystemExit) as caught:
-                error = type(caught)
-        self.assertEqual(settings(), before)
-        return error
-
-    def test_all_settings_are_as_before_once_a_run_is_finished_failed_or_refused(self):
-        def fail(model):
-            raise ZeroDivisionError
-
-        self.assertIs(self.check(fail), ZeroDivisionError)
-        self.assertIsNone(self.check())
-        self.assertIsNone(self.check())  # it is finished
-        self.assertTrue(issubclass(self.check(z_dim=4), UserError))
-
-    def test_a_batch_jobs_handlers_of_signals_end_with_its_run(self):
+    def test_a_run_leaves_everything_as_before_once_it_has_failed_is_finished_or_is_refused(self):
+        """In a batch job, too, whose handlers of signals are there as long as it trains."""
         self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))
-        self.enter(mock.patch.dict(os.environ, SLURM_JOB_ID="7", SLURM_NTASKS="1", SLURM_PROCID="0"))
-        handlers = []
+        for name, job in [("run", {}), ("run of a job", dict(SLURM_JOB_ID="7", SLURM_NTASKS="1", SLURM_PROCID="0"))]:
+            self.enter(mock.patch.dict(os.environ, job))
+            before, handlers, run = settings(), [], dict(epochs=1, run_name=name)
 
-        def remember_handlers(model):
-            handlers.extend(map(signal.getsignal, [signal.SIGTERM, signal.SIGUSR1]))
+            def fail(model, handlers=handlers):
+                handlers += map(signal.getsignal, SIGNALS[1:])
+                raise ZeroDivisionError
 
-        self.assertIsNone(self.check(remember_handlers))
-        self.assertEqual([handler.__module__ for handler in handlers], [slurm.__name__] * 2)
-        self.assertTrue(issubclass(self.check(z_dim=4), UserError))
-        with mock.patch.object(train_pl, "load_data", side_effect=UserError("no data")):
-            self.assertIs(self.check(run_name="other"), UserError)
+            with mock.patch.object(VAE, "on_train_epoch_end", fail):
+                self.assertRaises(ZeroDivisionError, self.train, **run)
+            self.assertEqual(settings(), before)
+            self.assertEqual([handler.__module__ == slurm.__name__ for handler in handlers], [bool(job)] * 2)
+            for _ in range(2):  # the second time it is finished
+                self.train(**run)
+                self.assertEqual(settings(), before)
+            self.assertRaises(UserError, self.train, z_dim=4, **run)
+            self.assertEqual(settings(), before)

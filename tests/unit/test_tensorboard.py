@@ -1,6 +1,5 @@
 """Tests of harness/tensorboard.py and pictures/tensorboard.py: `python -m unittest tests/unit/test_tensorboard.py`."""
 
-import contextlib
 import io
 import time
 from unittest import mock
@@ -21,33 +20,37 @@ class TestEpochLogger(SeededTest):
         with mock.patch("time.time", return_value=time.time() + 10 * attempt):
             logger = EpochLogger(str(self.folder), first_epoch=epochs[0])
             for logger.epoch in epochs:
-                logger.log_metrics({"val_bpd": attempt + logger.epoch / 100})
+                logger.log_metrics({"val_bpd": attempt})
                 log_picture(logger.experiment, "Samples", torch.full((3, 1, 1), attempt / 255), logger.epoch)
             logger.flush()
 
-    def shown(self, accumulator):
-        """What a TensorBoard shows: a dict from an epoch to the attempts whose points and pictures it has of it."""
-        accumulator.Reload()
+    def shown(self, accumulator=None):
+        """What TensorBoard shows: a dict from an epoch to the attempts whose points and pictures it has of it."""
+        accumulator = (accumulator or EventAccumulator(str(self.folder), {"images": 0})).Reload()
         shown = {}
         for event in accumulator.Scalars("val_bpd"):
-            shown.setdefault(event.step, []).append(int(event.value))
+            shown.setdefault(event.step, []).append(event.value)
         for event in accumulator.Images("Samples"):
             shown[event.step].append(Image.open(io.BytesIO(event.encoded_image_string)).getpixel((0, 0))[0])
         return shown
 
     def test_what_a_killed_process_logged_of_later_epochs_is_hidden_by_tensorboard(self):
-        """By one that watches the run all the time, too; a process without a checkpoint begins at epoch 0."""
-        watching, expected = EventAccumulator(str(self.folder), {"images": 0}), {}
+        """By one that watches the run all the time, too. A process without a checkpoint begins at epoch 0 again."""
+        watching, attempts = EventAccumulator(str(self.folder), {"images": 0}), {}
         self.enter(self.assertLogs("tensorboard", "WARNING"))  # that it forgets what it had
         for attempt, epochs in [(1, range(0, 2)), (2, range(0, 5)), (3, range(3, 6)), (4, range(5, 7))]:
             self.train(attempt, epochs)
-            expected = {epoch: attempts for epoch, attempts in expected.items() if epoch < epochs[0]}
-            expected.update((epoch, [attempt] * 2) for epoch in epochs)
+            attempts = {epoch: attempts.get(epoch, attempt) for epoch in range(epochs[0])} | dict.fromkeys(
+                epochs, attempt
+            )
+            expected = {epoch: [attempt] * 2 for epoch, attempt in attempts.items()}
             with self.subTest(f"attempt {attempt}"):
                 self.assertEqual(self.shown(watching), expected)
-                self.assertEqual(self.shown(EventAccumulator(str(self.folder), {"images": 0})), expected)
-                points = {step: int(part.tensor.float_val[0]) for step, part in summaries(self.folder) if "val" in part.tag}
-                self.assertEqual(points, {epoch: attempts[0] for epoch, attempts in expected.items()})
+                self.assertEqual(self.shown(), expected)
+                curve = [
+                    (step, int(part.tensor.float_val[0])) for step, part in summaries(self.folder) if "val" in part.tag
+                ]
+                self.assertEqual(curve, [*attempts.items()])
 
     def test_each_metric_is_logged_once_per_epoch(self):
         """EpochReport logs the metrics of an epoch ahead of Lightning, which logs them again."""
@@ -58,23 +61,6 @@ class TestEpochLogger(SeededTest):
         logger.flush()
         points = [(summary.tag, step) for step, summary in summaries(self.folder)]
         self.assertEqual(points, [("val_bpd", 0), ("lr", 0), ("val_bpd", 1), ("lr", 1)])
-
-    def test_what_is_flushed_is_on_the_disk(self):
-        logger = EpochLogger(str(self.folder))
-        for logger.epoch in range(3):
-            logger.log_metrics({"val_bpd": 1.0})
-            logger.flush()
-            self.assertEqual(max(step for step, _ in summaries(self.folder)), logger.epoch)
-
-    def test_an_error_ends_the_logging_and_not_the_run(self):
-        logger = EpochLogger(str(self.folder))
-        with contextlib.redirect_stderr(io.StringIO()) as output:
-            for _ in range(3):
-                with mock.patch.object(logger.experiment, "add_scalar", side_effect=OSError(5, "Input/output error")):
-                    logger.log_metrics({"val_bpd": 1.0})
-                logger.epoch += 1
-        reason = "the rest goes on ([Errno 5] Input/output error)"
-        self.assertEqual(output.getvalue(), f"logging to TensorBoard's files in {self.folder} failed, {reason}\n")
 
 
 class TestPictures(SeededTest):
@@ -90,6 +76,4 @@ class TestPictures(SeededTest):
     def test_a_logger_that_is_not_tensorboards_gets_the_picture_itself(self):
         writer, picture = mock.Mock(spec=["add_image"]), torch.rand(3, 4, 6)
         log_picture(writer, "Samples", picture, epoch=5)
-        name, logged, epoch = writer.add_image.call_args.args
-        self.assertEqual((name, epoch), ("Samples", 5))
-        torch.testing.assert_close(logged, picture)
+        writer.add_image.assert_called_once_with("Samples", picture, 5)

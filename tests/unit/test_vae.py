@@ -15,9 +15,9 @@ import torch.distributions as D
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import train_pl
+import utils
 from harness.processes import SharedNoise
-from harness.report import quiet_libraries
+from harness.settings import process_settings
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from tests.helpers import SeededTest, small_loaders
 from train_pl import VAE
@@ -115,7 +115,7 @@ class TestTerms(SeededTest):
             keep = torch.autograd.graph.saved_tensors_hooks(
                 lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
             )
-            with keep, mock.patch.object(train_pl, "decode", functools.partial(decode, max_pixels=max_pixels)):
+            with keep, mock.patch.object(utils, "decode", functools.partial(decode, max_pixels=max_pixels)):
                 terms = VAE.terms(vae, imgs, 100)
             gradient = gradients(terms.loss.mean(), vae)
             handle.remove()
@@ -145,9 +145,9 @@ class TestVAE(SeededTest):
         loader = small_loaders(argparse.Namespace(batch_size=20))[2]
         images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        quiet_libraries()
         model = VAE("MLP", [32], 4, 5, 1e-3)
         expected = model.encoder(images.dataset[:][0])
+        self.enter(process_settings())  # fewer warnings
         for data in [loader, images]:
             found = map(torch.cat, zip(*trainer.predict(model, data)))
             torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))

@@ -1,10 +1,10 @@
-"""Tests of harness/data_places.py: `python -m unittest tests/unit/test_data_places.py`."""
+"""Tests of sources/places.py: `python -m unittest tests/unit/test_places.py`."""
 
 import os
 from pathlib import Path
 from unittest import mock
 
-from harness.data_places import find_data_dir, places_of_data, places_of_file, run_folder
+from sources.places import find_data_dir, places_of_data, places_of_file, run_folder
 from tests.helpers import SeededTest
 
 
