@@ -1,9 +1,9 @@
 """
 Tests of the assignment's contract: `python -m unittest unittests.py`.
 
-They import nothing but the assignment's own names, so that a copy of this file checks whatever solution it lies beside.
-A file that is not there is skipped, and each failure says what is probably wrong. No data is needed: a stand-in takes
-the place of MNIST where that is not in ../data/ or ../shared/data/. Beside tests/unit, those tests run as well.
+They import only the assignment's own names, so a copy of this file tests any solution in the same folder. Tests of
+files that do not exist are skipped with a message, and every failure names the likely mistake. No data is needed: noise
+replaces MNIST if that is not in ../data/ or ../shared/data/. If tests/unit exists, its tests run as well.
 """
 
 import argparse
@@ -45,12 +45,12 @@ REDUCTIONS = {
     "summed over dimension 0, not the last": lambda x: x.sum(dim=0),
 }
 
-sys.path.insert(0, str(HERE))  # the files beside this one, wherever the tests are started
-os.environ.setdefault("MPLBACKEND", "Agg")  # no window of a training program may wait for somebody
+sys.path.insert(0, str(HERE))  # the files beside this one, in any working directory
+os.environ.setdefault("MPLBACKEND", "Agg")  # no training program may open a window
 
 
 def load_tests(loader, tests, pattern):
-    """Adds the tests of tests/unit, where they are: those of the package that this file belongs to."""
+    """Adds the tests of tests/unit if they exist: those of the package that this file belongs to."""
     if (HERE / "tests" / "helpers").is_dir():
         names = [f"tests.unit.{path.stem}" for path in sorted((HERE / "tests" / "unit").glob("test_*.py"))]
         tests.addTests(loader.loadTestsFromNames(names))
@@ -58,7 +58,7 @@ def load_tests(loader, tests, pattern):
 
 
 def given(file, name):
-    """What the assignment's file defines under a name. No such file skips the test, no such name fails it."""
+    """The object of that name in a file of the assignment. The test is skipped if the file is missing."""
     if not (HERE / f"{file}.py").is_file():
         raise unittest.SkipTest(f"there is no {file}.py here")
     try:
@@ -74,7 +74,7 @@ def given(file, name):
 
 
 def build(kind, *args, **kwargs):
-    """An instance of a class. A CNN that is not written yet skips the test, since that question is a bonus."""
+    """An instance of a class. If the CNN is not written yet, the test is skipped, since that question is a bonus."""
     try:
         return kind(*args, **kwargs)
     except NotImplementedError as error:
@@ -84,7 +84,7 @@ def build(kind, *args, **kwargs):
 
 
 def written(file):
-    """Whether a training file has got beyond the template's NotImplementedError."""
+    """Whether a training file no longer raises the template's NotImplementedError."""
     try:
         given(file, "VAE")("MLP", [32], 4, 3, 1e-3)(torch.zeros(2, 1, 28, 28))
     except Exception as error:
@@ -93,7 +93,7 @@ def written(file):
 
 
 class Stub(nn.Module):
-    """A function in a network's place, plus a parameter that is 0, so that losses are known; it keeps its inputs."""
+    """A function as a stand-in for a network, so that losses are known. It has a parameter, 0, and keeps its inputs."""
 
     def __init__(self, function):
         super().__init__()
@@ -110,7 +110,7 @@ class Stub(nn.Module):
 
 
 class ContractTest(unittest.TestCase):
-    longMessage = False  # what is wrong needs no "False is not true" before it
+    longMessage = False  # no "False is not true" before the message
 
     def setUp(self):
         torch.manual_seed(0)
@@ -118,13 +118,13 @@ class ContractTest(unittest.TestCase):
         self.addCleanup(stack.close)
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of the libraries, about the solution's style
+        warnings.simplefilter("ignore")  # of libraries, about the style of the solution
 
     def assert_shape(self, tensor, shape, what):
         self.assertEqual(list(tensor.shape), shape, f"{what} must have the shape {shape}, not {list(tensor.shape)}")
 
     def assert_close(self, found, right, what, mistakes=(), rtol=1e-3, atol=1e-4):
-        """Fails unless shapes and values agree; then says which of the mistakes gives what was found."""
+        """Fails unless shapes and values agree, and names the mistake, if any, that gives the values found."""
         tensors = [torch.as_tensor(x).detach().cpu().double() for x in [found, right, *dict(mistakes).values()]]
         found, right = tensors[:2]
         same = [x.shape == found.shape and torch.allclose(x, found, rtol=rtol, atol=atol) for x in tensors[1:]]
@@ -134,7 +134,7 @@ class ContractTest(unittest.TestCase):
         self.assertTrue(same[0], f"{what}: {guess}. It begins with {first}, not {expected}{shapes}")
 
     def assert_reduced(self, found, values, right, what):
-        """Like assert_close: right is the value under "", reduced in the right way; each may be mistaken."""
+        """Like assert_close, for the value under "" reduced in the right way. Both may be mistaken."""
         mistakes = {}
         for name, value in values.items():
             for way, reduce in REDUCTIONS.items():
@@ -143,7 +143,7 @@ class ContractTest(unittest.TestCase):
         self.assert_close(found, mistakes.pop(""), what, mistakes)
 
     def assert_signature(self, function, **expected):
-        """Checks names, order and defaults of the parameters; what a solution adds comes later, with a default."""
+        """Checks names, order and defaults of the parameters. A solution's own come last and have defaults."""
         parameters = [p for p in inspect.signature(function).parameters.values() if "VAR" not in p.kind.name]
         found = [(p.name, list(p.default) if isinstance(p.default, tuple) else p.default) for p in parameters]
         more = [default for _, default in found[len(expected) :]]
@@ -153,7 +153,7 @@ class ContractTest(unittest.TestCase):
 
 
 def kl_per_latent(mean, log_std):
-    """The KL divergence per latent, then what it is with a mistake in it."""
+    """The KL divergence per latent, and its value with each mistake."""
     s, s2, m2, std, var = log_std, 2 * log_std, mean**2, log_std.exp(), (2 * log_std).exp()
     return {
         "": (var + m2 - 1 - s2) / 2,
@@ -170,14 +170,14 @@ def kl_per_latent(mean, log_std):
 
 
 class TestKLD(ContractTest):
-    def test_closed_form(self):
+    def test_it_is_the_closed_form_per_image(self):
         KLD, (mean, log_std) = given("utils", "KLD"), torch.randn(2, 7, 20)
         kls = kl_per_latent(mean, log_std)
         self.assert_reduced(KLD(mean, log_std), kls, PER_IMAGE, "KLD")
         mistakes = {"it sums over dimension 1, not the last": kls[""].sum(dim=0)[None]}
         self.assert_close(KLD(mean[None], log_std[None]), kls[""].sum(dim=1)[None], "KLD of three dimensions", mistakes)
 
-    def test_exactly_zero_and_symmetric(self):
+    def test_it_is_exactly_zero_for_the_prior_and_symmetric_in_the_mean(self):
         KLD = given("utils", "KLD")
         self.assertTrue((KLD(torch.zeros(5, 3), torch.zeros(5, 3)) == 0).all(), "KLD of a unit Gaussian is exactly 0")
         mean, log_std = torch.randn(2, 16, 20)
@@ -185,7 +185,7 @@ class TestKLD(ContractTest):
 
 
 class TestReparameterization(ContractTest):
-    def test_distribution(self):
+    def test_samples_have_the_given_mean_and_standard_deviation(self):
         mean, std = torch.tensor([-3.0, 0.0, 2.0]), torch.tensor([0.25, 1.0, 3.0])
         z = given("utils", "sample_reparameterize")(mean.expand(20_000, 3), std.expand(20_000, 3))
         self.assert_shape(z, [20_000, 3], "z")
@@ -201,7 +201,7 @@ class TestReparameterization(ContractTest):
         self.assert_close(z.std(dim=0), std, "The standard deviation of sample_reparameterize", mistakes, rtol=0.05)
         self.assert_close((z.mean(dim=0) - mean) / std, torch.zeros(3), "The mean of sample_reparameterize", atol=0.05)
 
-    def test_gradients(self):
+    def test_gradients_reach_the_mean_and_the_standard_deviation(self):
         mean, std = torch.randn(2, 3, 4, requires_grad=True), torch.rand(2, 3, 4).add(0.5).requires_grad_()
         z = given("utils", "sample_reparameterize")(mean, std)
         self.assert_shape(z, [2, 3, 4], "z")
@@ -213,7 +213,7 @@ class TestReparameterization(ContractTest):
 
 
 class TestBPD(ContractTest):
-    def test_bits_per_dimension(self):
+    def test_it_converts_nats_per_image_to_bits_per_dimension(self):
         elbo = 50 + 100 * torch.rand(6)
         bits = elbo.view(6, 1) * LOG2_E / 105
         values = {
@@ -232,7 +232,7 @@ class TestBPD(ContractTest):
 
 class TestManifold(ContractTest):
     def draw(self, axis, grid_size):
-        """The latents for which a decoder is asked that paints one of them in grey, and the picture."""
+        """The latents given to a decoder that shows one of them as grey, and the picture."""
         decoder = Stub(lambda z: ndtr(z[:, axis]).logit(1e-6).view(-1, 1, 1, 1).expand(-1, 1, 28, 28))
         picture = torch.as_tensor(given("utils", "visualize_manifold")(decoder, grid_size=grid_size)).detach()
         z = torch.cat(decoder.inputs)
@@ -248,14 +248,14 @@ class TestManifold(ContractTest):
         self.assert_shape(picture, [3, side, side], f"A grid of {len(z)} images, {size} per row,")
         return picture[0, padding + 14 :: padding + 28, padding + 14 :: padding + 28]
 
-    def test_number_of_images(self):
+    def test_it_decodes_grid_size_squared_images(self):
         self.assert_signature(given("utils", "visualize_manifold"), decoder=REQUIRED, grid_size=20)
         for size in [4, 7]:
             count = len(self.draw(0, size)[0])
             hint = " (the hint's grid_size + 1 points per axis are one too many)" * (count == (size + 1) ** 2)
             self.assertEqual(count, size**2, f"grid_size {size} asks for {size**2} images, not {count}{hint}")
 
-    def test_latents(self):
+    def test_latents_are_the_percentiles_of_the_normal_distribution(self):
         n, i = 5, torch.arange(1, 6).double()
         mistakes = {
             "their percentiles are 1/grid_size apart, not 1/(grid_size + 1)": ndtri((i - 0.5) / n),
@@ -269,7 +269,7 @@ class TestManifold(ContractTest):
                 mistakes["they are the percentiles themselves: the inverse normal CDF (ndtri) is missing"] = points
             self.assert_close(points, ndtri(i / (n + 1)), f"The latents z[{axis}]", mistakes)
 
-    def test_axes(self):
+    def test_the_first_latent_grows_to_the_right_and_the_second_upwards(self):
         ways = []
         for axis in range(2):
             grey = self.tiles(*self.draw(axis, 4))
@@ -280,7 +280,7 @@ class TestManifold(ContractTest):
         words = f"The axes are {fault}: z[0] grows {ways[0]}, z[1] {ways[1]}; it should be to the right and upwards"
         self.assertEqual(ways, ["to the right", "upwards"], words)
 
-    def test_shows_the_means(self):
+    def test_it_shows_the_means_of_the_pixels(self):
         z, picture = self.draw(0, 3)
         found, means = self.tiles(z, picture).flatten().sort().values, ndtr(z[:, 0]).sort().values
         mistakes = {
@@ -299,11 +299,11 @@ class NetworkTests:
     def network(self, name, *args, **kwargs):
         return build(given(f"{self.kind.lower()}_encoder_decoder", self.kind + name), *args, **kwargs)
 
-    def test_signatures(self):
+    def test_parameters_have_the_assignments_names_and_defaults(self):
         for name, expected in self.signatures.items():
             self.assert_signature(given(f"{self.kind.lower()}_encoder_decoder", self.kind + name), **expected)
 
-    def test_encoder(self):
+    def test_the_encoder_returns_mean_and_log_std(self):
         outputs = self.network("Encoder", z_dim=14)(torch.randn(32, 1, 28, 28))
         for name, output in zip(["mean", "log_std"], outputs):
             self.assert_shape(output, [32, 14], f"{self.kind}Encoder's {name}")
@@ -311,7 +311,7 @@ class NetworkTests:
             self.assertTrue(signs, f"{name} has only one sign: an activation after the last layer, or std for log_std?")
         self.assertFalse(torch.equal(*outputs), "mean and log_std are the same numbers: two outputs are needed")
 
-    def test_decoder(self):
+    def test_the_decoder_returns_logits_and_knows_its_device(self):
         decoder = self.network("Decoder", z_dim=14)
         logits = decoder(5 * torch.randn(64, 14))
         self.assert_shape(logits, [64, 1, 28, 28], f"{self.kind}Decoder's output")
@@ -320,7 +320,7 @@ class NetworkTests:
         device = str(decoder.to("meta").device)
         self.assertEqual(device, "meta", f"{self.kind}Decoder.device is {device}, its parameters are on another")
 
-    def test_other_images(self):
+    def test_images_of_other_shapes_are_encoded_and_decoded(self):
         mean, _ = self.network("Encoder", *self.encoder)(torch.randn(2, *self.image))
         self.assert_shape(mean, [2, 4], f"The mean of {self.kind}Encoder{self.encoder}")
         logits = self.network("Decoder", *self.decoder)(torch.randn(2, 4))
@@ -335,18 +335,18 @@ class TestMLP(NetworkTests, ContractTest):
     }
     image, encoder, decoder = [3, 8, 9], (216, [30, 20], 4), (4, [30, 20], [3, 8, 9])
 
-    def test_not_linear(self):
+    def test_the_decoder_is_not_linear(self):
         decoder, (a, b) = self.network("Decoder", 4, [32, 32]), 3 * torch.randn(2, 8, 4)
         bend = decoder(a) + decoder(b) - decoder(a + b) - decoder(torch.zeros(8, 4))
         self.assertGreater(bend.abs().max(), 1e-4, "MLPDecoder is linear: ReLU belongs between its layers")
 
-    def test_lists_are_not_written_to(self):
+    def test_the_callers_lists_are_not_changed(self):
         hidden_dims, shape = [30, 20], [1, 28, 28]
         self.network("Encoder", 784, hidden_dims), self.network("Decoder", 20, hidden_dims, shape)
         words = f"hidden_dims [30, 20] is changed to {hidden_dims}, output_shape to {shape}: copy the lists"
         self.assertEqual((hidden_dims, shape), ([30, 20], [1, 28, 28]), words)
         self.network("Encoder"), self.network("Decoder")
-        self.test_signatures()  # a list that is a default is the same one in each call
+        self.test_parameters_have_the_assignments_names_and_defaults()  # a default list is shared by all calls
 
 
 class TestCNN(NetworkTests, ContractTest):
@@ -358,7 +358,7 @@ class TestCNN(NetworkTests, ContractTest):
 class TestData(ContractTest):
     NAMES = ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"]
 
-    def test_signature(self):
+    def test_parameters_have_the_assignments_names_and_defaults(self):
         expected = dict(root="../data/", batch_size=128, num_workers=mock.ANY, download=True)
         self.assert_signature(given("bmnist", "bmnist"), **expected)
 
@@ -369,7 +369,7 @@ class TestData(ContractTest):
             values = np.random.default_rng(0).integers(0, 256 if "images" in name else 10, shape, dtype=np.uint8)
             (raw / name).write_bytes(np.array([0x800 + len(shape), *shape], ">i4").tobytes() + values.tobytes())
 
-    def test_splits_and_batches(self):
+    def test_splits_batches_and_pixels_are_the_assignments(self):
         bmnist, roots = given("bmnist", "bmnist"), [HERE.parent / "data", HERE.parent / "shared" / "data", self.folder]
         raws = [root / "MNIST" / "raw" for root in roots]
         raw = next((raw for raw in raws if all((raw / name).is_file() for name in self.NAMES)), raws[-1])
@@ -394,13 +394,13 @@ class TestData(ContractTest):
             self.assertTrue(right, f"{name} images: {rule}; a pixel is 1 where intensity / 255 > 0.5, else 0")
             self.assertTrue(torch.equal(numbers, labels[part][start : start + 700]), f"{name} labels: not the images'")
         imgs, again = (next(iter(loaders[0]))[0] for _ in range(2))
-        self.assertFalse(torch.equal(imgs, again), "The training images are not shuffled anew for each epoch")
+        self.assertFalse(torch.equal(imgs, again), "The training images are not shuffled again for each epoch")
         known = {image.tobytes() for image in pixels[0][:45_000].bool().numpy()}
         self.assertTrue(known.issuperset(image.tobytes() for image in imgs.bool().numpy()), f"Training images: {rule}")
 
 
 class VAETests:
-    """The tests of both training files; the assignment asks for one of them, so the other may stay the template's."""
+    """The tests of both training files. The assignment asks for one; the other may remain the template's."""
 
     def setUp(self):
         super().setUp()
@@ -409,14 +409,14 @@ class VAETests:
             self.skipTest(f"{self.file}.py is not written, {self.other}.py is")
 
     def vae(self, encoder=None, decoder=None, **hyperparameters):
-        """A small VAE; functions that are given stand in for its networks."""
+        """A small VAE, with the given functions as stand-ins for its networks."""
         defaults = dict(model_name="MLP", hidden_dims=[32], num_filters=4, z_dim=3, lr=1e-3)
         model = build(given(self.file, "VAE"), **{**defaults, **hyperparameters})
         model.encoder = Stub(encoder) if encoder else model.encoder
         model.decoder = Stub(decoder) if decoder else model.decoder
         return model
 
-    def test_losses(self):
+    def test_forward_returns_the_batch_means_of_the_losses(self):
         imgs, logits = torch.rand(6, 1, 28, 28).round(), torch.randn(6, 1, 28, 28)
         mean, log_std = torch.randn(2, 6, 3)
         outputs = self.vae(lambda x: (mean, log_std), lambda z: logits)(imgs)
@@ -437,7 +437,7 @@ class VAETests:
             with self.subTest(name):
                 self.assert_reduced(output, values, AVERAGE, name)
 
-    def test_latents_are_drawn_from_the_posterior(self):
+    def test_latents_are_sampled_from_the_posterior(self):
         mean, log_std = torch.tensor([3.0, -1.0, 0.0]), torch.tensor([-2.0, 1.0, -1.0])
         posterior = (mean.expand(2_000, 3), log_std.expand(2_000, 3))
         model = self.vae(lambda x: posterior, lambda z: torch.zeros(2_000, 1, 28, 28))
@@ -453,7 +453,7 @@ class VAETests:
         self.assert_close(z.std(dim=0), log_std.exp(), "The standard deviation of z", mistakes, rtol=0.1)
         self.assert_close(z.mean(dim=0), mean, "The mean of z", atol=0.3)
 
-    def test_gradients(self):
+    def test_gradients_reach_both_networks(self):
         def reached(index):
             model = self.vae()
             model(torch.rand(6, 1, 28, 28).round())[index].sum().backward()
@@ -468,7 +468,7 @@ class VAETests:
                 missed, [], f"the gradient of {loss} does not reach the encoder's {missed}: it is detached"
             )
 
-    def test_networks(self):
+    def test_an_untrained_model_needs_about_one_bit_per_pixel(self):
         for model_name in ["MLP", "CNN"]:
             with self.subTest(model_name):
                 model = self.vae(model_name=model_name, hidden_dims=[512], num_filters=8, z_dim=20)
@@ -477,7 +477,7 @@ class VAETests:
                 for name, x in zip(["x_samples", "x_mean"], model.sample(5)):
                     self.assert_shape(x, [5, 1, 28, 28], name)
 
-    def test_samples_are_drawn_from_their_means(self):
+    def test_samples_are_binary_and_have_their_means(self):
         means = torch.linspace(0.1, 0.9, 784).view(1, 28, 28)
         model = self.vae(decoder=lambda z: means.logit().expand(len(z), 1, 28, 28))
         x_samples, x_mean = (x.detach().float() for x in model.sample(2_000))
@@ -499,7 +499,7 @@ class VAETests:
         self.assert_close(z.std(dim=0), torch.ones(3), "The standard deviation of z in sample", mistakes, rtol=0.1)
         self.assert_close(z.mean(dim=0), torch.zeros(3), "The mean of z in sample", atol=0.15)
 
-    def test_decoder_has_the_hidden_layers_reversed(self):
+    def test_the_decoder_has_the_hidden_layers_reversed(self):
         hidden_dims = [48, 24]
         model = self.vae(hidden_dims=hidden_dims)
         self.assertEqual(hidden_dims, [48, 24], "VAE changes the caller's hidden_dims: hidden_dims[::-1] is a copy")
@@ -510,7 +510,7 @@ class VAETests:
             self.assertEqual(widths, expected, f"hidden_dims [48, 24] give the {name} layers {widths}: {words}")
 
     def known_losses(self):
-        """A VAE whose losses are known, 20 images in batches of 8, 8 and 4, and the losses of each image."""
+        """A VAE with known losses, 20 images in batches of 8, 8 and 4, and the losses of each image."""
         imgs = (torch.rand(20, 1, 28, 28) < torch.linspace(0.1, 0.9, 20).view(-1, 1, 1, 1)).float()
         ink = imgs.sum(dim=(1, 2, 3))
         networks = [lambda x: (x.sum(dim=(1, 2, 3)).view(-1, 1).expand(-1, 3) / 400, torch.zeros(len(x), 3))]
@@ -530,10 +530,10 @@ class VAETests:
         }
         self.assert_close(found, losses[name].mean(), what, mistakes)
 
-    def assert_pictures(self, draw):
-        """Checks the PNG files that draw(epoch) leaves: samples and means, 8x8 images of 28x28, for each epoch."""
+    def assert_pictures(self, save):
+        """Checks the PNG files of save(epoch): samples and means, 8x8 images of 28x28, for each epoch."""
         for count, epoch in [(2, 0), (4, 5)]:
-            draw(epoch)
+            save(epoch)
             paths = sorted(self.folder.rglob("*.png"))
             words = f"sample_and_save has left {len(paths)} PNG files, not {count}: samples and means of each epoch"
             self.assertGreaterEqual(len(paths), count, words)
@@ -545,7 +545,7 @@ class VAETests:
 class TestTrainPL(VAETests, ContractTest):
     file, other = "train_pl", "train_torch"
 
-    def test_hyperparameters_and_optimizer(self):
+    def test_hyperparameters_are_saved_and_adam_has_the_learning_rate(self):
         values = dict(model_name="MLP", hidden_dims=[32], num_filters=4, z_dim=3, lr=0.03)
         self.assert_signature(given(self.file, "VAE"), **dict.fromkeys(values, REQUIRED))
         model = self.vae(**values)
@@ -557,11 +557,11 @@ class TestTrainPL(VAETests, ContractTest):
         self.assertIsInstance(optimizer, torch.optim.Adam, "the optimizer is not Adam")
         self.assertEqual(optimizer.param_groups[0]["lr"], 0.03, "the learning rate is not VAE's lr")
 
-    def test_logged(self):
+    def test_metrics_are_means_over_the_images_of_an_epoch(self):
         model, loader, losses = self.known_losses()
         modules = [kind.__module__ for kind in type(model).__mro__ if kind.__name__ == "LightningModule"]
         self.assertTrue(modules, "VAE in train_pl.py is not a LightningModule")
-        lightning = importlib.import_module(modules[0].partition(".core")[0])  # it goes by two names
+        lightning = importlib.import_module(modules[0].partition(".core")[0])  # which has two names
         for name in ["pytorch_lightning", "lightning.pytorch"]:
             logging.getLogger(name).setLevel(logging.ERROR)
         off = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
@@ -578,19 +578,19 @@ class TestTrainPL(VAETests, ContractTest):
                 self.assertIn(name, found, f"{name} is not logged, only {', '.join(sorted(found))}")
                 self.assert_average(found[name], losses, loss, f"{name} of the epoch")
 
-    def test_callback_every_n_epochs(self):
+    def test_the_callback_samples_every_n_epochs(self):
         GenerateCallback = given(self.file, "GenerateCallback")
         self.assert_signature(GenerateCallback, batch_size=64, every_n_epochs=5, save_to_disk=False)
         callback, epochs = GenerateCallback(every_n_epochs=5), []
         with mock.patch.object(callback, "sample_and_save") as sample_and_save:
             for epoch in range(12):
-                for hook in ["on_train_epoch_end", "on_epoch_end"]:  # the second one's name is Lightning 1's
+                for hook in ["on_train_epoch_end", "on_epoch_end"]:  # the second name is Lightning 1's
                     getattr(callback, hook, mock.Mock())(mock.Mock(current_epoch=epoch), mock.Mock())
                 epochs += [epoch + 1] * sample_and_save.called
                 sample_and_save.reset_mock()
         self.assertEqual(epochs, [5, 10], f"every 5 epochs of 12 is after the epochs 5 and 10, not after {epochs}")
 
-    def test_callback_pictures(self):
+    def test_the_callback_saves_samples_and_means(self):
         GenerateCallback, model, trainer = given(self.file, "GenerateCallback"), self.vae(), mock.MagicMock()
         trainer.logger.log_dir = trainer.log_dir = trainer.default_root_dir = str(self.folder)
         GenerateCallback().sample_and_save(trainer, model, epoch=0)
@@ -603,7 +603,7 @@ class TestTrainPL(VAETests, ContractTest):
 class TestTrainTorch(VAETests, ContractTest):
     file, other = "train_torch", "train_pl"
 
-    def test_signatures(self):
+    def test_parameters_have_the_assignments_names_and_defaults(self):
         model = given(self.file, "VAE")("MLP", [32], 4, 3, 1e-3, lr=1e-3)
         self.assertEqual((model.z_dim, str(model.device)), (3, "cpu"), "VAE has z_dim, and its decoder's device")
         writer = dict(epoch=REQUIRED, summary_writer=REQUIRED, batch_size=64)
@@ -612,7 +612,7 @@ class TestTrainTorch(VAETests, ContractTest):
         self.assert_signature(given(self.file, "test_vae"), model=REQUIRED, data_loader=REQUIRED)
         self.assert_signature(given(self.file, "train_vae"), model=REQUIRED, train_loader=REQUIRED, optimizer=REQUIRED)
 
-    def test_averages(self):
+    def test_losses_are_averaged_over_all_images(self):
         for name in ["train_vae", "test_vae"]:
             model, loader, losses = self.known_losses()
             optimizer = [torch.optim.SGD(model.parameters(), lr=0.0)] * (name == "train_vae")
@@ -627,7 +627,7 @@ class TestTrainTorch(VAETests, ContractTest):
     def test_an_epoch_minimises_the_bpd(self):
         model, loader, _ = self.known_losses()
         given(self.file, "train_vae")(model, loader, torch.optim.SGD([model.decoder.zero], lr=1e-5))
-        change = -1e5 * model.decoder.zero  # in steps of lr, which is so small that the gradients stay what they are
+        change = -1e5 * model.decoder.zero  # in steps of lr, too small to change the gradients
         slopes = [784 * torch.tensor(1.0).sigmoid() - imgs.sum() / len(imgs) for imgs, _ in loader]
         steps = torch.stack(slopes) * LOG2_E / 784
         mistakes = {
@@ -638,7 +638,7 @@ class TestTrainTorch(VAETests, ContractTest):
         }
         self.assert_close(change, steps.sum(), "What train_vae does to a parameter", mistakes, rtol=0.02)
 
-    def test_pictures(self):
+    def test_samples_and_means_are_saved(self):
         writer, model, sample_and_save = mock.MagicMock(), self.vae(), given(self.file, "sample_and_save")
         writer.log_dir = writer.get_logdir.return_value = str(self.folder)
         self.assert_pictures(lambda epoch: sample_and_save(model, epoch, writer))
@@ -648,7 +648,7 @@ class TestTrainTorch(VAETests, ContractTest):
         flags.update(batch_size=8, epochs=1, seed=42, num_workers=0, log_dir=str(self.folder), progress_bar=False)
         loader = DataLoader(TensorDataset(torch.rand(20, 1, 28, 28).round(), torch.arange(20) % 10), batch_size=8)
         self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)  # some programs leave pictures where they are started
+        os.chdir(self.folder)  # some programs save pictures in the working directory
         fakes = dict(bmnist=mock.Mock(return_value=[loader] * 3), test_vae=mock.Mock(return_value=(0.25, 180.0, 20.0)))
         with mock.patch.multiple(self.file, **fakes), contextlib.redirect_stdout(io.StringIO()):
             found = main(argparse.Namespace(**flags))

@@ -4,18 +4,12 @@ unittest tests/unit/test_utils.py`.
 """
 
 import torch
-from torch.distributions import Normal, kl_divergence
 
 from tests.helpers import SeededTest
 from utils import KLD, active_units, manifold_latents, sample_reparameterize
 
 
 class TestKLD(SeededTest):
-    def test_it_agrees_with_torch_distributions(self):
-        mean, log_std = 2 * torch.randn(2, 7, 16, 20, dtype=torch.float64)
-        expected = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum(dim=-1)
-        torch.testing.assert_close(KLD(mean, log_std), expected)
-
     def test_it_keeps_its_digits_close_to_the_prior(self):
         log_std = torch.full((1,), 1e-4)  # KL = log_std**2 to first order, far below float32's rounding of 1
         self.assertAlmostEqual(KLD(torch.zeros(1), log_std).item() * 1e8, 1, places=2)
