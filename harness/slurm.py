@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -16,6 +17,7 @@ SRUN = {
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE"),
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
 }
+MAX_GRACE = 600  # seconds from SIGTERM to SIGKILL, as in slurm/job.sh
 
 
 def is_interactive():
@@ -73,15 +75,17 @@ class RequeueOnTimeLimit(pl.Callback):
     Lets a batch job resume after SLURM ends it. At SIGUSR1, which announces the time limit (sbatch --signal=USR1@20),
     the job is requeued, unless it has not finished an epoch since it started: then it never would. SIGTERM announces a
     preemption and is ignored, until SIGKILL comes: SLURM requeues a preempted job that it had to kill, but takes one
-    that ended by itself for done.
+    that ended by itself for done. An error after SIGTERM waits for SIGKILL, too: SIGTERM has killed the worker
+    processes of the data loaders.
     """
 
     def __init__(self):
-        self.job_id = job_id()
+        self.job_id, self.pid = job_id(), os.getpid()
+        self.is_ending = False  # whether SIGTERM has come
         self.has_advanced = False  # whether there is a checkpoint of an epoch since this job started, or restarted
         if threading.current_thread() is threading.main_thread():  # Run puts the handlers of before back
             signal.signal(signal.SIGUSR1, self.requeue)
-            signal.signal(signal.SIGTERM, ignore)
+            signal.signal(signal.SIGTERM, self.announce_end)
 
     def on_train_start(self, trainer, pl_module):
         self.first_epoch = trainer.current_epoch
@@ -92,8 +96,18 @@ class RequeueOnTimeLimit(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         self.has_advanced = True
 
+    def on_exception(self, trainer, pl_module, exception):
+        if self.is_ending and isinstance(exception, Exception):
+            time.sleep(MAX_GRACE)
+
+    def announce_end(self, signum, frame):
+        """A handler of SIGTERM; unlike with SIG_IGN, programs that this process starts do not ignore it as well."""
+        self.is_ending = True
+
     def requeue(self, signum, frame):
         """A handler of SIGUSR1, in each process of the run."""
+        if os.getpid() != self.pid:  # a data loader's worker: it has inherited the handler, and SLURM signals it, too
+            return
         if not self.has_advanced:
             sys.exit(
                 f"error: job {self.job_id} has not finished an epoch and its time is almost up, so it is not requeued: "
@@ -109,7 +123,3 @@ class RequeueOnTimeLimit(pl.Callback):
         except (OSError, subprocess.CalledProcessError) as error:
             text = f"Job {self.job_id} is not requeued ({error}): training goes on until the time limit\n"
             os.write(2, text.encode())
-
-
-def ignore(signum, frame):
-    """A handler of a signal that has no effect; unlike SIG_IGN, processes that this one starts do not inherit it."""

@@ -21,8 +21,8 @@ from tests.helpers import NO_NETWORK, REPOSITORY, assert_left_the_same, few_digi
 from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
 
 MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
-# Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 2 s of grace. SLURM
-# looks every second for jobs to start, instead of every 30 s.
+# Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 8 s of grace, in
+# which no job may end by itself. SLURM looks every second for jobs to start, instead of every 30 s.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -56,23 +56,24 @@ MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
-PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
+PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, the first attempt of a job waits at the
-# start of each epoch from that one on. So it is not finished before what is to end it, however fast the machine.
+# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, the first attempt of a job waits after
+# each minibatch from that epoch on. So it is not finished before what is to end it, however fast the machine.
 SLOW_START = """
 import os, time
-from harness import report
-begin_epoch = report.EpochReport.begin_epoch
-def begin_slowly(self, trainer):
+from harness.report import EpochReport
+on_train_batch_end = EpochReport.on_train_batch_end
+def wait(self, trainer, *args):
     epoch, seconds = os.environ["SLOW"].split()
     if trainer.current_epoch >= int(epoch):
         time.sleep(float(seconds))
-    begin_epoch(self, trainer)
+    on_train_batch_end(self, trainer, *args)
 if "SLOW" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    report.EpochReport.begin_epoch = begin_slowly
+    EpochReport.on_train_batch_end = wait
 """
+UNFINISHED = ["PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "REQUEUED"]  # states of jobs
 TRAIN = "python train_pl.py --dataset rendered --hidden_dims 32 --z_dim 3 --epochs 1"
 
 
@@ -152,8 +153,7 @@ class TestSlurm(unittest.TestCase):
     def wait_for(condition, seconds):
         end = time.monotonic() + seconds
         while not condition():
-            if time.monotonic() > end:
-                raise AssertionError(f"waited {seconds} s in vain")
+            assert time.monotonic() < end, f"waited {seconds} s in vain"
             time.sleep(0.2)
 
     def setUp(self):
@@ -195,27 +195,25 @@ class TestSlurm(unittest.TestCase):
         self.wait_for(lambda: text in self.output(job_id), 300)
         self.slurm("scancel", "--signal=USR1", job_id)
 
-    def start_now(self, job_id):
+    def is_over(self, job_id):
         """
-        Shortens the two minutes for which SLURM holds back a job that was requeued to a few seconds: slurmd refuses a
-        job that starts in the second in which its previous attempt ended.
+        Whether a job has ended and will not start again. If SLURM holds it back for two minutes, since it was requeued,
+        a few seconds must do: slurmd refuses a job that starts in the second in which its previous attempt ended.
         """
         job = self.job(job_id)
         attempt = job_id, job["Restarts"]
         if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and attempt not in self.released:
             self.slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now+3")
             self.released.add(attempt)
+        return job["JobState"] not in UNFINISHED
 
-    def wait_for_end(self, *job_ids, seconds=1200):
-        """Waits until the jobs have ended and will not start again."""
+    def wait_for_end(self, *job_ids):
+        self.wait_for(lambda: not [job_id for job_id in job_ids if not self.is_over(job_id)], 1200)
 
-        def all_over():
-            for job_id in job_ids:
-                self.start_now(job_id)
-            states = {self.job(job_id)["JobState"] for job_id in job_ids}
-            return not {"PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "REQUEUED"} & states
-
-        self.wait_for(all_over, seconds)
+    def assert_state(self, job_id, state, restarts=0):
+        """The job ended in a state, after so many restarts."""
+        job = self.job(job_id)
+        self.assertEqual((job["JobState"], int(job["Restarts"])), (state, restarts), self.output(job_id))
 
     def output(self, job_id):
         """What a job has printed so far."""
@@ -230,11 +228,12 @@ class TestSlurm(unittest.TestCase):
         variables = few_digits(self.checkout)
         self.add_to_sitecustomize(SLOW_START)
         flags = ["--dataset", "rendered", "--hidden_dims", "32", "--epochs", "15"]
+        flags += ["--num_workers", "1"]  # SLURM sends its signals to worker processes, too
         train = ["slurm/train.sbatch", "--z_dim", "2", "--seed", "1", *flags]
         undisturbed = self.submit("--nodelist=n1", *train, **variables)
         array = ["--nodelist=n1", "--array=0", "--time=2", "slurm/sweep.sbatch", *flags]
-        limited = self.submit(*array, SEEDS="1", Z_DIMS="2", SLOW="1 10", **variables) + "_0"
-        preempted = self.submit("--nodelist=n2", *train, SLOW="1 5", **variables)
+        limited = self.submit(*array, SEEDS="1", Z_DIMS="2", SLOW="1 3", **variables) + "_0"
+        preempted = self.submit("--nodelist=n2", *train, SLOW="1 2", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
         urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", self.script("sleep 1"))
         self.wait_for_end(undisturbed, limited, preempted, urgent)
@@ -243,24 +242,22 @@ class TestSlurm(unittest.TestCase):
                 self.assertEqual(self.job(job_id)["JobState"], "COMPLETED")
                 self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
                 self.assertEqual("continued after epoch" in self.output(job_id), job_id != undisturbed)
-                self.assertEqual(
-                    f"Time is almost up: requeueing job {job_id}\n" in self.output(job_id), job_id == limited
-                )
+                times = self.output(job_id).count(f"Time is almost up: requeueing job {job_id}\n")
+                self.assertEqual(times, int(self.job(job_id)["Restarts"]) if job_id == limited else 0)
                 assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
 
     def test_a_run_on_two_nodes_resumes_and_has_the_bpd_of_one_process(self):
         variables = few_digits(self.checkout, (5000, 500, 1000))
         self.add_to_sitecustomize(SLOW_START)
         flags = ["--dataset", "rendered", "--epochs", "3"]
-        two = self.submit("slurm/train_ddp.sbatch", *flags, SLOW="1 10", **variables)
+        two = self.submit("slurm/train_ddp.sbatch", *flags, SLOW="1 0.5", **variables)
         one = self.submit("slurm/train.sbatch", *flags, **variables)
         self.announce_time_limit(two, "epoch   1/")
         self.wait_for_end(two, one)
         for job_id in [two, one]:
-            self.assertEqual(self.job(job_id)["JobState"], "COMPLETED", self.output(job_id))
+            self.assert_state(job_id, "COMPLETED", restarts=job_id == two)
             for text in [" on cpu x 2", f"requeueing job {job_id}\n", "continued after epoch"]:
                 self.assertEqual(text in self.output(job_id), job_id == two, self.output(job_id))
-        self.assertEqual(self.job(two)["Restarts"], "1")
         self.assertEqual(self.output(two).count("Time is almost up"), 1)  # one of the two requeues the job
         bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
         self.assertAlmostEqual(bpd, expected, delta=0.001)
@@ -281,7 +278,7 @@ class TestSlurm(unittest.TestCase):
             (own, f"job {own} has not finished an epoch"),
         ]:
             with self.subTest(message):
-                self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("FAILED", "0"))
+                self.assert_state(job_id, "FAILED")
                 self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
                 self.assertEqual(self.output(job_id).count("give a longer --time"), 1)
 
@@ -290,23 +287,20 @@ class TestSlurm(unittest.TestCase):
         variables = few_digits(self.checkout)
         self.add_to_sitecustomize(f"{SLOW_START}\nif 'SLOW' in os.environ:\n    os.environ['PATH'] = ''\n")
         flags = ["--dataset", "rendered", "--hidden_dims", "32", "--z_dim", "3", "--epochs", "3"]
-        job_id = self.submit("slurm/train.sbatch", *flags, SLOW="1 5", **variables)
+        job_id = self.submit("slurm/train.sbatch", *flags, SLOW="1 2", **variables)
         self.announce_time_limit(job_id, "epoch   1/")
         self.wait_for_end(job_id)
-        self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "0"))
+        self.assert_state(job_id, "COMPLETED")
         self.assertRegex(self.output(job_id), rf"Job {job_id} is not requeued \(.*'scontrol'\): training goes on")
-        self.assertTrue(results(self.run_folder(job_id)))
 
     def test_the_job_scripts_hand_on_the_flags_and_set_the_threads(self):
         settings = '\ufeff# a comment\r\n--lr 1e-3\t--hidden_dims 64 32  # another\r\n\r\n--run_name "a  *" --lr $(id)'
         (self.checkout / "settings.txt").write_text(settings)
         activate = self.stand_in('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
-        sweep = self.submit(
-            *("--array=0-1", "slurm/sweep.sbatch", "--epochs", "3"), SETTINGS="settings.txt", ACTIVATE=activate
-        )
-        ddp = self.submit(
-            *("--nodes=2", "--ntasks-per-node=2", "slurm/train_ddp.sbatch", "--lr", "0.1"), ACTIVATE=activate
-        )
+        words = ["--array=0-1", "slurm/sweep.sbatch", "--epochs", "3"]
+        sweep = self.submit(*words, SETTINGS="settings.txt", ACTIVATE=activate)
+        words = ["--nodes=2", "--ntasks-per-node=2", "slurm/train_ddp.sbatch", "--lr", "0.1"]
+        ddp = self.submit(*words, ACTIVATE=activate)
         train = self.submit("--cpus-per-task=2", "slurm/train.sbatch", "--z_dim", "2 3", ACTIVATE=activate)
         little = self.submit(f"--export=ACTIVATE={activate}", "--job-name=my job", "slurm/train.sbatch")
         self.wait_for_end(f"{sweep}_0", f"{sweep}_1", ddp, train, little)
@@ -348,9 +342,7 @@ class TestSlurm(unittest.TestCase):
         self.wait_for(lambda: "attempt" in self.output(job_id), 60)
         urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", self.script(""))
         self.wait_for_end(job_id, urgent)
-        self.assertEqual(
-            (self.job(job_id)["JobState"], self.job(job_id)["Restarts"]), ("COMPLETED", "1"), self.output(job_id)
-        )
+        self.assert_state(job_id, "COMPLETED", restarts=1)
         self.assertIn("attempt 1", self.output(job_id))
 
     def test_an_error_of_the_program_fails_the_job_with_its_exit_code_and_message(self):
@@ -380,7 +372,7 @@ class TestSlurm(unittest.TestCase):
         self.wait_for_end(*jobs)
         for job_id, problem in jobs.items():
             with self.subTest(problem):
-                self.assertEqual(self.job(job_id)["JobState"], "FAILED")
+                self.assert_state(job_id, "FAILED")
                 self.assertIn(problem, self.output(job_id))
 
     def test_eight_array_tasks_on_an_empty_data_folder(self):
@@ -388,7 +380,9 @@ class TestSlurm(unittest.TestCase):
         content, packed, _, _ = small_mnist(600, 100)
         with mirror(packed) as (address, requests):
             code = stand_in_code(address, known_resources(packed), known_files(content), TRAIN_SIZES=[500], NUM_VAL=100)
-            (self.checkout / "sitecustomize.py").write_text(code)
+            self.add_to_sitecustomize(
+                f"{code}sources.DATA_FLAGS['data']['train_size'] = sources.Flag(500, '', [500])\n"
+            )
             flags = ["--data_dir", "data", "--epochs", "2", "--hidden_dims", "16"]
             path = f"{self.checkout}{os.pathsep}{REPOSITORY}"
             job_id = self.submit("slurm/sweep.sbatch", *flags, PYTHONPATH=path)

@@ -1,54 +1,54 @@
 """Tests of harness.Run with a module that is no VAE: `python -m unittest tests/programs/test_toy.py`."""
 
 import time
-import unittest
+from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from harness import report
+from tests.helpers import CommandTest, Forked, load, metrics, results, scalars_and_images
 
-from tests.helpers import REPOSITORY, CommandTest, load, metrics, results
 
-EPOCHS = 150
+def wait_in_epoch_4():
+    """Makes a run wait for ever at the start of its fourth epoch: it can be killed there on a machine of any speed."""
+    begin_epoch = report.EpochReport.begin_epoch
+
+    def begin_or_wait(self, trainer):
+        while trainer.current_epoch == 3:
+            time.sleep(1)
+        begin_epoch(self, trainer)
+
+    report.EpochReport.begin_epoch = begin_or_wait
 
 
 class TestToyModule(CommandTest):
-    def start_toy(self, name):
+    def start_toy(self, name, setup=None):
         """Starts or resumes the run of that name."""
-        flags = ["--log_dir", self.folder, "--run_name", name, "--epochs", EPOCHS]
-        return self.start("-m", "tests.programs.toy", *flags, PYTHONPATH=str(REPOSITORY))
+        return Forked("tests/programs/toy.py", "--log_dir", "logs", "--run_name", name, cwd=self.folder, setup=setup)
 
     def finish(self, process):
         """The lines that a process prints, once it has ended as it should."""
-        stdout, stderr = process.communicate(timeout=600)
+        stdout, stderr = process.communicate()
         self.assertEqual((process.returncode, stderr), (0, ""))
         return stdout.splitlines()
 
-    def test_a_run_of_another_module_is_started_killed_resumed_and_finished(self):
-        """With its own metric, and with the same numbers as a run that was never killed."""
+    def test_a_run_of_another_module_that_was_killed_resumes_with_the_same_numbers_as_one_that_was_not(self):
+        """It has its own metric, which chooses the best checkpoint, and its own figure."""
         undisturbed = self.finish(self.start_toy("undisturbed"))
-        self.assertEqual(undisturbed[0], f"a line on 100 points, on cpu, in {self.folder}/undisturbed")
-        self.assertRegex(undisturbed[2], r"epoch   1/150  train squared error \d\.\d{4}  val squared error \d\.\d{4}  ")
+        self.assertEqual(undisturbed[0], "a line on 100 points, on cpu, in logs/undisturbed")
+        self.assertRegex(undisturbed[2], r"^epoch   1/6  train squared error \d\.\d{4}  val squared error \d\.\d{4}  ")
+        killed = self.start_toy("killed", wait_in_epoch_4)
+        next(line for line in killed.stdout if line.startswith("epoch   3/6"))
+        killed.kill()
+        killed.communicate()
+        self.assertRegex(self.finish(self.start_toy("killed"))[0], r"continued after epoch [123]$")
+        test_error = results(self.folder / "logs" / "killed")["test_error"]
+        line = f"logs/killed is finished: test squared error {test_error:.4f}"
+        self.assertEqual(self.finish(self.start_toy("killed")), [line])
 
-        process = self.start_toy("killed")
-        while not (self.folder / "killed" / "checkpoints" / "previous.ckpt").exists():
-            self.assertIsNone(process.poll(), "it ended before it could be killed")
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        resumed = self.finish(self.start_toy("killed"))
-        self.assertRegex(resumed[0], r"continued after epoch \d+$")
-        self.assertEqual(self.finish(self.start_toy("killed"))[0].split(":")[0], f"{self.folder}/killed is finished")
-
-        folders = [self.folder / name for name in ["undisturbed", "killed"]]
+        folders = [Path(self.folder, "logs", name) for name in ["undisturbed", "killed"]]
         self.assertEqual(*map(metrics, folders))
-        self.assertEqual(*(results(folder)["test_error"] for folder in folders))
+        self.assertEqual(*map(scalars_and_images, folders))
+        self.assertEqual(results(folders[0])["test_error"], test_error)
         self.assertEqual(*(str(load(folder, "best")["state_dict"]) for folder in folders))
-        self.assertEqual((folders[1] / "line.txt").read_text(), (folders[0] / "line.txt").read_text())
-        for folder in folders:
-            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-            for name in ["train_error", "val_error"]:
-                steps = [event.step for event in events.Scalars(name)]
-                self.assertEqual(steps, [*range(name == "train_error", EPOCHS + 1)], f"{name} of {folder.name}")
-
-
-if __name__ == "__main__":
-    unittest.main()
+        self.assertEqual(*((folder / "line.txt").read_text() for folder in folders))
+        val_errors = [float(row["val_error"]) for row in metrics(folders[0])[1:]]
+        self.assertEqual(results(folders[0])["best_val_error"], min(val_errors))

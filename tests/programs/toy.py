@@ -55,33 +55,37 @@ def load_data(args, download, sampler):
 
 
 def save_text(path, run):
-    """A figure of the finished run, of which a text will do here."""
+    """A stand-in for a figure of the finished run."""
     with open(path, "w") as file:
         file.write(f"{len(run.curve('val_error'))} values, test {run.results['test_error']}")
 
 
+EXPERIMENT = Experiment(
+    metric="error",
+    metric_label="squared error",
+    describe=lambda loaders: f"a line on {len(loaders[0].dataset)} points",
+    quantities={"error": "mean squared error"},
+    identifying=("lr",),
+    figures={"line.txt": save_text},
+)
+
+
 def main():
     parser = Parser("Trains a line.", FLAGS)
-    args = parser.complete(parser.parse_args())
-    check_run_flags(args)
-    experiment = Experiment(
-        metric="error",
-        metric_label="squared error",
-        describe=lambda loaders: f"a line on {len(loaders[0].dataset)} points",
-        quantities={"error": "mean squared error"},
-        identifying=("lr",),
-        figures={"line.txt": save_text},
-    )
-    with exit_on_error(parser), Run(args, parser.defaults, experiment, []) as run:
-        if not run.is_finished:
-            train_loader, val_loader, test_loader = run.start(load_data)
-            pl.seed_everything(args.seed)
-            model = run.prepare(Line(args.lr))
-            if run.is_new:
-                run.trainer.validate(model, val_loader, verbose=False)
-            run.fit(model, train_loader, val_loader)
-            best = Line.load_from_checkpoint(run.best_checkpoint)
-            run.finish(run.trainer.test(best, test_loader, verbose=False))
+    args = parser.parse_args()
+    with exit_on_error(parser):
+        args = parser.complete(args)
+        check_run_flags(args)
+        with Run(args, parser.defaults, EXPERIMENT, callbacks=[]) as run:
+            if not run.is_finished:
+                train_loader, val_loader, test_loader = run.start(load_data)
+                pl.seed_everything(args.seed)
+                model = run.prepare(Line(args.lr))
+                if run.is_new:
+                    run.trainer.validate(model, val_loader, verbose=False)
+                run.fit(model, train_loader, val_loader)
+                best = Line.load_from_checkpoint(run.best_checkpoint)
+                run.finish(run.trainer.test(best, test_loader, verbose=False))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from unittest import mock
 import torch
 
 from harness import checkpoints
-from harness.errors import UserError
-from tests.helpers import Killed, SeededTest
+from tests.helpers import SeededTest
 
 # A checkpoint that a run could resume from, if there were a model in it.
 EMPTY = {"epoch": 0, "state_dict": {}, "callbacks": {}, "loops": {}, "optimizer_states": [], "run": {"history": []}}
@@ -39,18 +38,6 @@ class FilesTest(SeededTest):
 
 
 class TestWriting(FilesTest):
-    def test_a_process_that_is_killed_while_it_writes_leaves_the_checkpoints_of_before(self):
-        for epoch in [1, 2, 3]:
-            self.write(self.last, epoch)
-
-        def write_half(checkpoint, path):
-            Path(path).write_bytes(b"half")
-            raise Killed
-
-        with mock.patch.object(torch, "save", write_half), self.assertRaises(Killed):
-            self.write(self.last, 4)
-        self.assertEqual(self.epochs(), {"last.ckpt": 3, "previous.ckpt": 2})
-
     def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(self):
         with mock.patch.object(os, "fsync", side_effect=lambda file: self.assertFalse(self.last.exists())) as fsync:
             self.write(self.last, 1)
@@ -152,12 +139,6 @@ class TestNewest(FilesTest):
         with self.assertRaisesRegex(checkpoints.CheckpointError, message):
             self.newest()
         self.assertEqual(self.epochs(), before)
-
-    def test_a_folder_with_the_name_of_a_checkpoint_is_never_replaced(self):
-        self.write(self.previous, 1)
-        self.last.mkdir()
-        with self.assertRaisesRegex(UserError, f"^{self.last} is a folder, no checkpoint; that of a run is RUN/"):
-            self.newest()
 
     def test_a_run_resumes_from_its_own_checkpoints_alone(self):
         """Even if a later one of another program is in its folder."""

@@ -270,21 +270,9 @@ class TestMemoryOfAnEvaluation(SeededTest):
         self.assertEqual(sizes[others - 1], 8)
 
     def test_larger_images_take_no_more_memory_than_those_of_mnist(self):
-        numbers = []
-        for sides in [(28, 28), (56, 56), (7, 7), (280, 2800)]:
-            test_set = bmnist.BinaryImages(torch.zeros(7, *sides, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64))
-            model = VAE("MLP", [1], 4, 2, 1e-3, sides)
-            with (
-                mock.patch.multiple(evaluate, BATCH_SIZE=4, QUADRATURE_SIZE=16),
-                mock.patch.dict(evaluate.CHUNK_SIZE, cpu=8),
-                mock.patch.object(evaluate, "log_likelihood", return_value=torch.zeros(7)) as log_likelihood,
-                mock.patch.object(evaluate, "quadrature_log_likelihood", return_value=torch.zeros(7)) as quadrature,
-                torch.no_grad(),
-            ):
-                evaluate.likelihoods(model, test_set, 5, progress_bar=False)
-            imgs, *_, chunk_size = log_likelihood.call_args_list[0].args
-            numbers.append((len(imgs), chunk_size, quadrature.call_args.kwargs["chunk_size"]))
-        self.assertEqual(numbers, [(4, 8, 16), (1, 2, 4), (4, 8, 16), (1, 1, 1)])
+        for num_images, height, width, expected in [(8, 28, 28, 8), (8, 7, 7, 8), (8, 56, 56, 2), (8, 280, 2800, 1)]:
+            with self.subTest(height=height, width=width):
+                self.assertEqual(evaluate.fit_batch(num_images, height * width), expected)
 
 
 class TestPrecision(SeededTest):

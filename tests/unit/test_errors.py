@@ -14,7 +14,7 @@ from harness.flags import Parser
 from tests.helpers import SeededTest
 
 
-class ErrorsTest(SeededTest):
+class TestErrors(SeededTest):
     def setUp(self):
         super().setUp()
         self.stderr = self.enter(contextlib.redirect_stderr(io.StringIO()))
@@ -26,8 +26,6 @@ class ErrorsTest(SeededTest):
         self.stderr.truncate(self.stderr.seek(0))
         return text
 
-
-class TestExitOnError(ErrorsTest):
     def end(self, error=None):
         """Exit code and stderr of a program whose main body raises an error; the code is None if it does not exit."""
         try:
@@ -42,14 +40,12 @@ class TestExitOnError(ErrorsTest):
 
     def test_what_the_user_can_mend_ends_with_one_line(self):
         full = f"[Errno {errno.ENOSPC}] No space left; {errors.MAKE_ROOM}"
-        small = ["MemoryError: of 9 GiB", *(f"RuntimeError: {text}" for text in ["CUDA out of memory", "ALLOC_FAILED"])]
+        too_large = [MemoryError("of 9 GiB"), RuntimeError("CUDA out of memory"), RuntimeError("ALLOC_FAILED")]
         for error, code, line in [
             (FlagError("--x is bad"), 2, "error: --x is bad (--help lists the flags)"),
             *((kind("no run"), 1, "error: no run") for kind in [UserError, DataError, DiskFullError]),
             (OSError(errno.ENOSPC, "No space left"), 1, f"error: {full}"),
-            (MemoryError("of 9 GiB"), 1, f"error: the memory is too small ({small[0]})"),
-            (RuntimeError("CUDA out of memory"), 1, f"error: the memory is too small ({small[1]})"),
-            (RuntimeError("ALLOC_FAILED"), 1, f"error: the memory is too small ({small[2]})"),
+            *((e, 1, f"error: the memory is too small ({type(e).__name__}: {e})") for e in too_large),
             (KeyboardInterrupt(), 1, "interrupted"),
         ]:
             with self.subTest(repr(error)):
@@ -68,8 +64,6 @@ class TestExitOnError(ErrorsTest):
         for kind in [FlagError, DataError, DiskFullError]:
             self.assertTrue(issubclass(kind, UserError) and not issubclass(kind, OSError), kind)
 
-
-class TestSigterm(ErrorsTest):
     def test_sigterm_ends_a_program_with_the_code_that_a_shell_expects_and_one_line(self):
         for already_reported, line in [(False, "draw.py: terminated\n"), (True, "")]:
             with (
@@ -94,8 +88,6 @@ class TestSigterm(ErrorsTest):
         signal.raise_signal(signal.SIGTERM)
         self.assertEqual(signals, [1, 1])
 
-
-class TestOutput(ErrorsTest):
     def test_a_terminal_that_lacks_letters_shows_their_numbers(self):
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as output:
             with exit_on_error(Parser("Draws.")):

@@ -66,7 +66,6 @@ class TestExplorer(SeededTest):
         layers = [*data["encoder"], *data["decoder"]]
         sizes = [layer[what] for layer in layers if "num_weights" in layer for what in ["num_weights", "num_biases"]]
         self.assertEqual(sizes, [weight.numel() for weight in parameters])
-        self.assertEqual([layer["kind"] for layer in data["encoder"]], ["linear", "ReLU"] * 2 + ["linear"])
         x, y, labels = np.frombuffer(numbers, np.uint8, offset=start).reshape(3, 50)
         low, high = np.array(data["low"]), np.array(data["high"])
         places = np.stack([x, y], axis=1) / 255 * (high - low) + low
@@ -78,10 +77,9 @@ class TestExplorer(SeededTest):
 
     def test_the_page_of_a_default_model_is_small_enough_for_a_mail(self):
         for networks, most in [((MLPEncoder(), MLPDecoder()), 2_500_000), ((CNNEncoder(), CNNDecoder()), 2_000_000)]:
-            page = self.write(*networks)
+            self.write(*networks)
             size = self.path.stat().st_size + (10_000 - 50) * 4  # each point takes 3 bytes, which are 4 characters
             self.assertLess(size, most)
-            self.assertEqual(json.loads(page.texts["data"])["num_points"], 50)
 
     def test_of_too_many_points_some_of_the_whole_test_set_are_shown(self):
         with mock.patch.object(explorer, "MAX_POINTS", 25):
@@ -91,7 +89,7 @@ class TestExplorer(SeededTest):
         self.assertEqual((labels[0], labels[-1]), (0, 49 % 10))
 
     def test_the_plane_is_at_least_as_large_as_the_prior(self):
-        """Even if all posteriors are the prior."""
+        """It is, even if all posteriors are the prior."""
         encoder = MLPEncoder(hidden_dims=[], z_dim=3)
         for weight in encoder.parameters():
             weight.data.zero_()
@@ -102,8 +100,7 @@ class TestExplorer(SeededTest):
     def test_no_string_becomes_markup(self):
         networks = MLPEncoder(hidden_dims=[], z_dim=1), MLPDecoder(1, [])
         expected = self.write(*networks).tags
-        strings = ["</script><script>alert(1)</script>", "<!--<script>", "-->", "<img src=x onerror=alert(1)>"]
-        for text in [*strings, "@POLICY@", "@DATA@", "\\1", "\u2028", "\udcff", '"']:
+        for text in ["</script><script>alert(1)</script>", "<!--<script>", "@DATA@", "\\1", "\u2028", "\udcff", '"']:
             page = self.write(*networks, run=text, dataset=text)
             self.assertEqual(page.tags, expected)
             facts = json.loads(page.texts["data"])["facts"]
@@ -120,16 +117,20 @@ class TestExplorer(SeededTest):
         self.assertEqual(rules, {**nothing, "img-src": "data:"})
         self.assertNotRegex(self.path.read_text(encoding="utf-8"), r"@[A-Z]+@|https?:|\bon[a-z]+=")
 
-    def kinds(self, net, x):
-        """The kinds of the layers of a network with an input x."""
-        with torch.no_grad():
-            return [layer["kind"] for layer in layers_of(net, x, net(x), "network")[0]]
+    @torch.no_grad()
+    def layers(self, net, size=28):
+        """The layers of a network whose input is an image."""
+        x = torch.rand(5, 1, size, size)
+        return layers_of(net.eval(), x, net(x), "network")[0]
 
     def test_networks_of_known_layers_become_lists_of_layers(self):
-        imgs = torch.rand(5, 1, 28, 28)
         convolution = nn.Conv2d(1, 2, (3, 5), padding=(1, 2), stride=2, bias=False)
-        net = nn.Sequential(convolution, nn.SiLU(), nn.Dropout(), nn.Flatten(), nn.Linear(392, 3), nn.Tanh()).eval()
-        self.assertEqual(self.kinds(net, imgs), ["convolution", "SiLU", "linear", "Tanh"])
+        net = nn.Sequential(convolution, nn.SiLU(), nn.Dropout(), nn.Flatten(), nn.Linear(392, 3), nn.Tanh())
+        layers = self.layers(net)
+        self.assertEqual([layer["kind"] for layer in layers], ["convolution", "SiLU", "linear", "Tanh"])
+        self.assertEqual([explorer.products(layer) for layer in layers], [30 * 14 * 14, 0, 392 * 3, 0])
+        transposed = self.layers(nn.ConvTranspose2d(1, 2, 3, stride=2), size=7)
+        self.assertEqual(explorer.products(transposed[0]), 18 * 7 * 7)
         for size in [(28, 28), (9, 17)]:
             page = self.write(CNNEncoder(1, 4, 3, size), CNNDecoder(1, 4, 3, size), size=size)
             decoder = json.loads(page.texts["data"])["decoder"]
@@ -138,8 +139,6 @@ class TestExplorer(SeededTest):
             self.assertEqual(kinds, ["transposedConvolution", "convolution"] * 2 + ["transposedConvolution"])
 
     def test_networks_that_the_page_cannot_compute_are_refused(self):
-        imgs = torch.rand(5, 1, 28, 28)
-
         class Skip(MLPEncoder):
             def forward(self, x):
                 mean, log_std = super().forward(x)
@@ -149,7 +148,7 @@ class TestExplorer(SeededTest):
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        different = "does something else than its layers one after the other"
+        different, twice = "does something else than its layers one after the other", nn.Linear(784, 784)
         for layer, words in [
             (nn.LeakyReLU(), "layer LeakyReLU, which the page cannot compute"),
             (nn.GELU(approximate="tanh"), "layer GELU"),
@@ -157,13 +156,10 @@ class TestExplorer(SeededTest):
             (nn.Conv2d(1, 1, 3, padding_mode="reflect", padding=1), "layer Conv2d"),
             (nn.Conv2d(1, 1, 3, padding="same"), "layer Conv2d"),
             (nn.Sequential(nn.Flatten(), Scaled(784, 3)), "layer Scaled"),
-            (nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(784, 3))), "layer"),
+            (nn.Sequential(nn.Flatten(), twice, nn.ReLU(), twice), different),
         ]:
             with self.subTest(words), self.assertRaisesRegex(ExplorerError, words):
-                self.kinds(layer, imgs)
-        twice = nn.Linear(784, 784)
-        with self.assertRaisesRegex(ExplorerError, different):
-            self.kinds(nn.Sequential(nn.Flatten(), twice, nn.ReLU(), twice), imgs)
+                self.layers(layer)
         with self.assertRaisesRegex(ExplorerError, f"the encoder {different}"):
             self.write(Skip(), MLPDecoder())
         self.assertFalse(self.path.exists())
@@ -179,12 +175,3 @@ class TestExplorer(SeededTest):
         decoder.net[0].weight.data[0, 0] = 1e5
         with self.assertRaisesRegex(ExplorerError, "too large for half precision"):
             self.write(MLPEncoder(), decoder)
-
-    def test_products_are_the_multiplications_of_a_layer(self):
-        for layer, x, expected in [
-            (nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), torch.rand(1, 3, 5, 4), 54 * 20),
-            (nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.rand(1, 1, 5, 4), 18 * 6),
-            (nn.Linear(4, 3), torch.rand(1, 4), 12),
-            (nn.ReLU(), torch.rand(1, 4), 0),
-        ]:
-            self.assertEqual(explorer.products(layers_of(layer, x, layer(x), "layer")[0][0]), expected)

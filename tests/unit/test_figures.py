@@ -53,14 +53,12 @@ class TestFigures(SeededTest):
                 plot(str(self.folder / argument))
                 after = {path.name for path in {*self.folder.iterdir()} - before if "_samples.png" not in path.name}
                 self.assertEqual(after, set(names))
-                for name in names:
+                picture = imread(self.folder / names[0], format="png")
+                self.assertGreater(min(picture.shape[:2]), 150)
+                self.assertGreater(picture[..., :3].std(), 0.01, "it is blank")
+                for name in names[1:]:
                     content = (self.folder / name).read_bytes()
-                    if name.endswith("pdf"):
-                        self.assertEqual((content[:5], content.rstrip()[-5:]), (b"%PDF-", b"%%EOF"))
-                    else:
-                        picture = imread(self.folder / name, format="png")
-                        self.assertGreater(min(picture.shape[:2]), 150)
-                        self.assertGreater(picture[..., :3].std(), 0.01, "it is blank")
+                    self.assertEqual((content[:5], content.rstrip()[-5:]), (b"%PDF-", b"%%EOF"))
 
     def test_curves_are_those_of_training_and_validation(self):
         (axes,) = self.axes_of(self.curves)
@@ -71,8 +69,8 @@ class TestFigures(SeededTest):
         self.assertEqual((axes.get_title(), axes.get_yscale()), ("MLP", "log"))
 
     def test_the_axis_of_bpd_has_numbers_that_do_not_overlap(self):
-        """Whatever the values are. The name of a file in the title is not read as a formula."""
-        for bpds in [(1.36, 1.31), (0.925, 0.921), (1.0, 0.004), (0.0031, 0.003), (40.0, 7.0), (1.0, 0.14)]:
+        """It does for any values. The name of a file in the title is not read as a formula."""
+        for bpds in [(1.36, 1.31), (1.0, 0.004), (0.0031, 0.003), (40.0, 7.0), (1.0, 0.14)]:
             with self.subTest(bpds):
                 title = "MLP on a$_$.npz"
                 (axes,) = self.axes_of(figures.bpd_curves, {2: bpds[1]}, dict(enumerate(bpds)), bpds[1], title)
@@ -88,7 +86,6 @@ class TestFigures(SeededTest):
     def test_samples_are_the_first_those_of_epoch_10_and_the_last(self):
         for epochs, expected in [
             ([0], ["before training"]),
-            ([0, 5], ["before training", "epoch 5"]),
             ([0, 5, 10, 15, 80], ["before training", "epoch 10", "epoch 80"]),
             ([0, 4, 8, 12], ["before training", "epoch 8", "epoch 12"]),
             ([20, 40], ["epoch 20", "epoch 40"]),
@@ -113,13 +110,13 @@ class TestFigures(SeededTest):
         self.assertGreater(*axes.get_ylim())  # the first setting on top
 
     def test_long_settings_are_not_cut(self):
-        """They break into lines, each flag beside its value, and are not read as formulas."""
+        """They are broken into lines, with each flag beside its value, and are not read as formulas."""
         names = ["dataset $a$.npz, " + ", ".join(f"flag_{number} 64 32" for number in range(9)), "b" * 99]
         (axes,) = self.axes_of(figures.bpd_by_setting, dict.fromkeys(names, [0.2]))
         axes.figure.draw_without_rendering()
         labels = axes.get_yticklabels()
         upper, lower = (label.get_window_extent() for label in labels)
-        self.assertTrue(upper.x0 > 0 and lower.x0 > 0 and axes.bbox.width > 200)
+        self.assertGreater(min(upper.x0, lower.x0, axes.bbox.width - 200), 0)
         self.assertTrue(axes.figure.bbox.height > upper.y1 > upper.y0 > lower.y1 > lower.y0 > 0)
         lines = [label.get_text().splitlines() for label in labels]
         self.assertEqual([" ".join(lines[0]), "".join(lines[1])], names)
@@ -132,8 +129,8 @@ class TestFigures(SeededTest):
         picture = axes.get_images()[0].get_array()
         self.assertEqual(axes.get_images()[0].get_clim(), (0, 1))  # black and white, whatever the values are
         self.assertEqual(picture.shape, (2 * 4 + 2, 3 * 5 + 2 * 2))
-        np.testing.assert_allclose(picture[::6, ::7], np.arange(6).reshape(2, 3) / 6)
-        np.testing.assert_allclose(picture[3::6, 4::7], np.arange(6).reshape(2, 3) / 6)
+        for corner in [picture[::6, ::7], picture[3::6, 4::7]]:
+            np.testing.assert_allclose(corner, TABLE[..., 0, 0])
         self.assertEqual({*picture[4:6].flat, *picture[:, 5:7].flat}, {0.5})
         self.assertEqual([label.get_text() for label in axes.get_xticklabels()], ["1", "2", "3"])
         self.assertEqual([label.get_text() for label in axes.get_yticklabels()], ["x", "y"])
@@ -144,37 +141,36 @@ class TestFigures(SeededTest):
 
     def test_a_table_of_large_or_wide_images_shows_every_pixel(self):
         """It does so beside long labels, and the images take a good part of the picture."""
-        for size in [(200, 200), (300, 100), (40, 400)]:
-            stripes = np.indices((4, 4, *size)).sum(axis=0) % 2
-            figures.image_table(self.folder / "wide", stripes, rows=["input", "reconstruction"] * 2)
-            picture = imread(self.folder / "wide.png")[..., 0]
-            for axis in [0, 1]:
-                changes = (np.diff((picture > 0.5).astype(int), axis=axis) != 0).sum(axis=axis).max()
-                self.assertGreaterEqual(changes, 4 * (size[axis] - 1), size)
-            self.assertGreater((picture < 1).mean(), 0.05, size)
+        for size in [(100, 100), (150, 50), (20, 200)]:
+            with self.subTest(size):
+                stripes = np.indices((4, 4, *size)).sum(axis=0) % 2
+                figures.image_table(self.folder / "wide", stripes, rows=["input", "reconstruction"] * 2)
+                picture = imread(self.folder / "wide.png")[..., 0]
+                for axis in [0, 1]:
+                    changes = (np.diff((picture > 0.5).astype(int), axis=axis) != 0).sum(axis=axis).max()
+                    self.assertGreaterEqual(changes, 4 * (size[axis] - 1))
+                self.assertGreater((picture < 1).mean(), 0.05)
 
     def test_a_table_of_huge_images_has_a_limited_size(self):
-        with mock.patch.object(figures, "save") as save:
-            figures.image_table("name", np.zeros((2, 2, 3000, 3000)))
-        self.assertLessEqual(max(save.call_args.args[0].get_size_inches()) * save.call_args.kwargs["dpi"], 4000)
+        with mock.patch.object(figures, "save") as save, mock.patch.object(figures, "MAX_PIXELS", 1000):
+            figures.image_table("name", np.zeros((2, 2, 400, 400)))
+        self.assertLessEqual(max(save.call_args.args[0].get_size_inches()) * save.call_args.kwargs["dpi"], 1000)
 
     def test_latent_space_shows_a_group_of_points_per_label(self):
         (axes,) = self.axes_of(self.latents)
         points = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
-        expected = {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]}
-        self.assertEqual(points, expected)
+        self.assertEqual(points, {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]})
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("first", "second"))
 
     def test_many_labels_are_beside_the_points(self):
         """If a legend would be too long, there is a colour scale."""
-        for number in [12, 50, 51, 256]:
+        for number, num_scales in [(50, 0), (51, 1)]:
             points, labels = np.random.default_rng(0).random((number, 2)), np.arange(number)
-            axes, *scale = self.axes_of(figures.latent_space, points, labels, ["first", "second"], "Means")
+            axes, *scales = self.axes_of(figures.latent_space, points, labels, ["first", "second"], "Means")
             axes.figure.draw_without_rendering()
-            self.assertGreater(axes.bbox.width, axes.figure.bbox.width / 2, number)
-            self.assertEqual((len(scale), len(axes.figure.legends)), (1, 0) if number > 50 else (0, 1))
-            if scale:
-                self.assertEqual((scale[0].get_ylabel(), scale[0].get_ylim()), ("digit", (0, number - 1)))
+            self.assertGreater(axes.bbox.width, axes.figure.bbox.width / 2)
+            self.assertEqual((len(scales), len(axes.figure.legends)), (num_scales, 1 - num_scales))
+        self.assertEqual((scales[0].get_ylabel(), scales[0].get_ylim()), ("digit", (0, 50)))
 
     def test_figures_do_not_depend_on_the_user_settings(self):
         """The files are bit-identical, and the settings are in force again afterwards."""
@@ -182,7 +178,7 @@ class TestFigures(SeededTest):
         def pngs():
             self.settings(self.folder / "settings.png")
             self.table(self.folder / "table")
-            return [(self.folder / name).read_bytes() for name in ["settings.png", "table.png"]]
+            return [path.read_bytes() for path in self.folder.glob("*.png")]
 
         expected = pngs()
         with matplotlib.rc_context():

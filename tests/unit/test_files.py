@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from harness.errors import MAKE_ROOM, DiskFullError, UserError
-from harness.files import LOCK, NO_LOCKS, UNFINISHED, atomic_write, folder_lock, read_results, write_text
+from harness.files import LOCK, NO_LOCKS, UNFINISHED, atomic_write, folder_lock, read_results
 from tests.helpers import Killed, SeededTest
 
 
@@ -93,11 +93,6 @@ class TestAtomicWrite(SeededTest):
                 self.write(text, sync=sync)
                 self.assertEqual(self.contents(), {"file": text})
         self.assertEqual(synced, [(6, "new")])
-
-    def test_a_text_is_written_as_it_is(self):
-        for text in ["a,b\r\n1,2\r\n", "a\nb\n", "ä", ""]:
-            write_text(self.path, text)
-            self.assertEqual(self.path.read_bytes(), text.encode())
 
 
 class TestReadResults(SeededTest):

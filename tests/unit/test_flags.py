@@ -17,7 +17,6 @@ from harness.errors import FlagError
 from harness.flags import MAX_FLOAT, MAX_INT, MAX_THREADS, RUNTIME_FLAGS, Flag, Parser
 from tests.helpers import SeededTest
 
-
 FLAGS = {
     "shape": {
         "kind": Flag("round", "Kind of shape", choices=["round", "square"]),

@@ -22,7 +22,9 @@ HPARAMS, RESULTS = "hparams.yaml", "results.json"
 NO_RUN, OTHER_PROGRAM = "holds no run: choose another --run_name", "holds a run of another program: choose another"
 
 
-class FolderTest(NamedRunTest):
+class TestFolder(NamedRunTest):
+    """Which folder a run has, and when it is refused."""
+
     def open_folder(self, name="run", **flags):
         """The context of a run's folder."""
         args = complete_flags(self.namespace(**flags))
@@ -36,8 +38,6 @@ class FolderTest(NamedRunTest):
         self.assertEqual(self.contents(), before)
         return str(caught.exception)
 
-
-class TestNewFolders(FolderTest):
     def test_runs_without_a_name_are_numbered_even_if_another_process_takes_a_number_first(self):
         stale = mock.patch.object(folder, "TensorBoardLogger", lambda log_dir: argparse.Namespace(version=0))
         for number, version in enumerate([contextlib.nullcontext(), contextlib.nullcontext(), stale]):
@@ -74,12 +74,6 @@ class TestNewFolders(FolderTest):
                 self.assert_refused(message)
                 shutil.rmtree(self.run_folder())
 
-
-class TestLock(FolderTest):
-    def setUp(self):
-        super().setUp()
-        self.enter(mock.patch.object(folder, "LOCK_TIMEOUT", 0.1))
-
     def test_a_folder_is_one_runs_as_long_as_it_trains(self):
         refused = []
 
@@ -88,7 +82,8 @@ class TestLock(FolderTest):
                 self.fail("both have it")
             refused.append(model.current_epoch)
 
-        with mock.patch.object(VAE, "on_train_epoch_start", open_it_too):
+        patch_timeout = mock.patch.object(folder, "LOCK_TIMEOUT", 0.1)
+        with patch_timeout, mock.patch.object(VAE, "on_train_epoch_start", open_it_too):
             self.train(epochs=1)
         self.assertEqual(refused, [0])
         with self.assertRaisesRegex(RunError, "was finished by another process just now"), self.open_folder(epochs=1):
@@ -99,12 +94,13 @@ class TestLock(FolderTest):
             _, output = self.train(epochs=1)
         self.assertEqual(output.count("is on a file system without locks"), 1)
         self.assertTrue(results(self.run_folder()))
-        message = "^cannot write to .*run .Input/output error.; choose another --log_dir or --run_name$"
+        message = "^cannot write to .*run .{}.; choose another --log_dir or --run_name$"
         with mock.patch("fcntl.flock", side_effect=OSError(errno.EIO, "Input/output error")):
-            self.assert_refused(message, epochs=2)
+            self.assert_refused(message.format("Input/output error"), epochs=2)
+        (self.run_folder() / HPARAMS).unlink()
+        (self.run_folder() / HPARAMS).mkdir()
+        self.assert_refused(message.format("Is a directory"), epochs=2)
 
-
-class TestFinishedRun(FolderTest):
     def test_a_finished_run_is_left_alone_and_its_data_is_not_even_loaded(self):
         self.train(epochs=1)
         before, result = self.contents(), [{"test_bpd": results(self.run_folder())["test_bpd"]}]
@@ -135,8 +131,6 @@ class TestFinishedRun(FolderTest):
             self.train(epochs=1)
         self.assertEqual(synced, [HPARAMS, BEST, LAST, RESULTS])
 
-
-class TestOtherFlags(FolderTest):
     def test_a_run_with_other_hyperparameters_is_refused_with_their_values(self):
         for epoch in [0, 1]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, epochs=2)
@@ -180,8 +174,6 @@ class TestOtherFlags(FolderTest):
             path.write_bytes(b"nonsense")
         self.assert_refused(f"{LAST} is no .*{PREVIOUS} is no .*delete .*--run_name", CheckpointError, epochs=3)
 
-
-class TestMoreEpochs(FolderTest):
     def test_a_finished_run_that_is_given_more_epochs_equals_one_that_had_them_from_the_start(self):
         self.train(epochs=6, run_name="long")
         self.train(epochs=3)
@@ -201,15 +193,12 @@ class TestMoreEpochs(FolderTest):
         self.train(epochs=3, run_name="short")
         assert_left_the_same(self, self.run_folder(), self.folder / "short")
 
-    def test_fewer_epochs_than_were_trained_or_other_flags_are_refused(self):
-        self.train(epochs=3)
-        self.assert_refused("has trained 3 epochs, more than --epochs 2: give --epochs 3 or more", epochs=2)
-        self.assert_refused("--lr_schedule was constant, is cosine", epochs=4, lr_schedule="cosine")
-
-    def test_a_run_whose_learning_rate_has_fallen_to_its_end_cannot_be_given_more_epochs(self):
-        self.train(epochs=1, lr_schedule="cosine")
+    def test_fewer_epochs_than_were_trained_are_refused_and_more_if_the_learning_rate_has_fallen_to_its_end(self):
+        self.train(epochs=2)
+        self.assert_refused("has trained 2 epochs, more than --epochs 1: give --epochs 2 or more", epochs=1)
+        self.train(epochs=1, lr_schedule="cosine", run_name="cosine")
         message = "with --epochs 1, over which its learning rate falls: .* --epochs 2"
-        self.assert_refused(message, epochs=2, lr_schedule="cosine")
+        self.assert_refused(message, epochs=2, lr_schedule="cosine", run_name="cosine")
 
     def test_results_whose_checkpoints_are_gone_are_not_replaced(self):
         """As if somebody had deleted the checkpoints to save space."""

@@ -6,6 +6,7 @@ import gzip
 import io
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,7 @@ from harness.errors import DataError
 from sources import mnist_files
 from sources.mnist_files import KINDS, load_mnist
 from tests.helpers import SeededTest
-from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist
+from tests.helpers.fake_data import idx, known_files, known_resources, mirror, small_mnist
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = mnist_files.FILES
 
@@ -29,12 +30,13 @@ class FilesTest(SeededTest):
     def setUp(self):
         self.raw = self.folder / KINDS[self.kind].__name__ / "raw"
         self.content, self.packed, self.images, self.labels = small_mnist()
-        for patch in [
-            mock.patch.object(mnist_files, "FILES", known_files(self.content)),
-            *(mock.patch.object(kind, "mirrors", []) for kind in KINDS.values()),  # no test ever asks the real ones
-        ]:
-            patch.start()
-            self.addCleanup(patch.stop)
+        self.enter(mock.patch.object(mnist_files, "FILES", known_files(self.content)))
+        for kind in KINDS.values():
+            self.enter(mock.patch.object(kind, "mirrors", []))  # no test ever asks the real ones
+
+    def parts(self):
+        """The four tensors that load_mnist should return."""
+        return [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]]
 
     def write(self, changes=()):
         """Writes the four files, with changes: a dict from name to content."""
@@ -54,7 +56,7 @@ class FilesTest(SeededTest):
 
     def load(self, root=None, download=True):
         """The four tensors, and what was printed."""
-        with contextlib.redirect_stdout(io.StringIO()) as output:
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
             return load_mnist(root or self.folder, download, self.kind), output.getvalue()
 
     def error(self, root=None, download=False):
@@ -66,19 +68,23 @@ class FilesTest(SeededTest):
 
     def assert_loaded(self, tensors):
         """The tensors are those of the stand-in."""
-        expected = [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]]
-        self.assertEqual([tensor.dtype for tensor in tensors], [tensor.dtype for tensor in expected])
-        self.assertTrue(all(map(torch.equal, tensors, expected)))
+        self.assertEqual([tensor.dtype for tensor in tensors], [tensor.dtype for tensor in self.parts()])
+        self.assertTrue(all(map(torch.equal, tensors, self.parts())))
 
     def assert_complete(self):
         """The folder has the four files and nothing else."""
         left = {path.name: path.read_bytes() for path in self.raw.iterdir() if path.name != ".lock"}
         self.assertEqual(left, self.content)
 
+    def change_directory(self):
+        """Makes the folder of the files the working directory until the test ends."""
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.raw)
+
 
 class TestReading(FilesTest):
     def test_any_mixture_of_files_is_read(self):
-        """Packed by whoever, unpacked, with a wrong ending, beside a damaged file; and nothing is written."""
+        """The files may be packed, unpacked, with a wrong ending, or beside a damaged file. Nothing is written."""
         images, labels, test_images, test_labels = self.content.values()
         packed_labels = self.packed[f"{LABELS}.gz"]
         for files in [
@@ -98,15 +104,11 @@ class TestReading(FilesTest):
                 self.assert_loaded(tensors)
                 self.assertEqual((requests, output), ([], ""))
                 self.assertEqual({path.name: path.read_bytes() for path in self.raw.iterdir()}, files)
-            for path in self.raw.iterdir():
-                path.unlink()
-            self.raw.rmdir()
+            shutil.rmtree(self.raw)
 
     def test_the_data_directory_may_be_given_in_several_ways(self):
         self.write()
-        before = os.getcwd()
-        self.addCleanup(os.chdir, before)
-        os.chdir(self.raw)
+        self.change_directory()
         home = str(self.folder.parent)
         with mock.patch.dict(os.environ, HOME=home, USERPROFILE=home):
             for root in [self.folder, str(self.folder), "../..", f"~/{self.folder.name}"]:
@@ -134,19 +136,10 @@ class TestReading(FilesTest):
                 self.assertEqual(requests, [])
 
     def test_a_file_that_cannot_be_read_is_an_error(self):
-        """Unless the same file is there packed."""
         self.write()
-        path, read = self.raw / TEST_LABELS, Path.read_bytes
-
-        def read_bytes(self):
-            if self.name == path.name:
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return read(self)
-
-        with mock.patch.object(Path, "read_bytes", read_bytes), self.mirror() as requests:
-            self.assertIn(f"{path} is not MNIST's: it cannot be read (Permission denied)", self.error(download=True))
-            (self.raw / f"{path.name}.gz").write_bytes(self.packed[f"{path.name}.gz"])
-            self.assert_loaded(self.load()[0])
+        denied = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch.object(Path, "read_bytes", side_effect=denied), self.mirror() as requests:
+            self.assertIn("is not MNIST's: it cannot be read (Permission denied)", self.error(download=True))
         self.assertEqual(requests, [])
 
     def test_missing_files_are_an_error_that_says_what_to_do(self):
@@ -198,9 +191,8 @@ class TestHints(FilesTest):
 
     def test_a_folder_for_each_file(self):
         """Kaggle packs them like this. A folder cannot be replaced by a download."""
-        for name, content in self.content.items():
+        for name in self.content:
             (self.raw / name).mkdir(parents=True)
-            (self.raw / name / name.replace("-idx", ".idx")).write_bytes(content)
         with self.mirror() as requests:
             self.assertIn(f"{self.raw / IMAGES} is not MNIST's: it is a folder. ", self.error(download=True))
         self.assertEqual(requests, [])
@@ -215,9 +207,7 @@ class TestHints(FilesTest):
     def test_a_data_directory_that_is_too_deep(self):
         """Neither MNIST nor MNIST/raw is the data directory, and nothing is downloaded into it."""
         self.write()
-        before = os.getcwd()
-        self.addCleanup(os.chdir, before)
-        os.chdir(self.raw)
+        self.change_directory()
         parent = Path(os.getcwd()).parents[1]
         with self.mirror() as requests:
             for root in [self.raw, f"{self.raw.parent}/", ".", Path(".."), "../raw"]:
@@ -270,29 +260,22 @@ class TestDownload(FilesTest):
     def test_two_processes_on_a_file_system_without_locks(self):
         """They take turns, or both of them download; the result is the same."""
         context = multiprocessing.get_context("fork")
-        for number in [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES]:
+        for number in [errno.ENOLCK, errno.EACCES]:
             with (
                 self.subTest(errno.errorcode[number]),
                 self.mirror(),
                 mock.patch.object(mnist_files, "PATIENCE", 0.5),
                 mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available")),
             ):
-                processes = [context.Process(target=self.load_in_a_process) for _ in range(2)]
+                processes = [context.Process(target=self.load) for _ in range(2)]
                 for process in processes:
                     process.start()
                 for process in processes:
                     process.join(60)
                     process.kill()
                 self.assertEqual([process.exitcode for process in processes], [0, 0])
-                for path in self.raw.iterdir():
-                    path.unlink()
-
-    def load_in_a_process(self):
-        """Ends a process with an error if it loads something else."""
-        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
-        with contextlib.redirect_stderr(io.StringIO()):
-            tensors, _ = self.load()
-        self.assert_loaded(tensors)
+                self.assert_complete()
+                shutil.rmtree(self.raw)
 
 
 class TestRelatives(FilesTest):
@@ -304,10 +287,7 @@ class TestRelatives(FilesTest):
         super().setUp()
         self.mnist = self.content
         self.images, self.labels = 255 - self.images, 9 - self.labels
-        self.content = {}
-        for name, content in self.mnist.items():
-            head, most = (16, 255) if "images" in name else (8, 9)
-            self.content[name] = content[:head] + bytes(most - byte for byte in content[head:])
+        self.content = dict(zip(mnist_files.FILES, map(idx, self.parts())))
         self.packed = {f"{name}.gz": gzip.compress(content) for name, content in self.content.items()}
 
     def test_torchvision_knows_files_of_the_same_names(self):
@@ -331,10 +311,7 @@ class TestRelatives(FilesTest):
         for problem, changes in [
             ("it has .* bytes instead of .*truncated", {IMAGES: images[:-9]}),
             (f"it contains {IMAGES} of MNIST", {IMAGES: self.mnist[IMAGES]}),
-            ("it has .* bytes instead of", {IMAGES: self.content[TEST_IMAGES]}),
             ("it contains a label above 9", {TEST_LABELS: labels[:-1] + b"\x0a"}),
-            ("it is a text", {TEST_LABELS: b"<html>"}),
-            ("begins with the number 2051 instead of 2049", {TEST_LABELS: b"\0\0\x08\x03" + labels[4:]}),
         ]:
             with self.subTest(problem):
                 self.write(changes)

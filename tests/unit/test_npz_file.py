@@ -1,7 +1,5 @@
 """Tests of sources/npz_file.py: `python -m unittest tests/unit/test_npz_file.py`."""
 
-import gzip
-import tracemalloc
 import zipfile
 from unittest import mock
 
@@ -18,17 +16,15 @@ class TestLoadFile(SeededTest):
     def test_images_and_labels_are_loaded(self):
         path = write_npz(self.folder, train_labels=np.arange(200) % 7, test_labels=np.arange(100, dtype=np.uint8))
         train_images, train_labels, test_images, test_labels = load_file(str(path))
-        self.assertTrue(torch.equal(train_images, torch.from_numpy(own_images(200))))
-        self.assertTrue(torch.equal(test_images, torch.from_numpy(own_images(100))))
-        self.assertTrue(torch.equal(train_labels, torch.arange(200) % 7))
-        self.assertTrue(torch.equal(test_labels, torch.arange(100)))
-        self.assertEqual((train_images.dtype, test_labels.dtype), (torch.uint8, torch.int64))
+        torch.testing.assert_close(train_images, torch.from_numpy(own_images(200)))
+        torch.testing.assert_close(test_images, torch.from_numpy(own_images(100)))
+        torch.testing.assert_close(train_labels, torch.arange(200) % 7)
+        torch.testing.assert_close(test_labels, torch.arange(100))
 
     def test_arrays_in_any_layout(self):
-        """The tensors are contiguous: SampledImages samples its pixels in place. Labels that are missing are -1."""
+        """The tensors are contiguous: SampledImages samples its pixels in place. Missing labels are -1."""
         path = self.folder / "own.npz"
-        arrays = dict(train_images=np.asfortranarray(own_images(200)), test_images=own_images(100)[::-1])
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, train_images=np.asfortranarray(own_images(200)), test_images=own_images(100)[::-1])
         train_images, train_labels, test_images, _ = load_file(str(path))
         self.assertTrue(torch.equal(train_images, torch.from_numpy(own_images(200))))
         self.assertTrue(torch.equal(test_images, torch.from_numpy(own_images(100)).flip(0)))
@@ -61,18 +57,12 @@ class TestLoadFile(SeededTest):
         path = write_npz(self.folder)
         content = path.read_bytes()
         middle = len(content) // 2
-        np.save(self.folder / "array.npy", own_images(200))
         for name, broken in {
             "empty": b"",
-            "head alone": b"PK\3\4",
-            "truncated": content[:-1_000],
             "first half": content[:middle],
             "second half": content[middle:],
             "zeros in the middle": content[:middle] + bytes(100) + content[middle + 100 :],
-            "packed again": gzip.compress(content),
-            "another head": b"\x93NUMPY" + content,
-            "text": b"<html>",
-            ".npy": (self.folder / "array.npy").read_bytes(),
+            "an .npy file's beginning": b"\x93NUMPY" + content,
         }.items():
             path.write_bytes(broken)
             with self.subTest(name), self.assertRaisesRegex(DataError, "own.npz is no .npz file of plain arrays"):
@@ -86,10 +76,6 @@ class TestLoadFile(SeededTest):
             with self.subTest(member), self.assertRaisesRegex(DataError, "own.npz is (no .npz file|invalid)"):
                 load_file(str(path))
 
-    def test_a_file_that_cannot_be_read_is_an_error(self):
-        with self.assertRaisesRegex(DataError, "--dataset .*own.npz cannot be read .No such file or directory.: give"):
-            load_file(str(self.folder / "own.npz"))
-
     def test_a_file_that_has_changed_is_an_error(self):
         """The run has kept its checksum before it loads the images."""
         path = write_npz(self.folder)
@@ -102,17 +88,6 @@ class TestLoadFile(SeededTest):
 
     def test_too_little_memory_is_an_error(self):
         path = write_npz(self.folder)
-        with (
-            mock.patch.object(np, "ascontiguousarray", side_effect=MemoryError("Unable to allocate 9 GiB")),
-            self.assertRaisesRegex(DataError, "memory is too small for .*own.npz, or it is damaged .*Unable to"),
-        ):
+        error = self.assertRaisesRegex(DataError, "memory is too small for .*own.npz, or it is damaged .*Unable to")
+        with mock.patch.object(np, "ascontiguousarray", side_effect=MemoryError("Unable to allocate 9 GiB")), error:
             load_file(str(path))
-
-    def test_other_arrays_need_no_memory(self):
-        path = write_npz(self.folder, other=np.zeros(3 * 2**20, np.uint8))
-        with opened(path) as file:
-            sha256 = checksum(file)
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        load_file(str(path), sha256)
-        self.assertLess(tracemalloc.get_traced_memory()[1], 2.5 * 2**20)

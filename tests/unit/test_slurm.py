@@ -33,7 +33,7 @@ class JobTest(TrainingTest):
         self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))  # whoever runs the tests
         for number in [signal.SIGTERM, signal.SIGUSR1]:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-        signal.signal(signal.SIGUSR1, slurm.ignore)  # so that a signal too many does not end the tests
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # so that a signal too many does not end the tests
 
     def train_job(self, **flags):
         """Trains in the folder of the job's run, on the CPU."""
@@ -64,19 +64,16 @@ class TestSignals(JobTest):
         return seen
 
     def assert_requeued(self, times):
-        """The job was requeued that many times, each with a message."""
         self.assertEqual(self.run_mock.mock_calls, [mock.call(["scontrol", "requeue", "7"], check=True)] * times)
         message = mock.call(1, b"Time is almost up: requeueing job 7\n")
         self.assertEqual(self.write_mock.mock_calls.count(message), times)
 
     def test_sigusr1_requeues_once_an_attempt_has_finished_an_epoch_and_sigterm_has_no_effect(self):
-        before = [signal.getsignal(number) for number in [signal.SIGTERM, signal.SIGUSR1]]
         later = [("fit", 1), ("test", 2)]
         seen = self.signalled(HOOKS, later, epochs=2, batch_size=100)
         self.assertEqual(seen, [("validate", 0), *[("fit", 0)] * 2, *[("fit", 1)] * 2, ("test", 2)])
         self.assert_requeued(times=3)
         self.assertTrue(results(self.folder / "job_7"))
-        self.assertEqual([signal.getsignal(number) for number in [signal.SIGTERM, signal.SIGUSR1]], before)
 
         for hook in ["on_train_epoch_start", "on_validation_epoch_start"]:  # of the next attempt's first epoch
             with self.subTest(hook), self.assertRaises(SystemExit) as caught:
@@ -102,31 +99,42 @@ class TestSignals(JobTest):
                 self.assertEqual((number, text.count(b"\n")), (2, 1))
                 self.assertRegex(text.decode(), f"^Job 7 is not requeued .*{reason}.*training goes on")
 
-    def test_rank_zero_requeues_for_all_ranks(self):
-        requeue = slurm.RequeueOnTimeLimit()
+    def test_an_error_after_sigterm_waits_for_sigkill(self):
+        """SIGTERM kills the workers of data loaders, and a preempted job that ends by itself is not requeued."""
+
+        def fail(model, *args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ZeroDivisionError
+
         with (
-            mock.patch.object(slurm.rank_zero_only, "rank", 1),
-            mock.patch.object(subprocess, "run") as run_mock,
-            mock.patch.object(os, "write") as write,
+            mock.patch.object(VAE, "training_step", fail),
+            mock.patch.object(slurm, "time") as clock,
+            self.assertRaises(ZeroDivisionError),
         ):
-            with self.assertRaises(SystemExit) as caught:
+            self.train_job()
+        clock.sleep.assert_called_once_with(slurm.MAX_GRACE)
+
+    def test_other_ranks_and_worker_processes_leave_requeueing_to_rank_zero(self):
+        requeue = slurm.RequeueOnTimeLimit()
+        for what, patch, code in [
+            ("rank 1", mock.patch.object(slurm.rank_zero_only, "rank", 1), 1),
+            ("a worker process", mock.patch.object(os, "getpid", lambda: 1), None),
+        ]:
+            with self.subTest(what), patch, mock.patch.object(subprocess, "run") as run_mock:
+                try:
+                    found = requeue.requeue(signal.SIGUSR1, None)
+                except SystemExit as end:  # before the first epoch, all ranks end
+                    found = end.code
+                requeue.has_advanced = True
                 requeue.requeue(signal.SIGUSR1, None)
-            requeue.has_advanced = True
-            requeue.requeue(signal.SIGUSR1, None)
-        self.assertEqual((run_mock.mock_calls, write.mock_calls, caught.exception.code), ([], [], 1))
+                requeue.has_advanced = False
+                self.assertEqual((found, run_mock.mock_calls), (code, []))
 
     def test_sigterm_ends_a_run_outside_of_batch_jobs(self):
-        for change in ["no job", "a terminal"]:
-            with (
-                self.subTest(change),
-                mock.patch.dict(os.environ),
-                mock.patch.object(slurm, "is_interactive", return_value=change == "a terminal"),
-                mock.patch.object(run.Run, "start", lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
-                self.assertRaises(SystemExit),
-            ):
-                if change == "no job":
-                    del os.environ["SLURM_JOB_ID"]
-                self.train_job()
+        del os.environ["SLURM_JOB_ID"]
+        terminate = mock.patch.object(run.Run, "start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with terminate, self.assertRaises(SystemExit):
+            self.train_job()
 
 
 class TestJob(JobTest):
@@ -148,15 +156,6 @@ class TestJob(JobTest):
                 self.assertEqual(slurm.run_name(), expected)
         del os.environ["SLURM_JOB_ID"]
         self.assertIsNone(slurm.run_name())
-
-    def test_checkpoints_of_other_jobs_are_not_read(self):
-        """Lightning would load an hpc_ckpt_N.ckpt from the Trainer's root directory."""
-        logs = self.folder / "logs"
-        logs.mkdir()
-        for folder in [self.folder, logs]:
-            (folder / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
-        self.train_job(log_dir=str(logs), epochs=1)
-        self.assertEqual(set(os.listdir(logs)), {"hpc_ckpt_1.ckpt", "job_7"})
 
     def test_the_number_of_nodes_and_tasks_is_that_of_srun(self):
         self.assertEqual(slurm.tasks(), (1, 1))
@@ -196,7 +195,9 @@ class TestJob(JobTest):
                 self.assertRegex(error, f"^train_pl.py: error: {message}")
         self.assertEqual(os.listdir(self.folder), [])
 
-    def test_each_task_can_train_its_own_run(self):
+    def test_each_task_can_train_its_own_run_and_reads_no_checkpoints_of_others(self):
+        """Lightning would load an hpc_ckpt_N.ckpt of another job from the Trainer's root directory."""
+        (self.folder / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
         with mock.patch.dict(os.environ, {**step("4(x2)", 2), "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}):
             self.train_job(run_name="x", epochs=1)
         self.assertTrue((self.folder / "x" / "epoch_0_samples.png").exists())  # rank 0 alone writes both files

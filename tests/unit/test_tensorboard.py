@@ -14,7 +14,7 @@ from pictures.tensorboard import log_picture
 from tests.helpers import SeededTest, summaries
 
 
-class TestEpochLogger(SeededTest):
+class TestTensorBoard(SeededTest):
     def train(self, attempt, epochs):
         """Logs what a process does that trains these epochs, the next attempt at a run: a curve and pictures."""
         with mock.patch("time.time", return_value=time.time() + 10 * attempt):
@@ -62,18 +62,15 @@ class TestEpochLogger(SeededTest):
         points = [(summary.tag, step) for step, summary in summaries(self.folder)]
         self.assertEqual(points, [("val_bpd", 0), ("lr", 0), ("val_bpd", 1), ("lr", 1)])
 
-
-class TestPictures(SeededTest):
     def test_a_picture_is_encoded_once_for_tensorboard_and_a_file(self):
-        picture = torch.randint(256, (3, 4, 6)) / 255
-        logger = EpochLogger(str(self.folder))
+        """A logger that is not TensorBoard's gets the picture itself."""
+        pixels, logger = torch.randint(1, 256, (3, 4, 6), dtype=torch.uint8), EpochLogger(str(self.folder))
+        picture = (pixels - 0.4) / 255
         png = log_picture(logger.experiment, "Samples", picture, epoch=5)
         logger.flush()
         (event,) = EventAccumulator(str(self.folder)).Reload().Images("Samples")
         self.assertEqual((event.step, event.height, event.width, event.encoded_image_string), (5, 4, 6, png))
-        torch.testing.assert_close(pil_to_tensor(Image.open(io.BytesIO(png))) / 255, picture)
-
-    def test_a_logger_that_is_not_tensorboards_gets_the_picture_itself(self):
-        writer, picture = mock.Mock(spec=["add_image"]), torch.rand(3, 4, 6)
-        log_picture(writer, "Samples", picture, epoch=5)
+        torch.testing.assert_close(pil_to_tensor(Image.open(io.BytesIO(png))), pixels)
+        writer = mock.Mock(spec=["add_image"])
+        self.assertEqual(log_picture(writer, "Samples", picture, epoch=5), png)
         writer.add_image.assert_called_once_with("Samples", picture, 5)

@@ -16,7 +16,7 @@ import torch
 
 import bmnist
 import train_pl
-from harness import processes, report
+from harness import processes, report, trainer
 from tests.helpers import (
     NamedRunTest,
     SeededTest,
@@ -263,7 +263,7 @@ class TestTraining(TrainingTest):
         with (  # Lightning would use rich's bar if rich is installed; Lightning 2.5 does not look for it
             mock.patch(f"{connector}._RICH_AVAILABLE", True, create=True),
             mock.patch(f"{connector}.RichProgressBar", mock.Mock(side_effect=AssertionError)),
-            mock.patch.object(trainer, "shows_bar", lambda args: args.progress_bar),
+            mock.patch.object(trainer, "is_screen", lambda stream: True),
         ):
             _, output = self.train(progress_bar=True)
         self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
