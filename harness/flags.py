@@ -173,14 +173,10 @@ def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
             "progress_bar": Flag(False, "Show a progress bar instead of a line per epoch; not for batch jobs"),
         },
         "devices": {
-            "accelerator": Flag(
-                "auto", "Device that trains; auto takes a GPU where there is one", choices=["auto", "cpu", "gpu"]
-            ),
+            "accelerator": Flag("auto", "Device that trains; auto takes a GPU if there is one", ["auto", "cpu", "gpu"]),
             "devices": Flag(1, "Number of GPUs, or of processes on a CPU, per node", minimum=1),
             "num_nodes": Flag(1, "Number of nodes", minimum=1),
-            "precision": Flag(
-                "32", "Of the networks' arithmetic: float32, or bfloat16 where it is safe", choices=["32", "bf16"]
-            ),
+            "precision": Flag("32", "Of the networks: float32, or bfloat16 where it is safe", ["32", "bf16"]),
             "threads": Flag("auto", "Threads of a CPU: a number, or auto, at most 8", parse=auto_or_number),
             "no_cuda_graph": Flag(False, "On a GPU, train without CUDA graphs, in ordinary steps"),
         },

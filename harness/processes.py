@@ -9,12 +9,7 @@ import threading
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import (
-    LightningEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
-    TorchElasticEnvironment,
-)
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.overrides import TorchFunctionMode
 from torch.utils.data.distributed import DistributedSampler
 
@@ -48,9 +43,6 @@ def environment(devices, num_nodes, run_name):
         environment = LightningEnvironment()
         environment.set_global_rank(0)  # Lightning took another one from such variables when it was imported
         return environment
-    for kind in [LSFEnvironment, MPIEnvironment]:
-        if kind.detect():
-            return kind()
     if num_nodes == 1 and not {*RENDEZVOUS_VARS, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them, here
         for name in STALE_VARS:
             os.environ.pop(name, None)
