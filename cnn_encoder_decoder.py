@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn as nn
 
 
@@ -37,7 +38,7 @@ class CNNEncoder(nn.Module):
             nn.Linear(2 * c * math.prod(halved(img_size, 3)), 2 * z_dim),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Inputs:
             x - Images of shape [B,C,H,W], values between 0 and 1.
@@ -85,7 +86,7 @@ class CNNDecoder(nn.Module):
         # A random bias, the same for all pixels, would make the untrained decoder prefer black or white.
         nn.init.zeros_(self.net[-1].bias)
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         """
         Inputs:
             z - Latents of shape [B,z_dim].

@@ -3,10 +3,11 @@
 import math
 from itertools import pairwise
 
+import torch
 import torch.nn as nn
 
 
-def mlp(dims):
+def mlp(dims: list[int]) -> nn.Sequential:
     """Linear layers of the widths dims[0] -> dims[1] -> ... -> dims[-1], with ReLU between them."""
     layers = []
     for num_in, num_out in pairwise(dims):
@@ -14,7 +15,7 @@ def mlp(dims):
     return nn.Sequential(*layers[:-1])
 
 
-def he_init(net):
+def he_init(net: nn.Module):
     """
     Draws the weights of an `mlp` anew, with variances that keep the signal's scale from layer to layer: before a ReLU
     those of He et al. (2015), in the last layer those of Glorot & Bengio (2010). The biases become 0. PyTorch's own
@@ -40,7 +41,7 @@ class MLPEncoder(nn.Module):
         super().__init__()
         self.net = mlp([input_dim, *hidden_dims, 2 * z_dim])
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Inputs:
             x - Images of shape [B,C,H,W], values between 0 and 1.
@@ -65,7 +66,7 @@ class MLPDecoder(nn.Module):
         self.output_shape = tuple(output_shape)
         self.net = mlp([z_dim, *hidden_dims, math.prod(output_shape)])
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         """
         Inputs:
             z - Latents of shape [B,z_dim].

@@ -53,7 +53,7 @@ def tell(error):
         warn(f"{error.filename} is left out: {error.strerror}")
 
 
-def by_setting(results):
+def by_setting(results: list[dict]) -> dict[str, list[dict]]:
     """
     Groups runs that differ in nothing but the seed.
     Inputs:
@@ -111,7 +111,7 @@ def as_typed(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def table(groups):
+def table(groups: dict[str, list[dict]]) -> list[str]:
     """Lines of text: test and best validation bpd of each setting, mean and standard deviation over its runs."""
     width = max(len("setting"), *map(len, groups))
     lines = [f"{'setting':{width}}  runs  test bpd            best validation bpd"]

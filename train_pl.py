@@ -86,7 +86,7 @@ class VAE(pl.LightningModule):
         self.beta = beta  # of the current epoch, see BetaWarmup
         self.train_means, self.val_means = utils.EpochMeans(), utils.EpochMeans()
 
-    def terms(self, imgs, num_samples=1):
+    def terms(self, imgs: torch.Tensor, num_samples: int = 1) -> Terms:
         """
         The Terms of the loss, per image: L_rec + beta * L_reg, or minus the importance-weighted bound (Burda et al.
         2016, eq. 8).
@@ -105,7 +105,7 @@ class VAE(pl.LightningModule):
             loss = L_rec + self.beta * L_reg
         return Terms(L_rec, L_reg, loss, mean, log_std, z, logits)
 
-    def quantities(self, terms, imgs):
+    def quantities(self, terms: Terms, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         What is logged of every epoch, as train_NAME and val_NAME: the mean over its images. Returns a dict from name to
         a value per image, shape [B], or one of the minibatch.
@@ -123,7 +123,7 @@ class VAE(pl.LightningModule):
             quantities["IWAE"] = terms.loss
         return quantities
 
-    def forward(self, imgs):
+    def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         The negative ELBO of a batch of images.
         Inputs:
@@ -135,7 +135,7 @@ class VAE(pl.LightningModule):
         return L_rec, L_reg, utils.elbo_to_bpd(L_rec + L_reg, imgs.shape)
 
     @torch.no_grad()
-    def sample(self, batch_size):
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Draws new images: z from the prior, then each pixel from its Bernoulli distribution.
         Inputs:
@@ -148,7 +148,7 @@ class VAE(pl.LightningModule):
         return torch.bernoulli(x_mean), x_mean
 
     @torch.no_grad()
-    def reconstruct(self, imgs):
+    def reconstruct(self, imgs: torch.Tensor) -> torch.Tensor:
         """Means [B,C,H,W] of the pixels that the decoder makes of the posterior means of images [B,C,H,W]."""
         return torch.sigmoid(self.decoder(self.encoder(imgs)[0]))
 
@@ -221,7 +221,7 @@ class BetaWarmup(pl.Callback):
 
 
 class GenerateCallback(pl.Callback):
-    def __init__(self, batch_size=64, every_n_epochs=5, save_to_disk=False):
+    def __init__(self, batch_size: int = 64, every_n_epochs: int = 5, save_to_disk: bool = False):
         """
         Draws images from the model as it trains.
         Inputs:
@@ -287,7 +287,7 @@ def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:
     return run.test_result
 
 
-def experiment(args):
+def experiment(args: argparse.Namespace) -> Experiment:
     """What a Run is told about the VAE that these flags train."""
     title = f"{args.model}, {args.z_dim} latents, {Path(args.dataset).name}"
     title += f", trained with beta {args.beta:g}" if args.beta != 1 else ""
@@ -319,7 +319,7 @@ def schedules(args):
     return lr + ([BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else [])
 
 
-def make_vae(args, img_size=(28, 28)):
+def make_vae(args: argparse.Namespace, img_size: tuple[int, int] = (28, 28)) -> VAE:
     """The untrained VAE that the flags ask for, for images of that height and width."""
     objective = args.beta, args.objective, args.train_samples
     model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr, list(img_size), *objective)
@@ -353,12 +353,12 @@ FLAGS = {
 }
 
 
-def make_parser():
+def make_parser() -> Parser:
     """The parser of the flags of `python train_pl.py`."""
     return Parser("Trains a variational autoencoder on binarised MNIST.", FLAGS)
 
 
-def complete_flags(args):
+def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     """Adds the defaults of flags that a Namespace lacks. Raises a FlagError that names an invalid flag."""
     args = make_parser().complete(args)
     check_run_flags(args)

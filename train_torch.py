@@ -33,7 +33,7 @@ class VAE(torch.nn.Module):
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
 
-    def forward(self, imgs):
+    def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Batch means, for images [B,C,H,W], of -log p(x|z) and KL(q(z|x) || p(z)), in nats, and their sum in bpd."""
         mean, log_std = self.encoder(imgs)
         logits = self.decoder(sample_reparameterize(mean, log_std.exp()))
@@ -42,7 +42,7 @@ class VAE(torch.nn.Module):
         return L_rec, L_reg, elbo_to_bpd(L_rec + L_reg, imgs.shape)
 
     @torch.no_grad()
-    def sample(self, batch_size):
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of zeros and ones drawn from the prior, and the means of their pixels, each of shape [B,C,H,W]."""
         x_mean = torch.sigmoid(self.decoder(torch.randn(batch_size, self.z_dim, device=self.device)))
         return torch.bernoulli(x_mean), x_mean
@@ -94,7 +94,7 @@ def seed_everything(seed):
     torch.backends.cudnn.deterministic = True
 
 
-def main(args):
+def main(args: argparse.Namespace) -> float:
     """Trains a VAE, tests the epoch of the lowest validation bpd, and returns that test bpd; args may lack flags."""
     args = argparse.Namespace(**{**vars(parser.parse_args([])), **vars(args)})
     for name in ["z_dim", "hidden_dims", "num_filters", "lr", "batch_size", "epochs"]:

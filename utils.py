@@ -8,11 +8,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.utils import make_grid
 
 
-def sample_reparameterize(mean, std, eps=None):
+def sample_reparameterize(mean: Tensor, std: Tensor, eps: Tensor | None = None) -> Tensor:
     """
     Draws one sample per Gaussian with the reparameterisation trick, z = mean + std * eps with eps ~ N(0, 1)
     (Kingma & Welling 2014, section 2.4), so that gradients reach the mean and the standard deviation.
@@ -27,7 +28,7 @@ def sample_reparameterize(mean, std, eps=None):
     return mean + std * (torch.randn_like(std) if eps is None else eps)
 
 
-def KLD(mean, log_std):
+def KLD(mean: Tensor, log_std: Tensor) -> Tensor:
     """
     KL divergence of diagonal Gaussians from the unit Gaussian, KL(N(mean, std^2) || N(0, I)), in closed form
     (Kingma & Welling 2014, appendix B): the sum over the latents of (std^2 + mean^2 - 1 - log std^2) / 2.
@@ -42,7 +43,7 @@ def KLD(mean, log_std):
     return 0.5 * (torch.expm1(log_var) - log_var + mean**2).sum(dim=-1)
 
 
-def elbo_to_bpd(elbo, img_shape):
+def elbo_to_bpd(elbo: Tensor, img_shape: tuple) -> Tensor:
     """
     Converts the negative ELBO of an image into bits per dimension: elbo * log2(e) / (number of dimensions).
     Inputs:
@@ -54,7 +55,7 @@ def elbo_to_bpd(elbo, img_shape):
     return elbo * (math.log2(math.e) / math.prod(img_shape[1:]))
 
 
-def sum_softplus(logits):
+def sum_softplus(logits: Tensor) -> Tensor:
     """
     The log normaliser of independent Bernoulli pixels, the sum of log(1 + exp(logit)): log p(x) = x . logits - this.
     A logarithm takes longer than all the rest, so it is taken of products, of factors that are between 1 and 2.
@@ -68,12 +69,12 @@ def sum_softplus(logits):
     return logits.clamp_min(0).sum(dim=-1) + products.log_().sum(dim=-1)
 
 
-def full_precision(tensor):
+def full_precision(tensor: Tensor) -> Tensor:
     """A tensor as float32 if its type is shorter, such as bfloat16, in which a sum over an image has three digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def bernoulli_loss(logits, imgs):
+def bernoulli_loss(logits: Tensor, imgs: Tensor) -> Tensor:
     """
     The reconstruction loss -log p(x|z) of independent Bernoulli pixels.
     Inputs:
@@ -87,7 +88,7 @@ def bernoulli_loss(logits, imgs):
     return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(start_dim=-3).sum(dim=-1)
 
 
-def decode(decoder, z, imgs, max_pixels=2**23):
+def decode(decoder: nn.Module, z: Tensor, imgs: Tensor, max_pixels: int = 2**23) -> tuple[Tensor | None, Tensor]:
     """
     Decodes K samples per image, with gradients: up to max_pixels at once; more in parts, which are computed again in
     the backward pass, so that the memory is bounded.
@@ -113,7 +114,7 @@ def decode(decoder, z, imgs, max_pixels=2**23):
     return None, torch.cat(losses, dim=1)
 
 
-def log_prior_ratio(z, eps, log_std):
+def log_prior_ratio(z: Tensor, eps: Tensor, log_std: Tensor) -> Tensor:
     """
     log p(z) - log q(z|x) of samples z = mean + std * eps of a diagonal Gaussian q, for a unit Gaussian p.
     Inputs:
@@ -125,7 +126,7 @@ def log_prior_ratio(z, eps, log_std):
     return ((eps**2 - z**2) / 2 + log_std).sum(dim=-1)  # their factors of 2 pi cancel
 
 
-def importance_weighted_bound(log_weights):
+def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     """
     The importance-weighted bound of log p(x), L_K = log mean_k w_k with w_k = p(x,z_k) / q(z_k|x) (Burda, Grosse &
     Salakhutdinov 2016, eq. 8).
@@ -138,7 +139,9 @@ def importance_weighted_bound(log_weights):
 
 
 @torch.no_grad()
-def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
+def log_likelihood(
+    imgs: Tensor, encoder: nn.Module, decoder: nn.Module, num_samples: int = 1000, chunk_size: int = 512
+) -> Tensor:
     """
     Importance-weighted estimate of log p(x): log mean_k p(x, z_k) / q(z_k|x) with K samples z_k ~ q(z|x) of the
     encoder (Burda, Grosse & Salakhutdinov 2016, eq. 8). In expectation it is a lower bound of log p(x) that is the
@@ -169,7 +172,9 @@ def log_likelihood(imgs, encoder, decoder, num_samples=1000, chunk_size=512):
 
 
 @torch.no_grad()
-def quadrature_log_likelihood(imgs, decoder, step=0.02, limit=6.0, chunk_size=2048):
+def quadrature_log_likelihood(
+    imgs: Tensor, decoder: nn.Module, step: float = 0.02, limit: float = 6.0, chunk_size: int = 2048
+) -> Tensor:
     """
     log p(x) = log of the integral of p(x|z) p(z) over a 2-dimensional latent space, by the rectangle rule on a square
     grid of latents: exact, up to the grid's resolution, without an encoder.
@@ -193,7 +198,7 @@ def quadrature_log_likelihood(imgs, decoder, step=0.02, limit=6.0, chunk_size=20
     return log_sum + 2 * math.log(step)
 
 
-def active_units(means, threshold=0.01):
+def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
     """
     Which latents tell images apart: those whose posterior mean has a variance over the images above a threshold
     (Burda, Grosse & Salakhutdinov 2016, section 5.2).
@@ -206,7 +211,7 @@ def active_units(means, threshold=0.01):
     return means.var(dim=0) > threshold
 
 
-def manifold_latents(grid_size):
+def manifold_latents(grid_size: int) -> Tensor:
     """
     The latents at which the 2-dimensional manifold is drawn: along each axis the inverse normal CDF of the
     percentiles i / (grid_size + 1), i = 1 .. grid_size, so that every point stands for the same prior mass.
@@ -226,7 +231,7 @@ def manifold_latents(grid_size):
 
 
 @torch.no_grad()
-def visualize_manifold(decoder, grid_size=20):
+def visualize_manifold(decoder: nn.Module, grid_size: int = 20) -> Tensor:
     """
     Draws what a decoder with a 2-dimensional latent space makes of a grid of latents (see manifold_latents).
     Inputs:
@@ -240,7 +245,7 @@ def visualize_manifold(decoder, grid_size=20):
 
 
 @contextlib.contextmanager
-def eval_mode(module):
+def eval_mode(module: nn.Module):
     """A context in which a module is in eval mode; afterwards it and its parts have the modes that they had before."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -268,7 +273,7 @@ class EpochMeans:
         self.names, self.sums = [], None
 
     @torch.no_grad()
-    def add(self, quantities, num_images):
+    def add(self, quantities: dict[str, Tensor], num_images: int):
         """
         Adds the quantities of a minibatch.
         Inputs:
@@ -297,7 +302,7 @@ class EpochMeans:
             raise ValueError(f"a step logs {', '.join(quantities)}, the steps before it {', '.join(self.names)}")
         self.sums += torch.stack(values).sum(dim=1, dtype=self.sums.dtype)
 
-    def compute(self):
+    def compute(self) -> tuple[dict[str, float], int]:
         """The means of the epoch so far, as a dict from name to number, and the number of its images."""
         if self.sums is None:
             return {}, 0

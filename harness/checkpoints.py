@@ -160,7 +160,7 @@ def load_model(
     return build_model(model_class, checkpoint, checkpoint_path, strict, **hyperparameters)
 
 
-def build_model(model_class, checkpoint, path, strict=None, **hyperparameters):
+def build_model(model_class: type, checkpoint: dict, path, strict: bool | None = None, **hyperparameters):
     """
     Builds the module of a checkpoint that has been read. Raises a CheckpointError if hyperparameters are missing or
     invalid, or if the weights do not fit the module.

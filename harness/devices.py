@@ -18,7 +18,7 @@ CGROUP_OF_PROCESS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  
 DEFAULT_THREADS = 8  # at most; small networks gain nothing from more
 
 
-def pick_device(accelerator, num_processes=1):
+def pick_device(accelerator: str, num_processes: int = 1) -> str:
     """
     The kind of device that computes. Where a GPU is passed over, a line says why.
     Inputs:
@@ -83,7 +83,7 @@ def names_of_gpus():
     return names
 
 
-def has_bf16(kind):
+def has_bf16(kind: str) -> bool:
     """Whether a device of a kind, see pick_device, computes with bfloat16 by itself, as far as it can be told."""
     if kind == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
@@ -94,7 +94,7 @@ def has_bf16(kind):
     return kind != "cpu" or bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is ARM's
 
 
-def pick_threads(threads, before):
+def pick_threads(threads: str | int, before: str | None) -> int:
     """
     How many threads a single process computes with on a CPU, the same every time on a machine.
     Inputs:
@@ -113,7 +113,7 @@ def pick_threads(threads, before):
     return min(int(number[1]) if number else DEFAULT_THREADS, most)
 
 
-def allowed_cpus():
+def allowed_cpus() -> int:
     """How many cores this process may use: those it may run on, and what its job or container is granted."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name in ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"]:
@@ -142,7 +142,7 @@ def cgroup_quota():
     return min(quotas)
 
 
-def use_fast_layout(model):
+def use_fast_layout(model: torch.nn.Module) -> torch.nn.Module:
     """Lays the weights of a module's convolutions out as its device computes fastest. Returns the module."""
     for param in model.parameters():
         if param.device.type == "cpu" and param.dim() == 4:

@@ -1,5 +1,6 @@
 """Errors that a user can mend, how a program ends on them, and lines of output."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -43,7 +44,7 @@ class Terminated(SystemExit):
 
 
 @contextlib.contextmanager
-def exit_on_error(parser):
+def exit_on_error(parser: argparse.ArgumentParser):
     """
     Runs a program's main body: a UserError, a full disk, a lack of memory, Ctrl-C and SIGTERM end it with a one-line
     message and an exit code that is not 0. Any other error is a bug, the user's or ours, and ends with its traceback.
@@ -93,7 +94,7 @@ def terminate(signum, frame):
     raise Terminated
 
 
-def print_line(text):
+def print_line(text: str):
     """Prints lines at once. If they go nowhere any more, as into a closed pipe, the program goes on without."""
     try:
         print(text, flush=True)
@@ -103,7 +104,7 @@ def print_line(text):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def warn(text):
+def warn(text: str):
     """Prints a line on stderr, at once, if it can be."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
@@ -115,7 +116,7 @@ def is_screen(stream):
 
 
 @contextlib.contextmanager
-def best_effort(what):
+def best_effort(what: str):
     """
     A context for what may fail without harm to the rest, such as a picture: its error becomes a line on stderr. If a
     disk is full, the rest will fail, too, so that error is raised.
@@ -138,7 +139,7 @@ def is_out_of_memory(error):
     return re.search(OUT_OF_MEMORY, repr(error)) is not None
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """An error in one line: its type, unless it is a UserError or an OSError, and the beginning of its text."""
     text = textwrap.shorten(str(error).split("\n\n")[0], 300, placeholder=" ...")
     return text if isinstance(error, (UserError, OSError)) and text else f"{type(error).__name__}: {text}"

@@ -18,7 +18,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 
 
 @contextlib.contextmanager
-def atomic_write(path, keep_as=None, sync=False):
+def atomic_write(path: str | os.PathLike, keep_as: str | None = None, sync: bool = False):
     """
     A context in which to write a file under the name that it yields; at its end the file gets its own name. If the
     context ends with an error, or the process with it, the file that was there before is still there. Raises a
@@ -46,13 +46,13 @@ def atomic_write(path, keep_as=None, sync=False):
         raise (DiskFullError(f"{problem}; {MAKE_ROOM}") if is_disk_full(error) else UserError(problem)) from error
 
 
-def write_text(path, text, sync=False):
+def write_text(path: str | os.PathLike, text: str, sync: bool = False):
     """Writes a text file, see atomic_write."""
     with atomic_write(path, sync=sync) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
-def read_results(folder, metric):
+def read_results(folder: str, metric: str) -> dict:
     """
     What the results.json of a finished run contains: test_METRIC and best_val_METRIC at least. Raises an OSError if it
     is not there or cannot be read, and a ValueError if it is damaged, or another program's.
@@ -75,7 +75,7 @@ def read_results(folder, metric):
 
 
 @contextlib.contextmanager
-def folder_lock(folder, timeout):
+def folder_lock(folder: str | os.PathLike, timeout: float):
     """
     A context in which a folder is this process's alone. Raises a UserError if another process still has it after
     `timeout` seconds, and an OSError if the folder cannot be written.

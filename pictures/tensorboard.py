@@ -4,10 +4,11 @@ import io
 
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
-def log_picture(writer, name, picture, epoch):
+def log_picture(writer, name: str, picture: Tensor, epoch: int) -> bytes:
     """
     Adds a picture to TensorBoard as a PNG file, and returns the file's bytes. (SummaryWriter.add_image would have it
     encoded for itself alone.)

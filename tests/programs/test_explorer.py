@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import select
 import shutil
@@ -100,14 +99,11 @@ class Browser:
         """Waits until the page shows the effect of the last action."""
         self.run("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))")
 
-    def pixels(self, canvas, x, y, width, height):
-        """The pixels of a rectangle of a canvas: red, green, blue and opacity of each, from 0 to 255."""
-        return self.run(
-            "(() => { const copy = document.createElement('canvas').getContext('2d', {willReadFrequently: true});"
-            f" Object.assign(copy.canvas, {{width: {width}, height: {height}}});"
-            f" copy.drawImage(document.getElementById('{canvas}'), {-x}, {-y});"
-            f" return [...copy.getImageData(0, 0, {width}, {height}).data]; }})()"
-        )
+    def pixels(self, canvas):
+        """The first 28x28 pixels of a canvas: red, green, blue and opacity of each, from 0 to 255."""
+        copy = "Object.assign(document.createElement('canvas'), {width: 28, height: 28}).getContext('2d')"
+        image = f"document.getElementById('{canvas}')"
+        return self.run(f"(c => (c.drawImage({image}, 0, 0), [...c.getImageData(0, 0, 28, 28).data]))({copy})")
 
     def wait_for(self, expression):
         """Waits until a JavaScript expression is true."""
@@ -117,15 +113,22 @@ class Browser:
                 raise AssertionError(f"this never became true: {expression}")
             time.sleep(0.05)
 
+    def box(self, selector):
+        """Left, top, width and height of an element's box, in pixels, by name."""
+        return self.run(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+
+    def place(self, selector, x, y):
+        """The coordinates x and y, in pixels and by name, of the place at shares x and y of an element's box."""
+        box = self.box(selector)
+        return {"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}
+
     def mouse(self, kind, selector, x, y):
         """A movement, or a press or release of the left button, at shares x and y of an element's box."""
-        element = f"document.querySelector({json.dumps(selector)})"
-        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        box = self.run(f"{element}.getBoundingClientRect().toJSON()")
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'nearest'}})")
         self.is_down = kind == "mousePressed" or (self.is_down and kind == "mouseMoved")
         button = {"button": "left" if self.is_down or kind == "mouseReleased" else "none", "buttons": int(self.is_down)}
-        x, y = box["left"] + x * box["width"], box["top"] + y * box["height"]
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=int(kind != "mouseMoved"), **button)
+        button["clickCount"] = int(kind != "mouseMoved")
+        self.send("Input.dispatchMouseEvent", type=kind, **self.place(selector, x, y), **button)
 
     def click(self, selector, x=0.5, y=0.5):
         """Clicks at shares x and y of an element's box."""
@@ -133,11 +136,11 @@ class Browser:
             self.mouse(kind, selector, x, y)
         self.next_frame()
 
-    def key(self, key, **more):
+    def key(self, key):
         """Presses and releases a key."""
-        text = {" ": " ", "Enter": "\r"}.get(key)
-        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **({"text": text} if text else {}), **more)
-        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
+        text = {" ": {"text": " "}, "Enter": {"text": "\r"}}.get(key, {})
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
         self.next_frame()
 
 
@@ -182,7 +185,7 @@ class TestExplorer(SeededTest):
     def picture(self, canvas="image"):
         """The shades of grey [28,28] of a canvas, from 0 to 255."""
         self.browser.next_frame()
-        return torch.tensor(self.browser.pixels(canvas, 0, 0, 28, 28)).view(28, 28, 4)[..., 0]
+        return torch.tensor(self.browser.pixels(canvas)).view(28, 28, 4)[..., 0]
 
     def tensor(self, expression):
         """The value of a JavaScript expression as a tensor."""
@@ -198,23 +201,22 @@ class TestExplorer(SeededTest):
         torch.testing.assert_close(sliders[sliders[:, 0].argsort(), 1], self.latents(), atol=1e-4, rtol=0)
 
     def test_decode_and_encode_agree_with_torch(self):
-        """They do for 100 latents and images, of every kind of network and number of latents."""
-        for name, hidden_dims in [("MLP", [512]), ("MLP", [300, 200, 100]), ("CNN", None)]:
-            for z_dim in [2, 20]:
-                with self.subTest(name, z_dim=z_dim, hidden_dims=hidden_dims):
-                    model = self.vae(name, hidden_dims, 32, z_dim)
-                    if len(hidden_dims or []) > 1:  # other activations, too
-                        for net in [model.encoder.net, model.decoder.net]:
-                            net[1], net[3] = torch.nn.Tanh(), torch.nn.SiLU()
-                    imgs, z = self.open(model)[:100], torch.randn(100, z_dim)
-                    with torch.no_grad():
-                        x_mean, posterior = torch.sigmoid(model.decoder(z)), torch.cat(model.encoder(imgs), dim=1)
-                    self.assertGreater(min(x_mean.std(dim=0).mean(), posterior.std(dim=0).mean()), 0.01)
-                    decoded = self.tensor(f"{z.tolist()}.map(vae.decode)")
-                    torch.testing.assert_close(decoded, x_mean.flatten(start_dim=1), atol=2e-3, rtol=0)
-                    pixels = imgs.flatten(start_dim=1).tolist()
-                    encoded = self.tensor(f"{pixels}.map(vae.encode).map((p) => [...p.mean, ...p.log_std])")
-                    torch.testing.assert_close(encoded, posterior, atol=2e-3, rtol=0)
+        """They do for latents and images, with every kind of network and of activation."""
+        for name, hidden_dims, z_dim in [("MLP", [512], 20), ("MLP", [300, 200, 100], 2), ("CNN", None, 20)]:
+            with self.subTest(name, hidden_dims=hidden_dims):
+                model = self.vae(name, hidden_dims, 32, z_dim)
+                if z_dim == 2:  # other activations, too
+                    for net in [model.encoder.net, model.decoder.net]:
+                        net[1], net[3] = torch.nn.Tanh(), torch.nn.SiLU()
+                imgs, z = self.open(model)[:30], torch.randn(30, z_dim)
+                with torch.no_grad():
+                    x_mean, posterior = torch.sigmoid(model.decoder(z)), torch.cat(model.encoder(imgs), dim=1)
+                self.assertGreater(min(x_mean.std(dim=0).mean(), posterior.std(dim=0).mean()), 0.01)
+                decoded = self.tensor(f"{z.tolist()}.map(vae.decode)")
+                torch.testing.assert_close(decoded, x_mean.flatten(start_dim=1), atol=2e-3, rtol=0)
+                pixels = imgs.flatten(start_dim=1).tolist()
+                encoded = self.tensor(f"{pixels}.map(vae.encode).map((p) => [...p.mean, ...p.log_std])")
+                torch.testing.assert_close(encoded, posterior, atol=2e-3, rtol=0)
         for call in ["vae.decode([1])", "vae.encode(Array(784).fill('a'))"]:
             with self.assertRaisesRegex(RuntimeError, r"RangeError: (latents|pixels) must be \d+ numbers"):
                 self.browser.run(call)
@@ -233,9 +235,6 @@ class TestExplorer(SeededTest):
         torch.testing.assert_close(self.latents(), start)
         self.browser.click("#plane", 0.2, 0.3)
         first = self.latents()
-        self.browser.mouse("mouseMoved", "#title", 0.5, 0.5)
-        self.browser.next_frame()
-        torch.testing.assert_close(self.latents(), first)
         self.browser.click("#plane", 0.8, 0.6)
         self.browser.wait_for("playing === null")
         second = self.latents()
@@ -285,11 +284,6 @@ class TestExplorer(SeededTest):
         scale = self.tensor("[plane.width / spans[0], plane.height / spans[1]]").diag()
         axes = torch.linalg.svdvals(scale @ self.tensor("data.directions") @ log_std[0].exp().diag())
         torch.testing.assert_close(torch.tensor([ellipse["major"], ellipse["minor"]]), axes, rtol=0.01, atol=0.1)
-        cos, sin = math.cos(ellipse["angle"]), math.sin(ellipse["angle"])
-        end = [round(ellipse["x"] + ellipse["major"] * cos), round(ellipse["y"] + ellipse["major"] * sin)]
-        if min(end) > 0 and max(end) < self.browser.run("plane.width") - 1:
-            red, green, *_ = self.browser.pixels("plane", *end, 1, 1)
-            self.assertGreater(red, green + 40)  # the accent colour
 
     def test_a_drawing_by_mouse_finger_or_keys_is_encoded(self):
         model = self.vae("MLP", [64], 32, 3)
@@ -304,10 +298,8 @@ class TestExplorer(SeededTest):
         self.assertEqual(self.picture("seen").max().item(), 0)
         self.assertIsNone(self.browser.run("posterior"))
 
-        box = self.browser.run("document.getElementById('field').getBoundingClientRect().toJSON()")
-        for number, (x, y) in enumerate(corner):
-            points = [{"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}]
-            kind = "touchMove" if number else "touchStart"
+        for kind, (x, y) in zip(["touchStart", *["touchMove"] * len(corner)], corner):
+            points = [self.browser.place("#field", x, y)]
             self.browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
         self.browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
         self.check_drawing(model)
@@ -317,27 +309,12 @@ class TestExplorer(SeededTest):
             self.browser.key(key)
         self.assertEqual(self.browser.run("strokes.map((points) => points.length)"), [14])
         self.check_drawing(model)
-
-    def test_a_drawing_leaves_the_rest_of_the_page_alone(self):
-        """The first click after it counts, and focus on the field does not change the latents."""
-        self.open(self.vae("MLP", [64], 32, 3))
-        self.browser.click("#field", 0.3, 0.3)
-        self.browser.click("#active input", 0.9, 0.5)
+        self.browser.click("#active input", 0.9, 0.5)  # the first click after a drawing takes effect
         moved = self.latents()
         self.assertNotEqual(moved.tolist(), self.browser.run("[...posterior.mean]"))
-        for action in ["field.focus()", "field.blur()", "field.focus()"]:
-            self.browser.run(action)
-            self.browser.next_frame()
-            self.assertTrue(torch.equal(self.latents(), moved), action)
+        self.browser.run("field.focus()")
         self.browser.key("ArrowLeft")  # the pen is up
         self.assertTrue(torch.equal(self.latents(), moved))
-
-    def test_a_single_latent_moves_along_the_middle_of_the_plane(self):
-        self.open(self.vae("MLP", [64], 32, 1))
-        self.browser.mouse("mouseMoved", "#plane", 0.8, 0.1)
-        self.assert_shows_latents()
-        place = self.tensor("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
-        torch.testing.assert_close(place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0)
 
     def test_the_plane_can_be_used_by_keys(self):
         self.open(self.vae("MLP", [64], 32, 2))
@@ -346,55 +323,40 @@ class TestExplorer(SeededTest):
         for key in ["Enter", *["ArrowRight"] * 5, "ArrowUp"]:
             self.browser.key(key)
         torch.testing.assert_close(self.latents() - before, self.tensor("[0.1 * spans[0], 0.02 * spans[1]]"))
+        self.assert_shows_latents()
         for key in ["Enter", " "]:
             self.browser.run("playing = null, duration = 1e9")
             self.browser.key(key)
             self.assertTrue(self.browser.run("playing !== null"))
         self.browser.key("Escape")
         self.assertEqual(self.browser.run("[playing, line, anchor]"), [None] * 3)
-        self.browser.key("Enter")
-        self.browser.key("Enter")  # the same point twice is no line
-        self.assertIsNone(self.browser.run("line"))
-        for _ in range(15):
-            self.browser.key("ArrowRight", modifiers=8)  # with Shift
-        self.assertAlmostEqual(self.browser.run("toPlane(shown)[0] / data.high[0]"), 1, places=5)
-        self.assert_shows_latents()
 
     def test_the_page_fits_windows_of_a_phone_and_of_a_projector(self):
-        """It does in its light and in its dark colours."""
         self.open(self.vae("CNN", None, 4, 20), run="a-long-name-without-any-space-in-it" * 4)
-        colors = set()
-        for scheme in ["light", "dark"]:
-            media = [{"name": "prefers-color-scheme", "value": scheme}]
-            self.browser.send("Emulation.setEmulatedMedia", features=media)
-            for width, height in [(320, 568), (390, 844), (640, 360), (768, 1024), (1280, 800), (3840, 2160)]:
-                self.browser.resize(width, height)
-                self.browser.next_frame()
-                self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), width)
-                self.assertTrue(self.browser.run("plane.width === plane.clientWidth && plane.width > 100"))
-                for canvas in ["image", "plane", "field"]:  # there is room beside them to scroll
-                    box = self.browser.run(f"element('{canvas}').getBoundingClientRect().toJSON()")
-                    self.assertLess(box["height"], 0.8 * height, (canvas, width))
-            colors.add(self.browser.run("getComputedStyle(document.body).backgroundColor"))
-        self.assertEqual(len(colors), 2)
+        for width, height in [(320, 568), (640, 360), (768, 1024), (3840, 2160)]:
+            self.browser.resize(width, height)
+            self.browser.next_frame()
+            self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), width)
+            self.assertTrue(self.browser.run("plane.width === plane.clientWidth && plane.width > 100"))
+            for canvas in ["#image", "#plane", "#field"]:  # there is space above and below them to scroll
+                self.assertLess(self.browser.box(canvas)["height"], 0.8 * height, (canvas, width))
 
-    def test_a_name_is_shown_as_text_and_the_network_is_blocked(self):
-        """Even a script of the page itself could not send anything."""
+    def test_facts_are_shown_as_text_and_the_network_is_blocked(self):
+        """Even a script in the page itself could not send anything."""
         name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"`${1}"
-        self.open(self.vae("MLP", [8], 32, 1), run=name, dataset=name)
-        self.assertIn(f"Latent space of {name}", self.browser.run("document.body.innerText"))
+        facts = {"test_bpd": 0.17581, "log_likelihood": -91.234, "test_images": 10_000, "iw_samples": 2, "epoch": 1}
+        self.open(self.vae("MLP", [8], 32, 1), run=name, dataset=name, **facts)
+        text = self.browser.run("document.body.innerText")
+        words = [f"Latent space of {name}", f"MLP, 1 latent, {name}, after 1 epoch: ", "10,000 test images"]
+        for part in [*words, "nats (2 samples)", "0.1758 ± 1.5", "-91.23 ± 1.5"]:
+            self.assertIn(part, text)
         self.assertEqual(self.browser.run("document.images.length + document.scripts.length"), 3)
+        self.browser.mouse("mouseMoved", "#plane", 0.8, 0.1)
         self.assert_shows_latents()
+        place = self.tensor("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
+        torch.testing.assert_close(place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0)  # a single latent: in the middle
         self.assert_quiet()
         with self.assertRaisesRegex(RuntimeError, "Failed to fetch"):
             self.browser.run("fetch('http://127.0.0.1:9/')")
         self.assertIn("Content Security Policy", json.dumps(self.browser.errors))
         self.browser.errors.clear()
-
-    def test_the_page_shows_the_facts(self):
-        facts = {"test_bpd": 0.17581, "log_likelihood": -91.234, "test_images": 10_000, "iw_samples": 2, "epoch": 1}
-        self.open(self.vae("MLP", [8], 32, 3), run="my_run", **facts)
-        text = self.browser.run("document.body.innerText")
-        words = ["Latent space of my_run", "MLP, 3 latents, rendered, after 1 epoch: ", "10,000 test images"]
-        for part in [*words, "nats (2 samples)", "0.1758 ± 1.5", "-91.23 ± 1.5"]:
-            self.assertIn(part, text)

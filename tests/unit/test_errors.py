@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from unittest import mock
 
 from harness import errors
@@ -26,17 +27,15 @@ class TestErrors(SeededTest):
         self.stderr.truncate(self.stderr.seek(0))
         return text
 
-    def end(self, error=None):
-        """Exit code and stderr of a program whose main body raises an error; the code is None if it does not exit."""
+    def end(self, error):
+        """Exit code and stderr of a program whose main body raises an error."""
         try:
             with exit_on_error(Parser("Draws.")):
-                if error is not None:
-                    raise error
+                raise error
         except SystemExit as caught:
             if isinstance(caught.code, str):  # Python prints it and ends with code 1
                 return 1, f"{self.printed()}{caught.code}\n"
             return caught.code, self.printed()
-        return None, self.printed()
 
     def test_what_the_user_can_mend_ends_with_one_line(self):
         full = f"[Errno {errno.ENOSPC}] No space left; {errors.MAKE_ROOM}"
@@ -50,7 +49,6 @@ class TestErrors(SeededTest):
         ]:
             with self.subTest(repr(error)):
                 self.assertEqual(self.end(error), (code, f"draw.py: {line}\n"))
-        self.assertEqual(self.end(), (None, ""))
 
     def test_any_other_error_keeps_its_traceback(self):
         """One of the user's own code, too, which may read and write files."""
@@ -87,6 +85,12 @@ class TestErrors(SeededTest):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         self.assertEqual(signals, [1, 1])
+
+    def test_a_thread_leaves_the_handlers_of_signals_alone(self):
+        thread = threading.Thread(target=errors.sigterm_raises()(lambda: None))
+        thread.start()
+        thread.join()
+        self.assertEqual(self.printed(), "")  # an error of a thread would be there
 
     def test_a_terminal_that_lacks_letters_shows_their_numbers(self):
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as output:

@@ -41,24 +41,12 @@ class TestFigures(SeededTest):
         return save.call_args.args[0].axes
 
     def test_files_are_readable(self):
-        for plot, argument, names in [
-            (self.curves, "one.png", ["one.png"]),
-            (self.samples, "two.png", ["two.png"]),
-            (self.settings, "plot", ["plot"]),  # without an extension, as `summary.py --plot plot` asks for it
-            (self.table, "table", ["table.png", "table.pdf"]),
-            (self.latents, "latents", ["latents.png", "latents.pdf"]),
-        ]:
-            with self.subTest(names):
-                before = {*self.folder.iterdir()}
-                plot(str(self.folder / argument))
-                after = {path.name for path in {*self.folder.iterdir()} - before if "_samples.png" not in path.name}
-                self.assertEqual(after, set(names))
-                picture = imread(self.folder / names[0], format="png")
+        for plot, name in [(self.curves, "one.png"), (self.samples, "two.png"), (self.settings, "three.png")]:
+            with self.subTest(name):
+                plot(str(self.folder / name))
+                picture = imread(self.folder / name, format="png")
                 self.assertGreater(min(picture.shape[:2]), 150)
                 self.assertGreater(picture[..., :3].std(), 0.01, "it is blank")
-                for name in names[1:]:
-                    content = (self.folder / name).read_bytes()
-                    self.assertEqual((content[:5], content.rstrip()[-5:]), (b"%PDF-", b"%%EOF"))
 
     def test_curves_are_those_of_training_and_validation(self):
         (axes,) = self.axes_of(self.curves)
@@ -75,8 +63,7 @@ class TestFigures(SeededTest):
                 title = "MLP on a$_$.npz"
                 (axes,) = self.axes_of(figures.bpd_curves, {2: bpds[1]}, dict(enumerate(bpds)), bpds[1], title)
                 axes.figure.draw_without_rendering()
-                low, high = axes.get_ylim()
-                ticks = axes.get_yticks()
+                (low, high), ticks = axes.get_ylim(), axes.get_yticks()
                 self.assertGreater(sum(low <= tick <= high for tick in ticks), 2)
                 boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
                 boxes = [box for box, tick in zip(boxes, ticks) if low <= tick <= high]

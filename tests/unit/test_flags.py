@@ -7,7 +7,6 @@ import json
 import math
 import os
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -38,17 +37,6 @@ DEFAULTS = {name: flag.default for group in FLAGS.values() for name, flag in gro
 
 
 class TestCommandLine(SeededTest):
-    def exit(self, *words):
-        """Exit code, stdout and stderr of a command that ends at its flags."""
-        with (
-            mock.patch("sys.argv", ["draw.py"]),
-            self.assertRaises(SystemExit) as caught,
-            contextlib.redirect_stdout(io.StringIO()) as output,
-            contextlib.redirect_stderr(io.StringIO()) as error,
-        ):
-            Parser("Draws.", FLAGS).parse_args(words)
-        return caught.exception.code, output.getvalue(), error.getvalue()
-
     def test_flags_have_their_defaults_and_the_types_of_these(self):
         parser = Parser("Draws.", FLAGS)
         self.assertEqual((parser.defaults, vars(parser.parse_args([]))), (DEFAULTS, DEFAULTS))
@@ -57,9 +45,7 @@ class TestCommandLine(SeededTest):
         self.assertEqual(repr(vars(parser.parse_args(words.split()))), repr({**DEFAULTS, **given, "shiny": True}))
 
     def test_help_shows_the_groups_of_flags_with_their_choices_and_defaults(self):
-        code, output, error = self.exit("--help")
-        self.assertEqual((code, error), (0, ""))
-        text = " ".join(output.split())
+        text = " ".join(Parser("Draws.", FLAGS).format_help().split())
         for part in [
             " shape: --kind {round,square} Kind of shape (default: round)",
             "--sizes N [N ...] Sizes of the parts (default: [3, 4])",
@@ -77,9 +63,12 @@ class TestCommandLine(SeededTest):
             *((["--sizes"], "--sizes"), (["--rate"], "--rate"), (["--unknown", "1"], "--unknown")),
         ]:
             with self.subTest(words):
-                code, output, error = self.exit(*words)
-                self.assertEqual((code, output, error.count("\n")), (2, "", 1))
-                self.assertRegex(error, rf"^draw.py: error: .*{part}.* \(--help lists the flags\)\n$")
+                parser = Parser("Draws.", FLAGS)
+                parser.prog = "draw.py"
+                with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as error:
+                    parser.parse_args(words)
+                self.assertEqual(caught.exception.code, 2)
+                self.assertRegex(error.getvalue(), rf"^draw.py: error: .*{part}.* \(--help lists the flags\)\n$")
 
 
 class TestComplete(SeededTest):

@@ -36,8 +36,6 @@ class TestPlaces(SeededTest):
         ]:
             with self.subTest(path, directory=directory):
                 self.assertEqual(self.run_folder(path, directory), self.path / "logs" / "run")
-        os.chdir(self.path / "logs")
-        self.assertEqual(run_folder(Path("run/checkpoints/best.ckpt")), Path("run"))  # as short as it was given
 
     def test_a_run_is_found_by_links(self):
         """The link may be that of the checkpoint, of the run's folder, or of its folder `checkpoints`."""

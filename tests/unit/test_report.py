@@ -1,9 +1,11 @@
 """Tests of harness/report.py: `python -m unittest tests/unit/test_report.py`."""
 
+import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytorch_lightning as pl
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from harness import report
 from harness.run import Run
@@ -49,14 +51,13 @@ class TestLoggedMetrics(NamedRunTest):
                 model.log(name, model.current_epoch + 0.5)
             hook(model)
 
-        hooks = dict(
-            training_step=log_in_step,
-            on_train_epoch_end=lambda model: log_even("train_d_even", log_train, model),
-            on_validation_epoch_end=lambda model: log_even("val_e_even", log_val, model),
-        )
-        self.enter(mock.patch.multiple(VAE, **hooks))
-        log_7 = lambda callback, trainer, model: model.log("train_c_callback", 7)  # noqa: E731
-        self.enter(mock.patch.object(GenerateCallback, "on_train_epoch_end", log_7))
+        for owner, name, hook in [
+            (VAE, "training_step", log_in_step),
+            (VAE, "on_train_epoch_end", lambda model: log_even("train_d_even", log_train, model)),
+            (VAE, "on_validation_epoch_end", lambda model: log_even("val_e_even", log_val, model)),
+            (GenerateCallback, "on_train_epoch_end", lambda self, trainer, model: model.log("train_c_callback", 7)),
+        ]:
+            self.enter(mock.patch.object(owner, name, hook))
         for epoch in [0, 1, 3]:
             self.stop_at(report.EpochReport, "on_train_epoch_start", epoch, epochs=4)
         folder, _ = self.train(epochs=4)
@@ -80,13 +81,18 @@ class TestLoggedMetrics(NamedRunTest):
                 self.assertEqual(shown[name], [epoch for epoch, value in enumerate(values) if value is not None])
 
     def test_what_was_logged_of_an_epoch_is_on_the_disk_before_its_checkpoint(self):
-        save_checkpoint, seen = pl.Trainer.save_checkpoint, []
+        save_checkpoint, write, seen = pl.Trainer.save_checkpoint, RecordWriter.write, []
+
+        def write_slowly(writer, data):
+            time.sleep(0.01)
+            write(writer, data)
 
         def look_and_save(trainer, *args):
             seen.append((self.shown()["train_bpd"], len(metrics(self.run_folder()))))
             save_checkpoint(trainer, *args)
 
-        with mock.patch.object(pl.Trainer, "save_checkpoint", look_and_save):
+        slow = mock.patch.object(RecordWriter, "write", write_slowly)
+        with slow, mock.patch.object(pl.Trainer, "save_checkpoint", look_and_save):
             self.train(epochs=2)
         self.assertEqual(seen, [([1], 2), ([1, 2], 3)])
 

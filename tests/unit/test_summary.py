@@ -127,12 +127,12 @@ class TestSummary(SeededTest):
         (self.folder / "runs.txt").write_text("mine")
         for name in ["runs.txt", "job_9/results.json", "plot", "png", "job_9", "", "a.png.bak"]:
             with self.subTest(name):
-                before = {path: path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}
+                before = {p: p.is_file() and p.read_bytes() for p in self.folder.rglob("*")}
                 with mock.patch.object(summary, "read_runs"), self.assertRaises(SystemExit) as caught:
                     self.summary("", plot=name)
                 self.assertEqual((caught.exception.code, len(self.errors)), (2, 1))
                 self.assertRegex(self.errors[0], "--plot must be a file whose name ends with .png, .*, got ")
-                self.assertEqual({path: path.is_file() and path.read_bytes() for path in before}, before)
+                self.assertEqual({p: p.is_file() and p.read_bytes() for p in self.folder.rglob("*")}, before)
         for name, start in [("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a.jpg", b"\xff\xd8")]:
             self.summary("", plot=name)
             self.assertTrue((self.folder / name).read_bytes().startswith(start), name)

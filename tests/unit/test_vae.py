@@ -144,10 +144,10 @@ class TestVAE(SeededTest):
     def test_predict_gives_the_posterior_of_labelled_and_of_plain_images(self):
         loader = small_loaders(argparse.Namespace(batch_size=20))[2]
         images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
+        self.enter(process_settings())  # fewer warnings
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         model = VAE("MLP", [32], 4, 5, 1e-3)
         expected = model.encoder(images.dataset[:][0])
-        self.enter(process_settings())  # fewer warnings
         for data in [loader, images]:
             found = map(torch.cat, zip(*trainer.predict(model, data)))
             torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))
