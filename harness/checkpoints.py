@@ -1,22 +1,17 @@
 """Checkpoints are data: written atomically, and read without running anything that a file may bring along."""
 
-import argparse
 import contextlib
 import inspect
 import io
-import itertools
 import math
 import os
-import pathlib
 import pickle
-import re
 import shutil
 import textwrap
-import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -24,7 +19,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils._pytree import tree_map_only
 
-from harness.errors import UserError, warn
+from harness.errors import UserError, is_out_of_memory, warn
 from harness.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -38,40 +33,11 @@ class CheckpointError(UserError):
     """A file is not a checkpoint that can be used."""
 
 
-class NumpyType:
-    """A stand-in for numpy.dtype: NumPy trusts what a pickle says of its types."""
-
-    def __init__(self, name, *_):
-        self.name = name
-
-    def __setstate__(self, state):
-        self.name = state[1] + self.name  # the order of the bytes
-
-
-def numpy_scalar(dtype, data):
-    """A stand-in for NumPy's function of that name: returns a plain number or string."""
-    if not re.fullmatch(r"[<>|=][biufU]\d+", dtype.name):
-        raise pickle.UnpicklingError(f"NumPy's type {dtype.name} is neither numbers nor text")
-    return np.frombuffer(data, dtype.name)[0].item()
-
-
-# What hyperparameters may be besides tensors and plain values: what is called for a name in the file. It takes values
-# and keeps them, and calls nothing.
-SAFE_GLOBALS = [
-    (NumpyType, "numpy.dtype"),
-    *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ["core", "_core"]),
-    *(
-        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
-        for module, pure, system in itertools.product(["pathlib", "pathlib._local"], ["", "Pure"], ["Posix", "Windows"])
-    ),
-    *((argparse.Namespace, "argparse.Namespace"), (types.SimpleNamespace, "types.SimpleNamespace")),
-]
-
-
 def read_checkpoint(path, map_location="cpu") -> dict:
     """
-    Reads a checkpoint of a module: tensors, plain values, and SAFE_GLOBALS. Nothing else is loaded, so nothing in the
-    file can run (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
+    Reads a checkpoint of a module: tensors and plain values, and what torch.serialization.add_safe_globals allows. As
+    nothing else is loaded, nothing in the file can run
+    (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
     Inputs:
         path - Path of the checkpoint, or a file that is open for reading bytes.
         map_location - Where its tensors go, see torch.load.
@@ -97,17 +63,18 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load would not notice a flipped bit
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            checkpoint = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values, and could run code when it is loaded "
             f"({short_reason(error)})"
         ) from error
     except Exception as error:  # damage becomes anything
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({short_reason(error)})") from error
+    if map_location != "cpu":
+        checkpoint = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     if isinstance(checkpoint, dict) and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
         checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not all(
@@ -154,8 +121,10 @@ def load_model(
         UserError - as read_checkpoint and build_model.
     """
     if hparams_file is not None:
-        with open(hparams_file, encoding="utf-8") as file:
-            hyperparameters = {**yaml.safe_load(file), **hyperparameters}
+        try:
+            hyperparameters = {**yaml.safe_load(Path(hparams_file).read_text(encoding="utf-8")), **hyperparameters}
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{hparams_file} holds no hyperparameters ({short_reason(error)})") from error
     checkpoint = read_checkpoint(checkpoint_path, map_location or "cpu")
     return build_model(model_class, checkpoint, checkpoint_path, strict, **hyperparameters)
 

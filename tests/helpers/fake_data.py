@@ -104,5 +104,7 @@ def stand_in_code(address, resources, files, **sizes):
         f"sources.mnist_files.MNIST.mirrors, sources.mnist_files.MNIST.resources = [{address!r}], {resources!r}\n"
         f"sources.mnist_files.FILES = {files!r}\n"
         f"vars(sources).update({sizes!r})\n"
+        "sizes = sources.TRAIN_SIZES\n"
+        "sources.DATA_FLAGS['data']['train_size'] = sources.Flag(sizes[0], 'few', sizes)\n"
         "import bmnist\n"  # only now: it takes these sizes
     )

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner import Tuner
 
-from harness.report import quiet_libraries
+from harness.settings import process_settings
 from tests.helpers import TrainingTest, small_loaders
 from train_pl import VAE
 from utils import EpochMeans
@@ -52,7 +52,7 @@ class TestInTraining(TrainingTest):
         loader = small_loaders(self.namespace(batch_size=50))[0]
         options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
         options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)
-        quiet_libraries()
+        self.enter(process_settings())
 
         def stop(*args):
             raise KeyError

@@ -19,7 +19,7 @@ import torch
 import bmnist
 import train_pl
 from harness import graph_checks, graphs, processes, run
-from harness.report import quiet_libraries
+from harness.settings import process_settings
 from tests.helpers import GraphTest, load, metrics, results, scalars_and_images, small_loaders
 from train_pl import TITLES, VAE, GenerateCallback, complete_flags
 
@@ -88,7 +88,8 @@ class FitTest(GraphTest):
         Trains a VAE with patched methods on 3 minibatches of 100 images per epoch. Returns its weights, the state of
         its optimizer and its metrics; self.notes has the reason why there are no graphs, if there are none.
         """
-        self.captures.clear(), self.replays.clear(), quiet_libraries()
+        self.captures.clear(), self.replays.clear()
+        self.enter(process_settings())
         off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         hooks = [processes.RunHooks(seed=1)]  # which make each epoch's random numbers independent of validation
         trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=hooks, **off)
@@ -96,7 +97,7 @@ class FitTest(GraphTest):
         loaders, self.notes = small_loaders(argparse.Namespace(batch_size=100), sampler=sampler)[:2], []
         loaders[0].generator = torch.Generator()  # as a run does
         patches = {"on_fit_start": pl.LightningModule.on_fit_start, **patches}  # at least one
-        with mock.patch.object(graphs, "note", self.notes.append), mock.patch.multiple(VAE, create=True, **patches):
+        with mock.patch.object(graphs, "warn", self.notes.append), mock.patch.multiple(VAE, create=True, **patches):
             torch.manual_seed(1)
             model = VAE("MLP", [16], 4, 4, 1e-3)
             graphed = graphs.graphed(trainer, model, *loaders) if by_graph else contextlib.nullcontext(loaders)
@@ -290,7 +291,7 @@ class TestCheck(GraphTest):
         trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
         model, notes = vae("MLP", [16], 4, 2, 1e-3), []
         graphed = graphs.graphed(trainer, model, train_loader, val_loader)
-        with mock.patch.object(graphs, "note", notes.append), graphed as loaders:
+        with mock.patch.object(graphs, "warn", notes.append), graphed as loaders:
             self.assertEqual(loaders[0] is train_loader, bool(notes))
         return "".join(notes)
 
