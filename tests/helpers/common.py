@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import sys
 import tempfile
 import unittest
@@ -17,6 +18,7 @@ MNIST_DIR = next((path for path in DATA_DIRS if (path / "MNIST").is_dir()), None
 NO_MNIST = "there is no MNIST in ../shared/data or ../data"
 NO_NETWORK = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")  # nobody listens there
 
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no notes of Trainers that a test makes by itself
 torch.set_num_threads(1)  # for so little data a second thread saves nothing, and it suffers from CPU contention
 
 

@@ -18,10 +18,10 @@ import torch
 
 import bmnist
 import train_pl
-from harness import graph_checks, graphs, processes, run
+from harness import graph_checks, graphs, processes, run, trainer
 from harness.settings import process_settings
 from tests.helpers import GraphTest, load, metrics, results, scalars_and_images, small_loaders
-from train_pl import TITLES, VAE, GenerateCallback, complete_flags
+from train_pl import VAE, GenerateCallback, complete_flags
 
 WEIGHT = 1.0  # a global variable that a step reads
 TRAINING_STEP = VAE.training_step
@@ -288,6 +288,7 @@ class TestCheck(GraphTest):
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
         train_loader = bmnist.ImageLoader(train_loader.dataset, 40, **loader_options)
         options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
+        self.enter(process_settings())
         trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
         model, notes = vae("MLP", [16], 4, 2, 1e-3), []
         graphed = graphs.graphed(trainer, model, train_loader, val_loader)
@@ -299,8 +300,10 @@ class TestCheck(GraphTest):
         args = complete_flags(
             argparse.Namespace(accelerator="cpu", log_dir=str(self.folder), progress_bar=True, beta=2)
         )
-        with mock.patch.object(run, "shows_bar", lambda args: True):
-            callbacks = run.Run(args, {}, TITLES, [GenerateCallback(), *train_pl.schedules(args)]).trainer.callbacks
+        with mock.patch.object(trainer, "is_screen", lambda stream: True):  # the progress bar is a callback, too
+            callbacks = [GenerateCallback(), *train_pl.schedules(args)]
+            with run.Run(args, {}, train_pl.experiment(args), callbacks) as started:
+                callbacks = started.trainer.callbacks
         self.assertEqual([graph_checks.step_hooks(callback) for callback in callbacks], [[]] * 6)
         self.assertEqual(self.why_not(pl.callbacks.EarlyStopping("val_bpd"), pl.callbacks.Timer()), "")
 
