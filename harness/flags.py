@@ -132,7 +132,7 @@ def validate(value, flag: Flag):
     if flag.choices:
         value = str(value) if is_number and kind is str else value  # 32 for "32"
         if value in flag.choices and not isinstance(value, bool):
-            return kind(value)
+            return flag.choices[flag.choices.index(value)]
         raise ValueError(f"one of {', '.join(map(str, flag.choices))}")
     if kind not in (int, float):
         if not isinstance(value, str):
@@ -156,6 +156,7 @@ def auto_or_number(value):
     """The value of --threads. Raises a ValueError that says what it must be."""
     if value == "auto":
         return value
+    value = int(value) if isinstance(value, float) and value == value // 1 else value
     if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(value) <= MAX_THREADS:
         raise ValueError(f"auto, or a whole number from 1 to {MAX_THREADS:,}")
     return int(value)

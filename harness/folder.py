@@ -133,7 +133,7 @@ def may_be_there(entry):
 def open_folder(log_dir, name, flags, defaults, experiment):
     """
     Makes the folder of a run, or makes it that of the epoch to resume from, and keeps it to this process while the
-    context lasts. Raises a RunError if the folder cannot be made, is in use, or is another one's.
+    context lasts. Raises a UserError if the folder cannot be made, is in use, or is another one's.
     Inputs:
         log_dir - Directory of all runs.
         name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.

@@ -58,7 +58,7 @@ def check(trainer, model, train_loader, val_loader):
         for hook in step_hooks(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which is called for every minibatch")
     for loader, name in [(train_loader, "training"), (val_loader, "validation")]:
-        if not loader.indexes_at_once:
+        if not getattr(loader, "indexes_at_once", False):
             raise CaptureError(f"the {name} loader does more than to index its images")
     if not model.automatic_optimization or is_overridden("configure_callbacks", model):
         raise CaptureError("the module has an optimisation or callbacks (configure_callbacks) of its own")

@@ -132,7 +132,8 @@ class EpochReport(Checkpoint):
         threads, wall = torch.get_num_threads(), time.perf_counter() - self.start
         share = (time.thread_time() - self.cpu_start) / max(wall, 1e-9)
         on_cpu = trainer.is_global_zero and (self.device or "").startswith("cpu")
-        if share < CONTENTION and wall > 1 and threads > 1 and on_cpu:
+        waits_for_workers = self.flags.get("num_workers")  # of its own data loader
+        if share < CONTENTION and wall > 1 and threads > 1 and on_cpu and not waits_for_workers:
             warn(
                 f"note: training had a CPU for {share:.0%} of this epoch, so other processes seem to use it, and its "
                 f"{threads} threads wait for each other: --threads 1 may be faster"

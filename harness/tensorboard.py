@@ -19,8 +19,8 @@ class EpochLogger(TensorBoardLogger):
     trained. EpochReport sets `epoch`; it is 0 until training begins.
     Inputs:
         folder - The run's folder.
-        first_epoch - The first epoch that is logged. TensorBoard hides what a process that was killed has logged of
-            this epoch and of later ones.
+        first_epoch - The first epoch that is logged. What a process that was killed has logged of this epoch and of
+            later ones, TensorBoard hides at once, or, with its data server, once that epoch is logged again.
     """
 
     epoch = 0

@@ -1,6 +1,6 @@
 """Tests of harness/processes.py: `python -m unittest tests/unit/test_processes.py`."""
 
-import contextlib
+import itertools
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -113,44 +113,34 @@ class TestSampler(SeededTest):
         return processes.sampler(self.dataset, shuffle, trainer, seed)
 
     def test_the_shares_of_the_processes_make_up_the_minibatches_of_one_process(self):
+        """If they are shuffled, an image comes twice in the last minibatch, so that the shares are equally long."""
         for shuffle in [True, False]:
-            orders = set()
-            for epoch in range(2):
-                batches = {}
-                for world_size in [1, 2, 4]:
-                    labels_of = []
-                    for rank in range(world_size):
-                        sampler = self.sampler(shuffle, world_size, rank)
-                        if shuffle:
-                            sampler.set_epoch(epoch)
-                        loader = DataLoader(self.dataset, 8 // world_size, sampler=sampler)
-                        labels_of.append([labels.tolist() for _, labels in loader])
-                    batches[world_size] = [sorted(sum(parts, [])) for parts in zip(*labels_of, strict=True)]
-                orders.add(str(batches[1]))
-                for world_size in [2, 4]:
-                    last, expected = batches[world_size][2], batches[1][2]
-                    self.assertEqual(batches[world_size][:2], batches[1][:2])
-                    if shuffle:  # one image comes twice, so that the shares are equally long
-                        self.assertEqual(len(last), 8)
-                        self.assertLessEqual(set(expected), set(last))
-                    else:
-                        self.assertEqual(last, expected)
-                self.assertEqual(sorted(sum(batches[1], [])), list(range(23)))
-            self.assertEqual(len(orders), 2 if shuffle else 1)
+            batches = {}
+            for world_size in [1, 2, 4]:
+                shares = []
+                for rank in range(world_size):
+                    loader = DataLoader(self.dataset, 8 // world_size, sampler=self.sampler(shuffle, world_size, rank))
+                    shares.append([labels.tolist() for _, labels in loader])
+                batches[world_size] = [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
+            self.assertEqual(sorted(sum(batches[1], [])), list(range(23)))
+            for world_size in [2, 4]:
+                self.assertEqual(batches[world_size][:2], batches[1][:2])
+                last, expected = batches[world_size][2], batches[1][2]
+                self.assertEqual(len(last), 8 if shuffle else 7)
+                self.assertLessEqual(set(expected), set(last))
 
     def test_the_order_and_the_seed_for_sampled_images_depend_on_seed_and_epoch_alone(self):
         orders, draw_seeds = set(), set()
-        for seed in [3, 4]:
-            for epoch in range(3):
-                seen = set()
-                for world_size, rank in [(1, 0), (2, 0), (2, 1), (1, 0)]:
-                    sampler = self.sampler(True, world_size, rank, seed)
-                    torch.manual_seed(len(orders))
-                    sampler.set_epoch(epoch)
-                    seen.add(sampler.draw_seed())
-                self.assertEqual(len(seen), 1)
-                draw_seeds |= seen
-                orders.add(str(list(sampler)))
+        for seed, epoch in itertools.product([3, 4], range(3)):
+            seen = set()
+            for world_size, rank in [(1, 0), (2, 0), (2, 1), (1, 0)]:
+                sampler = self.sampler(True, world_size, rank, seed)
+                torch.manual_seed(len(orders))
+                sampler.set_epoch(epoch)
+                seen.add(sampler.draw_seed())
+            self.assertEqual(len(seen), 1)
+            draw_seeds |= seen
+            orders.add(str(list(sampler)))
         self.assertEqual((len(orders), len(draw_seeds)), (6, 6))
 
 
@@ -173,7 +163,7 @@ class TestRandomNumbers(SeededTest):
         self.assertNotEqual(drawn("on_validation_start"), drawn("on_validation_start"))  # within an epoch
 
     def test_the_shares_of_the_noise_make_up_the_noise_of_one_process(self):
-        mean, std = torch.randn(2, 12, 5)
+        mean, std = torch.randn(2, 12, 5, dtype=torch.float64)
         torch.manual_seed(1)
         expected = sample_reparameterize(mean, std)
         for world_size in [1, 2, 3]:
@@ -182,12 +172,8 @@ class TestRandomNumbers(SeededTest):
                 with processes.SharedNoise(rank, world_size):
                     z = sample_reparameterize(mean[rank::world_size], std[rank::world_size])
                 torch.testing.assert_close(z, expected[rank::world_size], rtol=0, atol=0)
-
-    def test_noise_has_shape_dtype_and_device_of_the_share(self):
-        for share in [torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(4, device="meta")]:
-            with processes.SharedNoise(1, 2):
-                noise = torch.randn_like(share)
-            self.assertEqual((noise.shape, noise.dtype, noise.device), (share.shape, share.dtype, share.device))
+        with processes.SharedNoise(1, 2):
+            self.assertEqual(torch.randn_like(torch.zeros(4, device="meta")).device.type, "meta")
 
 
 class TestRankZero(SeededTest):
@@ -203,38 +189,27 @@ class TestRankZero(SeededTest):
 
     def test_the_other_ranks_wait_until_rank_zero_is_done(self):
         first, second, sent = two_processes()
-        worked = []
+        second.strategy.broadcast = lambda x: events.append("received") or sent[-1]
+        events = []
         with processes.rank_zero_first(first):
-            self.assertEqual(sent, [])
-            worked.append("first")
-        self.assertEqual(len(sent), 1)
-        second.strategy.broadcast = lambda x: worked.append("received") or sent[-1]
+            events.append(f"rank 0, {len(sent)} sent")
         with processes.rank_zero_first(second):
-            worked.append("second")
-        self.assertEqual(worked, ["first", "received", "second"])
+            events.append(f"rank 1, {len(sent)} sent")
+        self.assertEqual(events, ["rank 0, 0 sent", "received", "rank 1, 1 sent"])
 
     def test_an_error_of_rank_zero_ends_the_other_ranks_before_they_begin(self):
         first, second, _ = two_processes()
         with self.assertRaises(ZeroDivisionError), processes.rank_zero_first(first):
             raise ZeroDivisionError
-        worked = []
         with self.assertRaises(SystemExit) as caught, processes.rank_zero_first(second):
-            worked.append("second")
-        self.assertEqual((caught.exception.code, worked), (1, []))
+            self.fail("rank 1 has begun")
+        self.assertEqual(caught.exception.code, 1)
 
 
 class TestProcessGroup(SeededTest):
-    def test_the_processes_are_started_at_once_and_disconnected_unless_there_is_an_error(self):
-        for raises, num_disconnected in [(False, 1), (True, 0)]:
-            trainer = mock.Mock()
-            with (
-                self.subTest(raises=raises),
-                mock.patch.object(torch.distributed, "is_initialized", return_value=True),
-                mock.patch.object(torch.distributed, "destroy_process_group") as destroy,
-            ):
-                with contextlib.suppress(ZeroDivisionError), processes.process_group(trainer):
-                    trainer.strategy.launcher.launch.assert_called_once_with(trainer.strategy.setup_environment)
-                    destroy.assert_not_called()
-                    if raises:
-                        raise ZeroDivisionError
-                self.assertEqual(destroy.call_count, num_disconnected)
+    def test_the_processes_do_not_disconnect_after_an_error(self):
+        """One of them may be in the middle of an exchange."""
+        group = processes.process_group(mock.Mock())
+        with mock.patch.object(processes, "disconnect") as disconnect, self.assertRaises(ZeroDivisionError), group:
+            raise ZeroDivisionError
+        disconnect.assert_not_called()
