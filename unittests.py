@@ -464,9 +464,8 @@ class VAETests:
             self.assertIn(network, {name.partition(".")[0] for name in trained}, f"no gradient of bpd in the {network}")
         for index, loss in enumerate(["L_rec", "L_reg"]):
             missed = [name for name in sorted(trained - reached(index)) if name.startswith("encoder")]
-            self.assertEqual(
-                missed, [], f"the gradient of {loss} does not reach the encoder's {missed}: it is detached"
-            )
+            words = f"the gradient of {loss} does not reach the encoder's {missed}: it is detached"
+            self.assertEqual(missed, [], words)
 
     def test_an_untrained_model_needs_about_one_bit_per_pixel(self):
         for model_name in ["MLP", "CNN"]:

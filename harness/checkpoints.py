@@ -195,7 +195,7 @@ def newest_checkpoint(folder, metric):
     if not checkpoints:
         return None, None
     newest = max(checkpoints, key=lambda name: checkpoints[name]["epoch"])
-    values = [row[f"val_{metric}"] for row in checkpoints[newest][RUN]["history"][1:]]  # after the untrained one
+    values = [row[f"val_{metric}"] for row in checkpoints[newest][RUN]["history"] if row["epoch"]]
     best_epoch, best = values.index(min(values)) if values else 0, BEST
     if values and BEST not in checkpoints:  # without it, a run has no results
         best = next((name for name in checkpoints if checkpoints[name]["epoch"] == best_epoch), None)
@@ -233,7 +233,7 @@ class BestAndLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer, pl_module):
         best, last = (os.path.join(trainer.logger.log_dir, "checkpoints", name) for name in [BEST, LAST])
-        *before, value = (row[f"val_{self.report.metric}"] for row in self.report.history[1:])  # without the untrained
+        *before, value = (row[f"val_{self.report.metric}"] for row in self.report.history if row["epoch"])
         if value >= min(before, default=math.inf):
             trainer.save_checkpoint(last)
             return

@@ -151,7 +151,7 @@ def open_folder(log_dir, name, flags, defaults, experiment):
             path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
             kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
             history = kept["history"]
-            epoch = max(len(history) - 1, 0)
+            epoch = history[-1]["epoch"] if history else 0
             if epoch > flags["epochs"]:
                 raise RunError(
                     f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "

@@ -59,7 +59,7 @@ class EpochReport(Checkpoint):
         self.history, self.first_step = checkpoint[RUN]["history"], checkpoint[RUN].get(f"first_step_{self.metric}")
 
     def on_fit_start(self, trainer, pl_module):
-        trainer.logger.epoch = len(self.history) - 1
+        trainer.logger.epoch = self.history[-1]["epoch"] if self.history else 0
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.state.fn == "validate":

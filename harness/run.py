@@ -298,7 +298,7 @@ class Run:
     def collect_results(self, test_value):
         """What results.json contains. Its seconds begin, in a run that resumed, with those of the epochs before."""
         values = self.curve(f"val_{self.metric}")
-        del values[0]  # untrained
+        values.pop(0, None)  # untrained
         best_epoch = min(values, key=values.get)
         return {
             f"test_{self.metric}": test_value,

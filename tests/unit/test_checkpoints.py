@@ -28,7 +28,7 @@ class FilesTest(SeededTest):
 
     def write(self, path, epoch, val_bpds=()):
         """Writes a checkpoint as it is after `epoch` epochs; val_bpds are those of the untrained model and of each."""
-        run = {"history": [{"val_bpd": value} for value in val_bpds]}
+        run = {"history": [{"epoch": epoch, "val_bpd": value} for epoch, value in enumerate(val_bpds)]}
         checkpoint = {**EMPTY, "epoch": epoch - 1, "run": run, "state_dict": {"x": torch.rand(5_000)}}
         checkpoints.write_checkpoint(checkpoint, str(path))
 
@@ -44,7 +44,7 @@ class TestWriting(FilesTest):
         fsync.assert_called_once()
 
     def test_best_ckpt_is_the_first_epoch_with_the_lowest_metric(self):
-        history = [{"val_bpd": 0.1}]  # of the untrained model, which has no checkpoint
+        history = [{"epoch": 0, "val_bpd": 0.1}]  # of the untrained model, which has no checkpoint
         epoch_report = SimpleNamespace(metric="bpd", history=history)
         files = checkpoints.CheckpointFiles()
 
@@ -55,7 +55,7 @@ class TestWriting(FilesTest):
         logger = SimpleNamespace(log_dir=str(self.folder / "run"))
         trainer = SimpleNamespace(logger=logger, save_checkpoint=save, strategy=strategy, is_global_zero=True)
         for value, best in [(0.5, 1), (0.6, 1), (0.4, 3), (0.4, 3), (0.3, 5)]:
-            history.append({"val_bpd": value})
+            history.append({"epoch": len(history), "val_bpd": value})
             checkpoints.BestAndLast(epoch_report).on_train_epoch_end(trainer, None)
             files.teardown()
             with self.subTest(value=value):

@@ -6,6 +6,7 @@ tests/unit/test_graphs.py`.
 import argparse
 import contextlib
 import functools
+import itertools
 import operator
 import random
 import unittest
@@ -48,9 +49,8 @@ class TestRuns(GraphTest):
             with self.subTest(flags):
                 ordinary, replayed = self.train(by_graph=False, **flags), self.train(**flags)
                 last, other_last = load(replayed, "last"), load(ordinary, "last")
-                for name in ["epoch", "global_step", "hyper_parameters"]:
-                    self.assertEqual(last[name], other_last[name])
-                for name in ["state_dict", "optimizer_states"]:
+                self.assertEqual(last["hyper_parameters"], other_last["hyper_parameters"])
+                for name in ["epoch", "global_step", "state_dict", "optimizer_states"]:
                     torch.testing.assert_close(last[name], other_last[name], rtol=0, atol=0)
                 for row, other in zip(metrics(replayed), metrics(ordinary), strict=True):
                     self.assertEqual(row.keys(), other.keys())
@@ -157,9 +157,9 @@ class TestGraphs(FitTest):
 
     def test_the_trainer_and_the_module_are_restored_after_a_fit_that_failed(self):
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
-        model = VAE("MLP", [16], 4, 2, 1e-3)
+        self.enter(process_settings())
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        images = train_loader.dataset.images
+        model, images = VAE("MLP", [16], 4, 2, 1e-3), train_loader.dataset.images
         with contextlib.suppress(KeyError), graphs.graphed(trainer, model, train_loader, val_loader) as loaders:
             self.assertEqual((len(loaders[0]), model.automatic_optimization), (5, False))
             raise KeyError
@@ -192,18 +192,12 @@ class TestNoGraph(FitTest):
                     self.assertEqual(self.replays, [100] * 2 * number)
 
     def test_errors_of_the_step_itself_are_raised(self):
-        for first in [1, 3]:
-            seen = []
-
-            def failing(model, batch, batch_idx, first=first, seen=seen):
-                seen.append(batch)
-                if len(seen) >= first:
-                    raise ZeroDivisionError("of the user's own")
-                return TRAINING_STEP(model, batch, batch_idx)
-
+        fail = mock.Mock(side_effect=ZeroDivisionError("of the user's own"))
+        for number in [0, 2]:
+            steps = iter([TRAINING_STEP] * number)
             failed_capture = mock.patch.object(graphs, "capture", side_effect=KeyError)
             with failed_capture, self.assertRaisesRegex(ZeroDivisionError, "of the user's own"):
-                self.fit(training_step=failing)
+                self.fit(training_step=lambda *args, steps=steps: next(steps, fail)(*args))
 
     def test_what_a_step_does_in_python_is_found(self):
         """A replay would not do it, so each of these steps is trained without graphs."""
@@ -245,18 +239,15 @@ class TestNoGraph(FitTest):
                 self.assert_ordinary(words, training_step=training_step, on_train_start=on_train_start)
 
     def test_modules_that_a_graph_cannot_train(self):
-        def hooked(model):
-            model.decoder.register_forward_hook(lambda *args: None)
-
-        def sgd(model):
-            return torch.optim.SGD(model.parameters(), lr=0.1)
-
         def scheduled(model):
             optimizer = torch.optim.Adam(model.parameters())
             return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
 
+        def sgd(model):
+            return torch.optim.SGD(model.parameters(), lr=0.1)
+
         for words, patches in {
-            "have hooks": dict(on_train_start=hooked),
+            "have hooks": dict(on_train_start=lambda model: model.decoder.register_forward_hook(lambda *args: None)),
             "SGD has no option `capturable`": dict(configure_optimizers=sgd),
             "more than an optimizer": dict(configure_optimizers=scheduled),
             "of its own": dict(configure_callbacks=lambda model: [pl.callbacks.Timer()]),
@@ -308,13 +299,12 @@ class TestCheck(GraphTest):
         self.assertEqual(self.why_not(pl.callbacks.EarlyStopping("val_bpd"), pl.callbacks.Timer()), "")
 
     def test_hooks_of_minibatches_hinder_graphs(self):
-        for hook in graph_checks.STEP_HOOKS:
-            for base in [VAE, pl.Callback]:
-                if hasattr(base, hook):
-                    own = type("Own", (base,), {hook: lambda *args, **kwargs: None})
-                    with self.subTest(hook=hook, base=base):
-                        line = self.why_not(vae=own) if base is VAE else self.why_not(own())
-                        self.assertIn(f"Own has {hook}", line)
+        for hook, base in itertools.product(graph_checks.STEP_HOOKS, [VAE, pl.Callback]):
+            if hasattr(base, hook):
+                own = type("Own", (base,), {hook: lambda *args, **kwargs: None})
+                with self.subTest(hook=hook, base=base):
+                    line = self.why_not(vae=own) if base is VAE else self.why_not(own())
+                    self.assertIn(f"Own has {hook}", line)
 
     def test_callbacks_settings_and_loaders_that_change_the_steps_hinder_graphs(self):
         callbacks, own_checkpoints = pl.callbacks, dict(enable_checkpointing=True)
@@ -363,8 +353,3 @@ class TestParts(unittest.TestCase):
         ]:
             with self.assertRaisesRegex(graph_checks.CaptureError, "^training_step uses batch_idx, which a graph"):
                 use(refusal)
-
-    @unittest.skipUnless(torch.version.cuda, "this torch is built without CUDA")
-    def test_this_torch_has_the_private_names_that_end_a_capture(self):
-        for names in [{"_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"}, {"_cuda_releasePool"}]:
-            self.assertTrue(names & set(dir(torch._C)), names)
