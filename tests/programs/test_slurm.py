@@ -73,7 +73,6 @@ TRAIN = "python train_pl.py --dataset rendered --hidden_dims 32 --z_dim 3 --epoc
 
 
 def free_ports(count):
-    """Free ports, as many as `count`."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [sock.getsockname()[1] for sock in sockets]
@@ -156,12 +155,10 @@ class TestSlurm(unittest.TestCase):
             (self.checkout / name).symlink_to(REPOSITORY / name)
 
     def submit(self, *words, **variables):
-        """Submits a job and returns its id."""
         words = ["sbatch", "--parsable", "--cpus-per-task=1", *words]
         return command(*words, cwd=self.checkout, env={**self.environment, **variables}).strip()
 
     def job(self, job_id):
-        """What SLURM knows of a job, by name."""
         return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", job_id)))
 
     def script(self, text):
@@ -203,12 +200,10 @@ class TestSlurm(unittest.TestCase):
         self.wait_for(lambda: not [job_id for job_id in job_ids if not self.is_over(job_id)], 1200)
 
     def assert_state(self, job_id, state, restarts=0):
-        """The job ended in a state, after so many restarts."""
         job = self.job(job_id)
         self.assertEqual((job["JobState"], int(job["Restarts"])), (state, restarts), self.output(job_id))
 
     def output(self, job_id):
-        """What a job has printed so far."""
         path = self.checkout / f"slurm-{job_id}.out"
         return path.read_text() if path.exists() else ""
 
@@ -311,8 +306,8 @@ class TestSlurm(unittest.TestCase):
         terminal = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
         words = ["srun", f"--jobid={job_id}", "-n1", "--overlap", "--pty", "sh", "-c"]
         words.append(f"{self.environment['ACTIVATE']}; exec {TRAIN}")
-        environment = {**self.environment, **variables}
-        output = command(*terminal, *words, stdin=subprocess.DEVNULL, cwd=self.checkout, env=environment)
+        options = dict(stdin=subprocess.DEVNULL, cwd=self.checkout, env={**self.environment, **variables})
+        output = command(*terminal, *words, **options)
         self.assertIn("run folder VAE_logs/lightning_logs/version_0", output)
 
     def test_a_job_that_is_preempted_before_python_is_ready_starts_again(self):
@@ -324,23 +319,13 @@ class TestSlurm(unittest.TestCase):
         self.assert_state(job_id, "COMPLETED", restarts=1)
         self.assertIn("attempt 1", self.output(job_id))
 
-    def test_an_error_of_the_program_fails_the_job_with_its_exit_code_and_message(self):
-        flag = self.submit("slurm/train.sbatch", "--z_dim", "0")
-        data = self.submit("slurm/train.sbatch", "--data_dir", "data", **NO_NETWORK)
-        self.wait_for_end(flag, data)
-        for job_id, code, message in [
-            (flag, "2:0", "error: --z_dim must be at least 1"),
-            (data, "1:0", "error: MNIST is not complete in data/MNIST/raw"),
-        ]:
-            with self.subTest(message):
-                self.assertEqual((self.job(job_id)["JobState"], self.job(job_id)["ExitCode"]), ("FAILED", code))
-                self.assertIn(message, self.output(job_id))
-        self.assertFalse((self.checkout / "VAE_logs").exists())
-
-    def test_the_job_scripts_say_what_is_missing(self):
+    def test_errors_of_the_program_and_of_the_job_scripts_fail_the_job_with_a_message(self):
         (self.checkout / "settings.txt").write_text("--lr 1\n--run_name 'a\n")
         nowhere = "source /nowhere/bin/activate"
+        no_data = ["slurm/train.sbatch", "--data_dir", "data"]
         jobs = {
+            self.submit("slurm/train.sbatch", "--z_dim", "0"): "error: --z_dim must be at least 1",
+            self.submit(*no_data, **NO_NETWORK): "error: MNIST is not complete in data/MNIST/raw",
             self.submit("--chdir=/", f"--output={self.checkout}/slurm-%j.out", "slurm/train.sbatch"): "slurm/job.sh",
             self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere"): "set ACTIVATE",
             self.submit("slurm/train.sbatch", ACTIVATE=nowhere): f"vae: error: ACTIVATE ended with status 1: {nowhere}",
@@ -353,6 +338,8 @@ class TestSlurm(unittest.TestCase):
             with self.subTest(problem):
                 self.assert_state(job_id, "FAILED")
                 self.assertIn(problem, self.output(job_id))
+        self.assertEqual([self.job(job_id)["ExitCode"] for job_id in jobs][:2], ["2:0", "1:0"])  # of the program
+        self.assertFalse((self.checkout / "VAE_logs").exists())
 
     def test_eight_array_tasks_on_an_empty_data_folder(self):
         """The default sweep downloads a small stand-in for MNIST, from a local mirror, once for all tasks."""

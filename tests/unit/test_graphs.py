@@ -112,17 +112,11 @@ class FitTest(GraphTest):
         torch.testing.assert_close(self.fit(**options), ordinary, rtol=0, atol=0)
 
     def assert_no_graph(self, words):
-        """One line says why there are no graphs."""
         self.assertEqual(len(self.notes), 1, self.notes)
         self.assertRegex(self.notes[0], f"^note: training without CUDA graphs: .*{words}")
 
 
 class TestGraphs(FitTest):
-    def test_a_lightning_batch_has_the_indices_of_several_minibatches(self):
-        loader = graphs.IndexLoader(small_loaders(argparse.Namespace(batch_size=40))[0])
-        self.assertEqual([len(indices) for indices in loader], [40, 80, 80, 80, 20])
-        self.assertEqual((len(loader), len(loader.dataset)), (5, 300))
-
     def test_a_step_may_return_the_loss_alone(self):
         self.assert_trained_alike(training_step=lambda *args: TRAINING_STEP(*args)["loss"])
         self.assertEqual(self.replays, [100] * 2)
@@ -243,12 +237,9 @@ class TestNoGraph(FitTest):
             optimizer = torch.optim.Adam(model.parameters())
             return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
 
-        def sgd(model):
-            return torch.optim.SGD(model.parameters(), lr=0.1)
-
         for words, patches in {
             "have hooks": dict(on_train_start=lambda model: model.decoder.register_forward_hook(lambda *args: None)),
-            "SGD has no option `capturable`": dict(configure_optimizers=sgd),
+            "SGD has no option": dict(configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1)),
             "more than an optimizer": dict(configure_optimizers=scheduled),
             "of its own": dict(configure_callbacks=lambda model: [pl.callbacks.Timer()]),
             "VAE has on_after_backward": dict(on_after_backward=lambda model: None),
@@ -272,8 +263,6 @@ class TestNoGraph(FitTest):
 
 
 class TestCheck(GraphTest):
-    """The checks before the training."""
-
     def why_not(self, *callbacks, vae=VAE, loader_options={}, **settings):  # noqa: B006 (only read)
         """The line that says why there are no graphs, or an empty string."""
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))

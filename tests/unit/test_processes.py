@@ -176,7 +176,7 @@ class TestRandomNumbers(SeededTest):
             self.assertEqual(torch.randn_like(torch.zeros(4, device="meta")).device.type, "meta")
 
 
-class TestRankZero(SeededTest):
+class TestRanks(SeededTest):
     def test_all_ranks_get_the_result_of_rank_zero_or_end(self):
         first, second, _ = two_processes()
         self.assertEqual(processes.on_rank_zero(first, lambda *args: args, 5, 6), (5, 6))
@@ -205,8 +205,6 @@ class TestRankZero(SeededTest):
             self.fail("rank 1 has begun")
         self.assertEqual(caught.exception.code, 1)
 
-
-class TestProcessGroup(SeededTest):
     def test_the_processes_do_not_disconnect_after_an_error(self):
         """One of them may be in the middle of an exchange."""
         group = processes.process_group(mock.Mock())

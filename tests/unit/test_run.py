@@ -79,9 +79,8 @@ class TestWholeRun(TrainingTest):
     def check_curves_and_pictures(self, folder, rows, left):
         events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
         scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        self.assertEqual(
-            scalars.keys(), {f"{stage}_{name}" for stage in ["train", "val"] for name in TITLES} | {"test_bpd"}
-        )
+        tags = {f"{stage}_{name}" for stage in ["train", "val"] for name in TITLES} | {"test_bpd"}
+        self.assertEqual(scalars.keys(), tags)
         for name in TITLES:
             self.assertEqual(sorted(scalars[f"train_{name}"]), list(range(1, 6)))
             self.assertEqual(sorted(scalars[f"val_{name}"]), list(range(6)))  # begins with the untrained model
@@ -94,7 +93,6 @@ class TestWholeRun(TrainingTest):
         self.assertEqual(pictures, dict.fromkeys([*PICTURES, "Manifold"], [0, 5]))
 
     def check_dashboard(self, folder, flags):
-        """TensorBoard's tabs Custom Scalars and HParams show the quantities and the flags."""
         by_tag = {summary.tag: summary for _, summary in summaries(folder)}
         layout = Layout.FromString(by_tag["custom_scalars__config__"].tensor.string_val[0])
         charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
@@ -110,8 +108,6 @@ class TestWholeRun(TrainingTest):
 
 
 class TestStopped(NamedRunTest):
-    """What stops a training from outside."""
-
     def test_ctrl_c_and_sigterm_end_a_run_at_any_moment_with_a_message_and_it_resumes(self):
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
         self.addCleanup(signal.signal, signal.SIGINT, before)
@@ -159,8 +155,6 @@ class TestStopped(NamedRunTest):
 
 
 class TestErrors(NamedRunTest):
-    """Errors of the environment end a run with a message, or cost it nothing."""
-
     draws_figures = True
 
     def test_variables_that_lightning_takes_for_arguments_have_no_effect(self):
@@ -221,10 +215,8 @@ class TestErrors(NamedRunTest):
 
     def test_too_little_shared_memory_for_the_workers_is_an_error_before_the_run_has_a_folder(self):
         full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
-        with (
-            mock.patch.object(torch.Tensor, "share_memory_", side_effect=full),
-            self.assertRaisesRegex(RunError, "too small for --num_workers 2 .*: give --num_workers 0"),
-        ):
+        refused = self.assertRaisesRegex(RunError, "too small for --num_workers 2 .*: give --num_workers 0")
+        with mock.patch.object(torch.Tensor, "share_memory_", side_effect=full), refused:
             self.train(epochs=1, num_workers=2)
         self.assertFalse(self.run_folder().exists())
 

@@ -9,7 +9,7 @@ import sys
 import unittest
 from unittest import mock
 
-from harness import run, slurm
+from harness import slurm
 from tests.helpers import REPOSITORY, SeededTest, TrainingTest, results
 from train_pl import VAE, train_vae
 
@@ -35,17 +35,13 @@ class JobTest(TrainingTest):
         signal.signal(signal.SIGUSR1, lambda *_: None)  # so that a signal too many does not end the tests
 
     def train_job(self, **flags):
-        """Trains in the folder of the job's run, on the CPU."""
         with contextlib.redirect_stdout(io.StringIO()):
             train_vae(self.namespace(**{"accelerator": "cpu", "z_dim": 3, **flags}))
 
 
 class TestSignals(JobTest):
     def signalled(self, hooks, moments, **flags):
-        """
-        Trains, with both signals in these hooks at some moments, (stage, epoch), and with SIGTERM in each of their
-        calls. Returns the moments of all calls, and the commands that were run.
-        """
+        """Trains with SIGTERM in these hooks, and with SIGUSR1 at some moments, (stage, epoch). Returns all moments."""
         seen = []
 
         def send_signals(model):
@@ -84,7 +80,6 @@ class TestSignals(JobTest):
         self.assert_requeued(times=1)
 
     def test_a_job_that_cannot_be_requeued_trains_on(self):
-        """As in a container without scontrol."""
         slurm.RequeueOnTimeLimit().has_advanced = True
         for error, reason in [
             (FileNotFoundError(2, "No such file or directory", "scontrol"), "No such file or directory"),
@@ -125,12 +120,6 @@ class TestSignals(JobTest):
                 requeue.has_advanced = False
                 self.assertEqual((found, run_mock.mock_calls), (code, []))
 
-    def test_sigterm_ends_a_run_outside_of_batch_jobs(self):
-        del os.environ["SLURM_JOB_ID"]
-        terminate = mock.patch.object(run.Run, "start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with terminate, self.assertRaises(SystemExit):
-            self.train_job()
-
 
 class TestJob(JobTest):
     def test_the_name_of_a_run_is_that_of_its_batch_job_or_array_task(self):
@@ -162,7 +151,6 @@ class TestJob(JobTest):
                 self.assertEqual(slurm.tasks(), (1, 1))
 
     def test_each_step_of_a_job_has_its_own_address_and_port(self):
-        """MASTER_ADDR in the environment overrides the address."""
         ports = set()
         for number, variables, address in [(0, {}, "n2"), (1, {}, "n2"), (1, {"MASTER_ADDR": "n9"}, "n9")]:
             with mock.patch.dict(os.environ, {**step("2(x2)", 2), "SLURM_STEP_ID": str(number), **variables}):

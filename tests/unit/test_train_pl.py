@@ -57,19 +57,8 @@ class TestGenerateCallback(SeededTest):
         found = torch.stack([grid[2:30, 2:30], grid[2:30, 32:60], grid[32:60, 2:30]])
         torch.testing.assert_close(found, torch.stack([imgs[0, 0], expected[0, 0], imgs[4, 0]]))
 
-    def test_pictures_of_all_epochs_have_the_same_latents_and_do_not_change_the_random_numbers(self):
-        callback, model = GenerateCallback(batch_size=4), VAE("MLP", [8], 32, 3, 1e-3)
-        for epoch in [1, 2]:
-            torch.rand(1)
-            state = torch.get_rng_state()
-            callback.sample_and_save(self.trainer, model, epoch)
-            self.assertTrue(torch.equal(torch.get_rng_state(), state))
-        pictures = self.pictures()
-        self.assertEqual({*pictures}, {(name, epoch) for name in ["Samples", "Means"] for epoch in [1, 2]})
-        self.assertTrue(torch.equal(pictures["Samples", 1], pictures["Samples", 2]))
-
-    def test_pictures_are_of_eval_mode_and_each_layer_gets_its_own_mode_back(self):
-        """BatchNorm keeps its statistics, and with Dropout pictures are reproducible."""
+    def test_pictures_are_reproducible_and_change_neither_the_modes_of_layers_nor_the_course_of_the_training(self):
+        """They are of eval mode, of the same latents in each epoch, and of other random numbers than the training."""
         model = VAE("CNN", [8], 4, 2, 1e-3)
         model.encoder.net.insert(1, torch.nn.BatchNorm2d(4))
         model.decoder.net.insert(1, torch.nn.Dropout())
@@ -79,7 +68,10 @@ class TestGenerateCallback(SeededTest):
         modes = [part.training for part in model.modules()]
         callback.imgs = torch.rand(4, 1, 28, 28).round()
         for epoch in [1, 2]:
+            torch.rand(1)
+            state = torch.get_rng_state()
             callback.sample_and_save(self.trainer, model, epoch)
+            self.assertTrue(torch.equal(torch.get_rng_state(), state))
             self.assertEqual([part.training for part in model.modules()], modes)
         torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
         pictures = self.pictures()
@@ -131,8 +123,6 @@ class TestTraining(TrainingTest):
         return super().namespace(**{"z_dim": 3, "epochs": 1, **flags})  # without a manifold, which is slow
 
     def test_the_best_checkpoint_has_the_lowest_validation_bpd_and_is_tested(self):
-        """The last one is that of the last epoch."""
-
         def log_val_bpd(model):
             model.log("val_bpd", abs(model.current_epoch - 1.5) if model.trainer.state.fn == "fit" else 0.1)
 
@@ -142,9 +132,7 @@ class TestTraining(TrainingTest):
         self.assertEqual((best["epoch"], last["epoch"]), (1, 3))
         self.assertEqual(results(folder)["best_epoch"], 2)
         model = VAE.load_from_checkpoint(folder / "checkpoints" / "best.ckpt")
-        self.assertEqual(list(best["state_dict"]), [name for name, _ in model.named_parameters()])
-        hyperparameters = dict(model_name="CNN", hidden_dims=[16], num_filters=4, z_dim=3, lr=1e-3)
-        self.assertEqual({name: model.hparams[name] for name in hyperparameters}, hyperparameters)
+        self.assertEqual((model.hparams.model_name, model.hparams.num_filters), ("CNN", 4))
         self.assertAlmostEqual(results(folder)["test_bpd"], self.bpd_of_test_set(model), places=5)
 
     def bpd_of_test_set(self, model):
@@ -155,7 +143,6 @@ class TestTraining(TrainingTest):
             return model(imgs)[2].item()
 
     def test_metrics_and_the_tested_checkpoint_are_of_the_elbo_whatever_is_minimised(self):
-        """Here it is the reconstruction loss and four times the divergence."""
         folder, _ = self.train(epochs=3, lr=0.01, beta=4.0)
         for row, stage in itertools.product(metrics(folder)[1:], ["train", "val"]):
             L_rec, L_reg, elbo, bpd = (float(row[f"{stage}_{name}"]) for name in TITLES)
@@ -168,25 +155,20 @@ class TestTraining(TrainingTest):
         self.assertLess(divergences[0], divergences[1] / 2)
 
     def test_further_quantities_are_logged_and_reported_like_the_others(self):
-        """A quantity has a value per image, or one of the minibatch, a tensor or a number."""
-        quantities, new = VAE.quantities, ["active", "batch", "ink"]  # in the order of the columns
+        quantities, new = VAE.quantities, ["active", "batch"]  # in the order of the columns
 
         def more(model, terms, imgs):
             active = (terms.mean.var(dim=0) > 0.01).sum()
-            return quantities(model, terms, imgs) | {"ink": imgs.sum((1, 2, 3)), "batch": len(imgs), "active": active}
+            return quantities(model, terms, imgs) | {"batch": len(imgs), "active": active}
 
         with mock.patch.object(VAE, "quantities", more):
             folder, _ = self.train()
         row = metrics(folder)[1]
-        train, val, _ = small_loaders(self.namespace())
-        for name, loader in [("train_ink", train), ("val_ink", val)]:
-            imgs, _ = loader.dataset[torch.arange(len(loader.dataset))]
-            self.assertAlmostEqual(float(row[name]), imgs.sum().item() / len(imgs), places=3)
         self.assertAlmostEqual(float(row["train_batch"]), (2 * 128**2 + 44**2) / 300, places=3)
-        self.assertTrue(0 <= float(row["val_active"]) <= 3)
+        self.assertEqual(float(row["val_batch"]), 50)
         columns = [f"{stage}_{name}" for names in [TITLES, new] for stage in ["train", "val"] for name in names]
         self.assertEqual(list(row)[1:], columns)
-        self.assertEqual({step for tag, step, _ in scalars_and_images(folder) if tag == "val_ink"}, {0, 1})
+        self.assertEqual({step for tag, step, _ in scalars_and_images(folder) if tag == "val_active"}, {0, 1})
 
     def test_initial_weights_are_those_of_the_flag_init(self):
         for init, is_zero in [("pytorch", False), ("he", True)]:

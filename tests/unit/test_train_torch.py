@@ -8,7 +8,6 @@ import contextlib
 import io
 import math
 import tempfile
-import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +23,6 @@ TAGS = ["BPD", "Reconstruction Loss", "Regularization Loss", "ELBO"]
 
 class TestTraining(SeededTest):
     def test_an_epoch_changes_the_weights_as_train_pl_does(self):
-        """The programs have the same weights, so that each loads the checkpoints of the other."""
         batches = [(torch.rand(size, 1, 28, 28).round(), torch.zeros(size)) for size in [8, 8, 4]]
         for model_name in ["MLP", "CNN"]:
             model, other = (program.VAE(model_name, lr=1e-3, **SIZES) for program in [train_pl, train_torch])
@@ -72,9 +70,8 @@ class TestMain(SeededTest):
         self.assertRegex(folder.name, r"^\d{4}(_\d\d){5}$")
         pictures = {f"epoch_{epoch}_{name}.png" for epoch in [0, 5] for name in ["samples", "means"]}
         self.assertEqual({path.name for path in folder.rglob("*.p*")}, {*pictures, "vae_manifold.png", "epoch.pt"})
-        lines = output.splitlines()
+        lines, curves = output.splitlines(), {}
         self.assertEqual(lines[5:], [f"test bpd {test_bpd:.4f}", f"run folder {folder}"])
-        curves = {}
         for curve in folder.iterdir():
             if curve.is_dir() and curve.name != "checkpoints":
                 values = [(summary.tag, step, summary.tensor.float_val[0]) for step, summary in summaries(curve)]
@@ -84,9 +81,9 @@ class TestMain(SeededTest):
         for epoch, line in enumerate(lines[:5], 1):
             train, val = curves["BPD", "train"][epoch], curves["BPD", "val"][epoch]
             self.assertEqual(line, f"epoch   {epoch}/5  train bpd {train:.4f}  val bpd {val:.4f}")
-            losses = [curves[tag, "val"][epoch] for tag in TAGS[1:]]
-            self.assertAlmostEqual(losses[0] + losses[1], losses[2], places=3)
-            self.assertAlmostEqual(losses[2] / math.log(2) / 784, val, places=5)
+            L_rec, L_reg, elbo = (curves[tag, "val"][epoch] for tag in TAGS[1:])
+            self.assertAlmostEqual(L_rec + L_reg, elbo, places=3)
+            self.assertAlmostEqual(elbo / math.log(2) / 784, val, places=5)
         images = [(step, summary.tag) for step, summary in summaries(folder)]
         self.assertEqual(images, [(step, tag) for step in [0, 5] for tag in ["samples", "means"]])
 
@@ -131,8 +128,6 @@ class TestMain(SeededTest):
         with self.assertRaisesRegex(ValueError, "the loss of epoch 1 is not finite: try a smaller --lr"):
             self.main(epochs=2, lr=1e30)
 
-
-class TestFlags(unittest.TestCase):
     def test_every_flag_has_the_name_and_the_default_of_train_pls(self):
         for name, default in vars(train_torch.parser.parse_args([])).items():
             self.assertEqual(default, train_pl.make_parser().defaults[name], name)
