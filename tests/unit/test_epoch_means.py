@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import unittest
+import warnings
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -53,6 +54,7 @@ class TestInTraining(TrainingTest):
         options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
         options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)
         self.enter(process_settings())
+        warnings.filterwarnings("ignore", message="You defined a `validation_step`")
 
         def stop(*args):
             raise KeyError

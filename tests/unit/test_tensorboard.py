@@ -1,5 +1,6 @@
 """Tests of harness/tensorboard.py and pictures/tensorboard.py: `python -m unittest tests/unit/test_tensorboard.py`."""
 
+import argparse
 import io
 import time
 from unittest import mock
@@ -7,6 +8,8 @@ from unittest import mock
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.transforms.functional import pil_to_tensor
 
 from harness.tensorboard import EpochLogger
@@ -74,3 +77,18 @@ class TestTensorBoard(SeededTest):
         writer = mock.Mock(spec=["add_image"])
         self.assertEqual(log_picture(writer, "Samples", picture, epoch=5), png)
         writer.add_image.assert_called_once_with("Samples", picture, 5)
+
+    def test_the_table_of_runs_shows_the_identifying_flags_first_and_charts_have_both_stages(self):
+        experiment = argparse.Namespace(
+            metric="error", identifying=("lr",), quantities={"loss": "Loss", "error": "Error"}
+        )
+        logger = EpochLogger(str(self.folder))
+        logger.set_up_dashboard({"depth": [1, 2], "lr": 0.1, "log_dir": "logs"}, experiment)
+        logger.flush()
+        found = {summary.tag: summary for _, summary in summaries(self.folder)}
+        table = HParamsPluginData.FromString(found["_hparams_/experiment"].metadata.plugin_data.content).experiment
+        self.assertEqual({info.name: info.differs for info in table.hparam_infos}, {"depth": False, "lr": True})
+        self.assertEqual([info.name.tag for info in table.metric_infos], ["test_error"])
+        layout = Layout.FromString(found["custom_scalars__config__"].tensor.string_val[0])
+        charts = [(chart.title, [*chart.multiline.tag]) for chart in layout.category[0].chart]
+        self.assertEqual(charts, [("Error", ["train_error", "val_error"]), ("Loss", ["train_loss", "val_loss"])])

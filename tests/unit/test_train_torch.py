@@ -83,6 +83,7 @@ class TestMain(SeededTest):
             self.assertEqual(line, f"epoch   {epoch}/5  train bpd {train:.4f}  val bpd {val:.4f}")
             L_rec, L_reg, elbo = (curves[tag, "val"][epoch] for tag in TAGS[1:])
             self.assertAlmostEqual(L_rec + L_reg, elbo, places=3)
+            self.assertGreater(L_rec, L_reg)
             self.assertAlmostEqual(elbo / math.log(2) / 784, val, places=5)
         images = [(step, summary.tag) for step, summary in summaries(folder)]
         self.assertEqual(images, [(step, tag) for step in [0, 5] for tag in ["samples", "means"]])
