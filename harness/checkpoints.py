@@ -317,7 +317,10 @@ def copy_checkpoint(source, path, after):
 def place_for(path):
     """The context in which a checkpoint is written, see atomic_write."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
     return atomic_write(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
 
 
