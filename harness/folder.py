@@ -77,14 +77,15 @@ def finished_results(folder, flags, defaults, experiment, tell=None):
             f"{folder} holds a run with --epochs {existing['epochs']}, {experiment.fixed_epochs}: it cannot be "
             f"one with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
         )
-    try:
-        results = read_results(folder, experiment.metric)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        if tell:
-            tell(f"{os.path.join(folder, 'results.json')} is damaged; it is made anew from the run's checkpoints")
-        return None
+    with folder_errors(folder):
+        try:
+            results = read_results(folder, experiment.metric)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            if tell:
+                tell(f"{os.path.join(folder, 'results.json')} is damaged; it is made anew from the run's checkpoints")
+            return None
     return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None  # of fewer, it goes on
 
 
@@ -172,7 +173,7 @@ def set_aside_results(folder, epoch, metric):
     """
     try:
         epochs = read_results(folder, metric)["hyperparameters"].get("epochs", 0)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return
     if epoch < epochs:
         raise RunError(

@@ -111,6 +111,7 @@ class Run:
             root_dir = os.path.join(self.log_dir, self.name or "")
             self.trainer = make_trainer(self.args, root_dir, callbacks)
             stack.enter_context(processes.process_group(self.trainer))
+            stack.push(self.kill_others)
             self.find_results()
             self.stack = stack.pop_all()
         return self
@@ -129,13 +130,16 @@ class Run:
             self.test_result = [{f"test_{self.metric}": value}]
             self.make_figures()
 
-    def __exit__(self, kind, error, traceback):
+    def kill_others(self, kind, error, traceback):
+        """Kills the processes that this one has started, if an error ends it."""
         launcher = self.trainer.strategy.launcher
-        if error is not None and hasattr(launcher, "procs"):  # the processes that this one has started
+        if error is not None and hasattr(launcher, "procs"):
             others = launcher.procs.copy()
             launcher.procs.clear()  # Lightning watches them: it would kill this process, too, before it says why
             for other in others:
                 other.kill()
+
+    def __exit__(self, kind, error, traceback):
         self.stack.__exit__(kind, error, traceback)
         if problem := self.explain(error):
             raise problem from error
@@ -267,12 +271,13 @@ class Run:
         self.results = self.collect_results(test_value)
         if self.trainer.is_global_zero:
             for name in self.experiment.figures:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.remove(os.path.join(self.folder, name))  # of fewer epochs
             text = json.dumps(self.results, indent=2) + "\n"
             write_text(os.path.join(self.folder, "results.json"), text, sync=True)
             for path in glob.glob(os.path.join(glob.escape(self.folder), "results_[0-9]*.json")):
-                os.remove(path)  # of fewer epochs, too
+                with contextlib.suppress(OSError):
+                    os.remove(path)  # of fewer epochs, too
         self.print(
             f"test {self.experiment.metric_label} {test_value:.4f}\n"
             f"curves and pictures: tensorboard --logdir {shlex.quote(self.log_dir)} --samples_per_plugin images=1000\n"

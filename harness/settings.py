@@ -35,7 +35,7 @@ def process_settings():
     """
     cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
-    environment, excepthook = dict(os.environ), threading.excepthook
+    environment, excepthook, num_threads = dict(os.environ), threading.excepthook, torch.get_num_threads()
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main_thread}
 
@@ -58,6 +58,7 @@ def process_settings():
             yield
     finally:
         torch.set_flush_denormal(flushed)
+        torch.set_num_threads(num_threads)  # Lightning sets it for several processes
         cudnn.deterministic, threading.excepthook = deterministic, excepthook
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -36,6 +36,10 @@ class EpochLogger(TensorBoardLogger):
         Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with test_METRIC, and
         to show training and validation of each quantity in one chart (its tab Custom Scalars); see run.Experiment.
         """
+        self.unless_it_fails(self.write_dashboard, flags, experiment)
+
+    def write_dashboard(self, flags, experiment):
+        """See set_up_dashboard."""
         flags = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in flags.items()
@@ -71,6 +75,9 @@ class EpochLogger(TensorBoardLogger):
     def flush(self):
         """Writes all that was logged so far to the disk."""
         self.unless_it_fails(self.experiment.flush)
+
+    def save(self):
+        self.unless_it_fails(super().save)
 
     def finalize(self, status):
         with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
