@@ -195,7 +195,6 @@ class Run:
         self.place = processes.on_rank_zero(self.trainer, self.open_folder)
         self.folder, self.is_new = self.place.folder, not self.place.checkpoint
         if self.args.threads != "auto" or (self.device.type == "cpu" and self.trainer.world_size == 1):
-            self.stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(devices.pick_threads(self.args.threads, self.place.device))
         if self.trainer.world_size > 1:
             self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
