@@ -31,12 +31,16 @@ class BinaryImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """Binary image(s) float32 [...,1,H,W] and label(s) int64 [...] at an index or a tensor of indices."""
-        return binarize(self.images[index]), self.labels[index]
+        """Binary images float32 [...,1,H,W] and labels int64 [...] at a tensor of indices; at one index, an int."""
+        labels = self.labels[index]
+        return binarize(self.images[index]), labels if labels.dim() else labels.item()
 
     def __getitems__(self, indices):
         """The samples at a list of indices, as a list: how torch's own DataLoader and Subset ask for a batch."""
-        return list(zip(*self[torch.as_tensor(indices)]))
+        imgs, labels = self[torch.as_tensor(indices)]
+        return list(zip(imgs, labels.tolist()))
+
+    data, targets = (property(operator.attrgetter(name)) for name in ["images", "labels"])  # torchvision's names
 
     def to(self, device):
         """Moves the data set to a device."""

@@ -20,7 +20,7 @@ from harness.errors import FlagError, best_effort, exit_on_error
 from harness.flags import Flag, Parser, check_run_flags, run_flags
 from harness.run import Experiment, Run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
-from pictures.tensorboard import log_picture
+from pictures.tensorboard import save_picture
 from sources import DATA_FLAGS, complete_dataset, describe
 from sources.places import places_of_data
 
@@ -144,17 +144,25 @@ class VAE(pl.LightningModule):
             x_samples - Sampled images of zeros and ones, shape [B,C,H,W].
             x_mean - The pixels' means that they were drawn from, between 0 and 1, shape [B,C,H,W].
         """
-        x_mean = torch.sigmoid(self.decoder(torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)))
+        z = torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)
+        with utils.eval_mode(self.decoder):
+            x_mean = torch.sigmoid(utils.full_precision(self.decoder(utils.as_input(z, self.decoder))))
         return torch.bernoulli(x_mean), x_mean
 
     @torch.no_grad()
     def reconstruct(self, imgs: torch.Tensor) -> torch.Tensor:
         """Means [B,C,H,W] of the pixels that the decoder makes of the posterior means of images [B,C,H,W]."""
-        return torch.sigmoid(self.decoder(self.encoder(imgs)[0]))
+        with utils.eval_mode(self):
+            means, _ = self.encoder(utils.as_input(imgs, self.encoder))
+            return torch.sigmoid(utils.full_precision(self.decoder(means)))
 
     load_from_checkpoint = classmethod(load_model)  # Lightning's, on the CPU by default; it runs no code of a file
 
     def configure_optimizers(self):
+        if self.dtype == torch.float16:
+            raise ValueError(
+                "in float16 Adam's eps is 0: give the Trainer precision 16-mixed or bf16-true, not 16-true"
+            )
         clips = self._trainer is not None and self.trainer.gradient_clip_val  # refused in mixed precision if fused
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=None if clips else True)
 
@@ -242,7 +250,7 @@ class GenerateCallback(pl.Callback):
         Adds samples, means and, if there are images for it, reconstructions (each to the right of its original) to
         TensorBoard, with 2 latents the manifold too; all but that also to epoch_N_samples.png ..., if save_to_disk.
         Inputs:
-            trainer, pl_module - The PyTorch Lightning Trainer, whose logger is TensorBoard's, and the VAE.
+            trainer, pl_module - The PyTorch Lightning Trainer, with any loggers, and the VAE.
             epoch - Number of epochs trained so far, for the x axis and the files' names.
         """
         # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
@@ -254,11 +262,9 @@ class GenerateCallback(pl.Callback):
                 imgs = self.imgs.to(pl_module.device)
                 pictures["Reconstructions"] = torch.stack([imgs, pl_module.reconstruct(imgs)], dim=1).flatten(0, 1)
             for name, imgs in pictures.items():
-                png = log_picture(trainer.logger.experiment, name, make_grid(imgs, nrow=8, pad_value=0.5), epoch)
-                if self.save_to_disk:
-                    Path(trainer.logger.log_dir, f"epoch_{epoch}_{name.lower()}.png").write_bytes(png)
+                save_picture(trainer, name, make_grid(imgs, nrow=8, pad_value=0.5), epoch, self.save_to_disk)
             if pl_module.hparams.z_dim == 2:
-                log_picture(trainer.logger.experiment, "Manifold", utils.visualize_manifold(pl_module.decoder), epoch)
+                save_picture(trainer, "Manifold", utils.visualize_manifold(pl_module.decoder), epoch)
 
 
 def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:

@@ -74,6 +74,11 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def as_input(tensor: Tensor, network: nn.Module) -> Tensor:
+    """A tensor in the precision of a network's parameters, which takes no other."""
+    return tensor.to(next((param.dtype for param in network.parameters()), tensor.dtype))
+
+
 def bernoulli_loss(logits: Tensor, imgs: Tensor) -> Tensor:
     """
     The reconstruction loss -log p(x|z) of independent Bernoulli pixels.
@@ -106,7 +111,7 @@ def decode(decoder: nn.Module, z: Tensor, imgs: Tensor, max_pixels: int = 2**23)
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         return logits, bernoulli_loss(logits, imgs.unsqueeze(1))
 
-    z = z.to(next((param.dtype for param in decoder.parameters()), z.dtype))
+    z = as_input(z, decoder)
     parts = z.split(max(max_pixels // imgs.numel(), 1), dim=1)
     if len(parts) == 1:
         return decode_part(z)
@@ -240,8 +245,9 @@ def visualize_manifold(decoder: nn.Module, grid_size: int = 20) -> Tensor:
     Outputs:
         img_grid - Tensor of shape [3, H', W'], the means of the pixels (between 0 and 1) as one image grid.
     """
-    logits = decoder(manifold_latents(grid_size).to(decoder.device))
-    return make_grid(torch.sigmoid(logits), nrow=grid_size)
+    with eval_mode(decoder):
+        logits = decoder(as_input(manifold_latents(grid_size).to(decoder.device), decoder))
+    return make_grid(torch.sigmoid(full_precision(logits)), nrow=grid_size)
 
 
 @contextlib.contextmanager
@@ -293,7 +299,7 @@ class EpochMeans:
                     f"the quantity {name} must have one value per image, shape [{num_images}], or a single one, got "
                     f"shape {list(value.shape)}"
                 )
-            values.append(value.float().expand(num_images))
+            values.append(full_precision(value).expand(num_images))
         if self.sums is None:
             dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
             self.names = list(quantities)

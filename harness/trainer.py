@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import default_collate
 
 from harness import checkpoints, devices, processes
 from harness.errors import is_screen, one_line, warn
@@ -75,7 +76,9 @@ def check_shared_memory(num_workers, loader):
     Raises a RunError if the shared memory has no room for the minibatches that the worker processes of two such data
     loaders send: torch would wait for them for ever.
     """
-    size = sum(part.nbytes for part in loader.dataset[0]) * min(loader.batch_size, len(loader.dataset))
+    size = sum(part.nbytes for part in default_collate([loader.dataset[0]])) * min(
+        loader.batch_size, len(loader.dataset)
+    )
     try:
         torch.empty(2 * num_workers * (loader.prefetch_factor + 1) * size, dtype=torch.uint8).share_memory_()
     except RuntimeError as error:

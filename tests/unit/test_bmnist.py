@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import io
 import sys
+from collections import Counter
 from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate, random_split
+from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler, default_collate, random_split
 
 import bmnist
 from sources.rendered_digits import rendered_digits
@@ -115,6 +116,12 @@ class TestImages(SeededTest):
                 batches = list(DataLoader(data, batch_size=4))
                 self.assertEqual(batches[0][0].shape, (4, 1, 2, 2))
                 self.assertEqual(sum(len(labels) for _, labels in batches), len(data))
+            self.assertEqual(Counter(label for _, label in dataset), Counter(range(10)))
+            odd = Subset(dataset, (dataset.targets % 2).nonzero().flatten().tolist())
+            self.assertEqual([label for _, label in odd], [1, 3, 5, 7, 9])
+            self.assertEqual((dataset.data.shape, dataset.data.dtype), ((10, 2, 2), torch.uint8))
+            drawn = next(iter(DataLoader(dataset, 6, sampler=WeightedRandomSampler(dataset.targets == 3, 6))))
+            self.assertEqual((drawn[0].shape, drawn[1].tolist()), ((6, 1, 2, 2), [3] * 6))
 
     def test_to_moves_every_tensor_in_place(self):
         images, labels = torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.arange(3)

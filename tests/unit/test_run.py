@@ -228,7 +228,7 @@ class TestErrors(NamedRunTest):
     def test_a_full_disk_ends_a_run_which_resumes_once_there_is_room(self):
         full = OSError(28, "No space left on device")
         for owner, name in [
-            (train_pl, "log_picture"),
+            (train_pl, "save_picture"),
             (TensorBoardLogger, "log_metrics"),
             (checkpoints.torch, "save"),
             (report.csv, "DictWriter"),

@@ -1,16 +1,18 @@
 """Tests of --precision and of other precisions: `python -m unittest tests/unit/test_run_precision.py`."""
 
 import copy
+import warnings
 from unittest import mock
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import utils
 from harness import devices
 from harness.settings import process_settings
 from tests.helpers import GraphTest, load, metrics
-from train_pl import VAE
+from train_pl import VAE, GenerateCallback
 
 
 class TestPrecision(GraphTest):
@@ -55,3 +57,24 @@ class TestPrecision(GraphTest):
             trainer.validate(copy.deepcopy(vae), loader, verbose=False)
             logged[precision] = trainer.callback_metrics["val_bpd"].item()
             self.assertAlmostEqual(logged[precision], logged["32-true"], delta=1e-3)
+
+    def test_pictures_are_saved_in_every_precision_and_float16_is_refused_since_adam_fails_in_it(self):
+        data = TensorDataset((torch.rand(20, 1, 28, 28) > 0.8).float(), torch.zeros(20))
+        options = dict(accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False, max_epochs=1)
+        options |= dict(enable_model_summary=False, log_every_n_steps=1)
+        self.enter(process_settings())
+        warnings.filterwarnings("ignore", message="You defined a `validation_step`")
+        for precision in ["bf16-true", "64-true", "16-true"]:
+            folder = self.folder / precision
+            generate, logger = GenerateCallback(8, 1, save_to_disk=True), pl.loggers.CSVLogger(folder, "", "")
+            generate.imgs = data[:4][0]
+            trainer = pl.Trainer(precision=precision, logger=logger, callbacks=[generate], **options)
+            vae = VAE("MLP", [16], 2, 2, 1e-3)
+            if precision == "16-true":
+                with self.assertRaisesRegex(ValueError, "give the Trainer precision 16-mixed or bf16-true"):
+                    trainer.fit(vae, DataLoader(data, batch_size=20))
+            else:
+                trainer.fit(vae, DataLoader(data, batch_size=20))
+                names = {path.name for path in folder.glob("*.png")}
+                self.assertEqual(names, {f"epoch_1_{name}.png" for name in ["samples", "means", "reconstructions"]})
+                self.assertEqual(utils.visualize_manifold(vae.decoder, 2).shape, (3, 62, 62))

@@ -7,13 +7,14 @@ from unittest import mock
 
 import torch
 from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.transforms.functional import pil_to_tensor
 
 from harness.tensorboard import EpochLogger
-from pictures.tensorboard import log_picture
+from pictures.tensorboard import encode, save_picture
 from tests.helpers import SeededTest, summaries
 
 
@@ -24,7 +25,8 @@ class TestTensorBoard(SeededTest):
             logger = EpochLogger(str(self.folder), first_epoch=epochs[0])
             for logger.epoch in epochs:
                 logger.log_metrics({"val_bpd": attempt})
-                log_picture(logger.experiment, "Samples", torch.full((3, 1, 1), attempt / 255), logger.epoch)
+                trainer = argparse.Namespace(loggers=[logger])
+                save_picture(trainer, "Samples", torch.full((3, 1, 1), attempt / 255), logger.epoch)
             logger.flush()
 
     def shown(self, accumulator=None):
@@ -65,18 +67,36 @@ class TestTensorBoard(SeededTest):
         points = [(summary.tag, step) for step, summary in summaries(self.folder)]
         self.assertEqual(points, [("val_bpd", 0), ("lr", 0), ("val_bpd", 1), ("lr", 1)])
 
-    def test_a_picture_is_encoded_once_for_tensorboard_and_a_file(self):
-        """A logger that is not TensorBoard's gets the picture itself."""
-        pixels, logger = torch.randint(1, 256, (3, 4, 6), dtype=torch.uint8), EpochLogger(str(self.folder))
-        picture = (pixels - 0.4) / 255
-        png = log_picture(logger.experiment, "Samples", picture, epoch=5)
-        logger.flush()
-        (event,) = EventAccumulator(str(self.folder)).Reload().Images("Samples")
-        self.assertEqual((event.step, event.height, event.width, event.encoded_image_string), (5, 4, 6, png))
+    def test_a_picture_is_the_same_in_tensorboard_and_in_a_file_with_any_loggers_or_none(self):
+        """A logger whose writer has add_image gets the picture itself. The file is in the first logger's folder."""
+        pixels = torch.randint(1, 256, (3, 4, 6), dtype=torch.uint8)
+        picture, other = (pixels - 0.4) / 255, mock.Mock(log_dir=None)
+        png = encode(picture)
         torch.testing.assert_close(pil_to_tensor(Image.open(io.BytesIO(png))), pixels)
-        writer = mock.Mock(spec=["add_image"])
-        self.assertEqual(log_picture(writer, "Samples", picture, epoch=5), png)
-        writer.add_image.assert_called_once_with("Samples", picture, 5)
+        for number, (kinds, place) in enumerate(
+            [(["tensorboard"], "1/tensorboard"), (["csv", "tensorboard"], "1/csv"), ([], ""), (["other"], "")]
+        ):
+            folder = self.folder / str(number)
+            loggers = {
+                "csv": CSVLogger(folder, "1", "csv"),
+                "tensorboard": EpochLogger(str(folder / "1" / "tensorboard")),
+                "other": other,
+            }
+            trainer = argparse.Namespace(loggers=[loggers[kind] for kind in kinds], default_root_dir=folder)
+            trainer.logger = next(iter(trainer.loggers), None)
+            save_picture(trainer, "Samples", picture, 5)
+            self.assertEqual([*folder.rglob("*.png")], [])
+            save_picture(trainer, "Samples", picture, 6, save_to_disk=True)
+            self.assertEqual([*folder.rglob("*.png")], [folder / place / "epoch_6_samples.png"])
+            self.assertEqual((folder / place / "epoch_6_samples.png").read_bytes(), png)
+            if "tensorboard" in kinds:
+                loggers["tensorboard"].flush()
+                events = EventAccumulator(str(folder / "1" / "tensorboard")).Reload().Images("Samples")
+                found = [(event.step, event.height, event.width, event.encoded_image_string) for event in events]
+                self.assertEqual(found, [(step, 4, 6, png) for step in [5, 6]])
+        self.assertEqual(
+            other.experiment.add_image.mock_calls, [mock.call("Samples", picture, step) for step in [5, 6]]
+        )
 
     def test_the_table_of_runs_shows_the_identifying_flags_first_and_charts_have_both_stages(self):
         experiment = argparse.Namespace(

@@ -29,6 +29,7 @@ from tests.helpers import (
     small_loaders,
 )
 from train_pl import TITLES, VAE, GenerateCallback, train_vae
+from utils import visualize_manifold as manifold
 
 BPD = 1 / math.log(2) / 784  # bits per dimension in a nat of an image
 
@@ -37,7 +38,7 @@ class TestGenerateCallback(SeededTest):
     def setUp(self):
         self.writer = mock.Mock()
         logger = types.SimpleNamespace(experiment=self.writer, log_dir=str(self.folder))
-        self.trainer = types.SimpleNamespace(logger=logger, current_epoch=0)
+        self.trainer = types.SimpleNamespace(logger=logger, loggers=[logger], current_epoch=0)
 
     def pictures(self):
         """{(tag, epoch): picture} of all that was written to TensorBoard."""
@@ -80,6 +81,22 @@ class TestGenerateCallback(SeededTest):
         with mock.patch.object(VAE, "sample", side_effect=ZeroDivisionError), contextlib.redirect_stderr(io.StringIO()):
             callback.sample_and_save(self.trainer, model, 3)
         self.assertEqual([part.training for part in model.modules()], modes)
+
+    def test_samples_reconstructions_and_the_manifold_are_of_eval_mode_in_a_training_mode_module_too(self):
+        model, imgs = VAE("CNN", [8], 4, 2, 1e-3).train(), torch.rand(4, 1, 28, 28).round()
+        model.encoder.net.insert(1, torch.nn.BatchNorm2d(4))
+        model.decoder.net.append(torch.nn.Dropout(0.9))
+        kept = copy.deepcopy(model.state_dict())
+        for picture in [lambda: model.sample(4)[1], lambda: model.reconstruct(imgs), lambda: manifold(model.decoder)]:
+            pictures = []
+            for _ in range(2):
+                torch.manual_seed(1)
+                pictures.append(picture())
+                torch.rand(1)
+            self.assertTrue(torch.equal(*pictures))
+            self.assertLess((pictures[0] == 0.5).float().mean(), 0.5)
+        self.assertTrue(all(part.training for part in model.modules()))
+        torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
 
 
 class TestFlags(TrainingTest):
