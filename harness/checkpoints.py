@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 import textwrap
 import zipfile
@@ -19,7 +20,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils._pytree import tree_map_only
 
-from harness.errors import UserError, is_out_of_memory, warn
+from harness.errors import UserError, is_out_of_memory, place_of, warn
 from harness.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -27,6 +28,11 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 RUN, OLD_CALLBACK = "run", "EpochReport"
 # What a run resumes from; checkpoints of other programs may lack any of them.
 PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
+
+
+# What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
+WRAPPERS = r"\b(_orig_mod|module|_forward_module|_fsdp_wrapped_module)\."
+PLAIN_LOOPS = ["model_state_dict", "model"]  # names under which other programs save a state_dict
 
 
 class CheckpointError(UserError):
@@ -75,8 +81,12 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({short_reason(error)})") from error
     if map_location != "cpu":
         checkpoint = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    if isinstance(checkpoint, dict) and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
-        checkpoint = {"state_dict": checkpoint}
+    if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
+        checkpoint = next(
+            (checkpoint[name] for name in PLAIN_LOOPS if isinstance(checkpoint.get(name), dict)), checkpoint
+        )
+        if checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
+            checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(part, missing), dict)
         for part, missing in [("state_dict", None), ("hyper_parameters", {}), ("callbacks", {})]
@@ -88,11 +98,11 @@ def read_checkpoint(path, map_location="cpu") -> dict:
 
 
 def short_reason(error):
-    """An error in one line: of torch's explanations the line that names what is wrong."""
+    """An error in one line: of torch's explanations the first two lines that name what is wrong."""
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
-    naming = (line for line in lines if "size mismatch" in line or "key(s) in state_dict" in line)
-    return textwrap.shorten(next(naming, lines[0]), 400, placeholder=" ...").rstrip(".:")
+    naming = [line for line in lines if "size mismatch" in line or "key(s) in state_dict" in line]
+    return textwrap.shorten(" ".join(naming[:2]) or lines[0], 400, placeholder=" ...").rstrip(".:")
 
 
 def load_model(
@@ -129,6 +139,21 @@ def load_model(
     return build_model(model_class, checkpoint, checkpoint_path, strict, **hyperparameters)
 
 
+def own_names(state_dict: dict, names) -> dict:
+    """
+    A state_dict by a module's own names of its weights: without the prefixes that torch.compile and others add, and,
+    if it was saved as part of a larger module, without that part's name and the other parts.
+    """
+    renamed = {name if name in names else re.sub(WRAPPERS, "", name): value for name, value in state_dict.items()}
+    if set(names) < renamed.keys() == {*names, "n_averaged"}:  # of torch.optim.swa_utils.AveragedModel
+        del renamed["n_averaged"]
+    first = next(iter(names), "")
+    for prefix in [name.removesuffix(first) for name in renamed if name.endswith(f".{first}")]:
+        if all(prefix + name in renamed for name in names):
+            return {name: renamed[prefix + name] for name in names}
+    return renamed
+
+
 def build_model(model_class: type, checkpoint: dict, path, strict: bool | None = None, **hyperparameters):
     """
     Builds the module of a checkpoint that has been read. Raises a CheckpointError if hyperparameters are missing or
@@ -153,9 +178,11 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
     try:
         model = model_class(**given)
         model.on_load_checkpoint(checkpoint)
-        keys = model.load_state_dict(state_dict, strict=model.strict_loading if strict is None else strict)
+        weights = own_names(state_dict, model.state_dict())
+        keys = model.load_state_dict(weights, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({short_reason(error)})") from error
+        reason = f"{short_reason(error)}{place_of(error)}"  # it may be the class that is wrong, not the file
+        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({reason})") from error
     for kind, names in zip(["lacks", "has too many"], keys):
         if names:
             rank_zero_warn(f"of the module's weights, {path} {kind}: {', '.join(names)}")

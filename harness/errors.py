@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 import threading
+import traceback
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
 MAKE_ROOM = "make room and give the same command again"
@@ -126,7 +127,7 @@ def best_effort(what: str):
     except Exception as error:
         if is_disk_full(error):
             raise
-        warn(f"{what} failed, the rest goes on ({one_line(error)})")
+        warn(f"warning: {what} failed, the rest goes on ({one_line(error)}{place_of(error)})")
 
 
 def is_disk_full(error):
@@ -137,6 +138,14 @@ def is_disk_full(error):
 def is_out_of_memory(error):
     """Whether an error, or None, says that memory is too small, a GPU's or the machine's."""
     return re.search(OUT_OF_MEMORY, repr(error)) is not None
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error comes from, as ", FILE, line N": the last line outside of libraries and this folder, if any."""
+    frames = [] if isinstance(error, UserError) else traceback.extract_tb(error.__traceback__)
+    libraries = rf"(site|dist)-packages|lib.python3|^{re.escape(os.path.dirname(__file__))}"
+    own = [frame for frame in frames if not re.search(libraries, frame.filename)]
+    return f", {own[-1].filename}, line {own[-1].lineno}" if own else ""
 
 
 def one_line(error: BaseException) -> str:

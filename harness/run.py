@@ -35,7 +35,7 @@ from harness.settings import process_settings
 from harness.tensorboard import EpochLogger
 from harness.trainer import NO_WORKERS, check_shared_memory, check_shares, make_trainer, shows_bar
 
-WORKERS_FAILED = r"DataLoader worker|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
+WORKERS_FAILED = r"DataLoader worker \(pid|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
 
 
 @dataclasses.dataclass
@@ -156,7 +156,7 @@ class Run:
             what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items())])
             return RunError(f"the memory is too small for {what} ({one_line(error)}): make one of them smaller")
         if is_disk_full(error):
-            return DiskFullError(f"cannot write to {self.log_dir} ({error.strerror}); {MAKE_ROOM}")
+            return DiskFullError(f"cannot write to {error.filename or self.log_dir} ({error.strerror}); {MAKE_ROOM}")
         return None
 
     def print(self, text):

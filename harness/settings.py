@@ -1,6 +1,7 @@
 """Settings of the whole process, during a run or an evaluation; afterwards everything is as it was."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -33,6 +34,7 @@ def process_settings():
     libraries print errors and real warnings only. At its end these settings, the environment, the handlers of signals
     and threading.excepthook are as before, whatever the code within did to them.
     """
+    gc.collect()  # Trainers, figures and their data refer to each other: of an earlier run, it may be a lot of memory
     cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
     environment, excepthook, num_threads = dict(os.environ), threading.excepthook, torch.get_num_threads()

@@ -1,6 +1,7 @@
 """Tests of reading checkpoints and building models: `python -m unittest tests/unit/test_checkpoints_loading.py`."""
 
 import argparse
+import copy
 import functools
 import io
 import os
@@ -143,7 +144,7 @@ class TestRefused(LoadingTest):
             (torch.zeros(3), "of another program"),
             ([1, 2], "of another program"),
             ({}, "of another program"),
-            ({"epoch": 3, "model_state_dict": weights}, "of another program"),
+            ({"epoch": 3, "weights": weights}, "of another program"),
             ({**self.good, "state_dict": [torch.zeros(3)]}, "of another program"),
             ({**self.good, "hyper_parameters": None}, "of another program"),
             ({**self.good, "hyper_parameters": {**parameters, "z_dim": 5}}, "size mismatch for encoder.net.2"),
@@ -157,6 +158,16 @@ class TestRefused(LoadingTest):
             with self.subTest(part, content=content):
                 torch.save(content, self.path)
                 self.assert_refused(part)
+
+    def test_an_error_in_the_code_of_the_class_names_its_file_and_line(self):
+        def init(self, **hyperparameters):
+            raise AttributeError("no attribute widht")
+
+        with mock.patch.object(VAE, "__init__", init):
+            self.assert_refused("does not fit VAE (no attribute widht, ", f"{__file__}, line ")
+        self.save(state_dict={})
+        with self.assertRaisesRegex(checkpoints.CheckpointError, r"^((?!, line).)*$"):
+            VAE.load_from_checkpoint(self.path)
 
     def test_a_lack_of_memory_is_not_reported_as_damage(self):
         for error in [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")]:
@@ -213,6 +224,32 @@ class TestLoading(LoadingTest):
         torch.save(self.good["state_dict"], self.path)
         self.assert_refused("is a bare state_dict without the hyperparameters model_name, hidden_dims, num_filters")
         self.assertEqual(self.assert_loads(**self.good["hyper_parameters"]).z_dim, 2)
+
+    def test_names_that_other_programs_give_to_the_weights_are_understood(self):
+        """Such as those of torch.compile, of DistributedDataParallel, or of a module that the model is a part of."""
+        model, weights = VAE(**HPARAMS), self.good["state_dict"]
+        model.load_state_dict(weights)
+        whole = nn.ModuleDict({"vae": model, "critic": nn.Linear(2, 1)})
+        partly, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters()).state_dict()
+        partly.encoder = torch.compile(partly.encoder)
+        for saved in [
+            torch.compile(model).state_dict(),
+            partly.state_dict(),
+            nn.DataParallel(torch.compile(model)).state_dict(),
+            torch.optim.swa_utils.AveragedModel(model).state_dict(),
+            whole.state_dict(),
+            {"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": optimizer},
+            {"model": torch.compile(whole).state_dict()},
+        ]:
+            with self.subTest([*saved][:2]):
+                torch.save(saved, self.path)
+                self.assert_loads(**self.good["hyper_parameters"])
+        torch.save({f"_orig_mod.{name}x": value for name, value in weights.items()}, self.path)
+        missing, unexpected = (
+            '"encoder.net.0.weight", "encoder',
+            'Unexpected key(s) in state_dict: "encoder.net.0.weightx',
+        )
+        self.assert_refused(missing, unexpected, **self.good["hyper_parameters"])
 
     def test_other_weights_are_loaded_with_a_warning_if_strict_is_false(self):
         weights = {**self.good["state_dict"], "more": torch.zeros(1)}

@@ -9,6 +9,8 @@ import sys
 import threading
 from unittest import mock
 
+import torch
+
 from harness import errors
 from harness.errors import DataError, DiskFullError, FlagError, UserError, best_effort, exit_on_error, print_line
 from harness.flags import Parser
@@ -114,14 +116,24 @@ class TestErrors(SeededTest):
 
     def test_what_is_not_needed_fails_with_one_line(self):
         for error, reason in [
-            (ZeroDivisionError("a\nb\n\nlong"), "ZeroDivisionError: a b"),
-            (OSError(5, "No disk", "x.png"), "[Errno 5] No disk: 'x.png'"),
+            (ZeroDivisionError("a\nb\n\nlong"), r"ZeroDivisionError: a b, .*test_errors.py, line \d+"),
+            (OSError(5, "No disk", "x.png"), r"\[Errno 5\] No disk: 'x.png', .*test_errors.py, line \d+"),
             (UserError("no font"), "no font"),
         ]:
             with self.subTest(repr(error)):
                 with best_effort("the picture"):
                     raise error
-                self.assertEqual(self.printed(), f"the picture failed, the rest goes on ({reason})\n")
+                line = rf"^warning: the picture failed, the rest goes on \({reason}\)\n$"
+                self.assertRegex(self.printed(), line)
+
+    def test_the_place_of_an_error_is_the_users_line_even_if_a_library_raised_it(self):
+        with best_effort("the picture"):
+            line = sys._getframe().f_lineno + 1
+            torch.zeros(2) @ torch.zeros(3)
+        self.assertIn(f"test_errors.py, line {line})", self.printed())
+        with best_effort("the picture"):
+            torch.nn.Linear(2, 3)(torch.zeros(5))  # raised in torch's own files
+        self.assertIn(f"test_errors.py, line {line + 3})", self.printed())
 
     def test_what_would_make_the_rest_fail_too_is_raised(self):
         for error in [KeyboardInterrupt(), SystemExit(), OSError(errno.ENOSPC, "No space left"), DiskFullError()]:

@@ -177,7 +177,7 @@ class TestErrors(NamedRunTest):
         with failing, mock.patch.object(utils, "visualize_manifold", fail):
             folder, output = self.train(epochs=1, z_dim=2)
         for name in FIGURES:
-            line = f"drawing {folder / name} failed, the rest goes on (ZeroDivisionError: a font and more)\n"
+            line = f"drawing {folder / name} failed, the rest goes on (ZeroDivisionError: a font and more, "
             self.assertEqual((output.count(line), (folder / name).exists()), (1, False))
         self.assertEqual(seen, [None, *[results(folder)] * len(FIGURES)])  # the first call is of the pictures
         _, output = self.train(epochs=1, z_dim=2)
