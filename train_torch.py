@@ -5,13 +5,13 @@ import math
 import os
 import time
 
+from bmnist import DataError, bmnist, data_loaders  # isort: skip  before TensorBoard, see harness/__init__.py
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from bmnist import DataError, bmnist, data_loaders
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from sources.rendered_digits import rendered_mnist

@@ -60,3 +60,14 @@ class TestSettings(CommandTest):
         checkpoint = folder / "checkpoints" / "best.ckpt"
         code, _, error = self.run_command("evaluate.py", checkpoint, "--iw_samples", "1", **variables)
         self.assertEqual((code, error), (0, ""))
+
+    def test_programs_run_beside_what_is_left_of_an_uninstalled_or_broken_tensorflow(self):
+        """A mere folder, or a package that was built for another NumPy."""
+        variables = few_digits(self.folder, (300, 50, 200))
+        left = self.folder / "tensorflow"
+        left.mkdir()
+        for program in ["train_torch.py", "summary.py", "evaluate.py"]:
+            code, _, error = self.run_command(program, "--help", **variables)
+            self.assertEqual((code, error), (0, ""))
+        (left / "__init__.py").write_text("raise AttributeError('_ARRAY_API not found')")
+        self.train(run=self.run_command, **variables)

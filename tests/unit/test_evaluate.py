@@ -159,7 +159,9 @@ class TestEvaluate(SeededTest):
         self.assertNotIn(str(self.folder), page.read_text())
         with mock.patch.object(explorer, "MAX_WEIGHTS", 9), contextlib.redirect_stderr(io.StringIO()) as error:
             self.evaluate(checkpoint)
-        self.assertRegex(error.getvalue(), r"^warning: writing .*explorer.html failed, .* \(the networks have .* than 9\)\n$")
+        self.assertRegex(
+            error.getvalue(), r"^warning: writing .*explorer.html failed, .* \(the networks have .* than 9\)\n$"
+        )
         self.assertFalse(page.exists())
         page.touch()
         self.evaluate(checkpoint, no_explorer=True)

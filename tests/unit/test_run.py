@@ -201,6 +201,22 @@ class TestErrors(NamedRunTest):
                     message = str(a_run.explain(error))
                     self.assertEqual(str(error) in message and "--num_workers 0" in message, num_workers == 1)
 
+    def test_an_error_of_the_users_own_code_is_not_explained_away(self):
+        """Such as one in their data set, which a worker process passes on, or a full disk elsewhere."""
+        args = train_pl.complete_flags(self.namespace(num_workers=1))
+        a_run = run.Run(args, {}, train_pl.experiment(args), [])
+        for error in [
+            RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call"),
+            *(FileNotFoundError(2, "No such file", "missing.txt"), ValueError("x"), AttributeError("x")),
+        ]:
+            with self.subTest(error=error):
+                self.assertIsNone(a_run.explain(error))
+        self.assertIn("write to /mnt/x (No space", str(a_run.explain(OSError(28, "No space left", "/mnt/x"))))
+        for patched in ["__init__", "training_step", "test_step", "on_validation_epoch_end"]:
+            fail = mock.patch.object(VAE, patched, lambda *args, **options: Path("missing.txt").read_text())
+            with self.subTest(patched), fail, self.assertRaisesRegex(FileNotFoundError, "missing.txt"):
+                self.train(epochs=1, run_name=patched)
+
     def test_a_model_that_is_too_large_is_an_error_that_says_what_to_make_smaller(self):
         most = 2**32 - 1
         for flags, message in [

@@ -1,19 +1,22 @@
 """Tests of harness/settings.py: `python -m unittest tests/unit/test_settings.py`."""
 
 import contextlib
+import gc
 import io
 import logging
 import os
 import signal
 import threading
 import warnings
+import weakref
 from unittest import mock
 
 import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from harness import slurm
+import train_pl
+from harness import run, slurm
 from harness.errors import UserError
 from harness.settings import QUIET_LOGGERS, process_settings
 from tests.helpers import NamedRunTest
@@ -105,6 +108,22 @@ class TestSettings(NamedRunTest):
             for thread in {*threading.enumerate()}.difference(others):
                 thread.join()
         self.assertEqual((self.errors, output.getvalue()), ([ZeroDivisionError], ""))
+
+    def test_the_memory_of_many_runs_in_one_process_is_that_of_one(self):
+        """Without waiting for Python's garbage collection: images and Trainer of a run are garbage in cycles."""
+        images, load_data = [], train_pl.load_data
+
+        def remember(*args, **options):
+            loaders = load_data(*args, **options)
+            images.append(weakref.ref(loaders[0].dataset))
+            return loaders
+
+        self.addCleanup(gc.enable)
+        gc.disable()
+        with mock.patch.object(train_pl, "load_data", remember), mock.patch.object(run.Run, "make_figures"):
+            for number in range(3):
+                self.train(epochs=1, run_name=f"run {number}")
+                self.assertEqual([image() for image in images[:-1]], [None] * number)
 
     def test_a_run_leaves_everything_as_before_once_it_has_failed_is_finished_or_is_refused(self):
         """In a batch job, too, whose handlers of signals are there as long as it trains."""
