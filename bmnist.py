@@ -75,6 +75,8 @@ class ImageLoader(DataLoader):
     are sampled again for each pass: with the seed from the sampler's `draw_seed()`, or from torch's random numbers.
     """
 
+    reading = ""  # how your own file was read, for a run's first line
+
     def __init__(self, dataset: BinaryImages, batch_size: int = 1, redraws: bool = False, **options):
         self.redraws = redraws
         super().__init__(dataset, batch_size, **options)
@@ -121,6 +123,7 @@ def data_loaders(
     binarization: str = "threshold",
     train_size: int | None = 45_000,
     sampler: Callable | None = None,
+    num_val: int | None = None,
 ) -> tuple[ImageLoader, ...]:
     """
     Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
@@ -131,8 +134,9 @@ def data_loaders(
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
         binarization - "threshold", or "stochastic": pixels are sampled from Bernoulli(intensity), for training again in
             every pass, for validation and test always the same.
-        train_size - 45,000, 55,000, or None: all but the last tenth, which validates (but 5,000 at most).
+        train_size - 45,000, 55,000, or None: all but those that validate.
         sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices; if None, torch's own.
+        num_val - Number of validation images, with train_size None; by default a tenth, but 5,000 at most.
     Outputs:
         train_loader, val_loader, test_loader - The first one is shuffled. Their batches are (imgs, labels): float32
             [B,1,H,W] of zeros and ones, and int64 [B].
@@ -142,7 +146,7 @@ def data_loaders(
         raise ValueError(f"{possible}, got {binarization!r} and {train_size!r}")
     is_sampled = binarization == "stochastic"
     batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # NumPy's or a tensor's
-    num_val = NUM_VAL if train_size else min(len(train_images) // 10, NUM_VAL)
+    num_val = NUM_VAL if train_size else num_val or min(len(train_images) // 10, NUM_VAL)
     train_size = train_size or len(train_images) - num_val
     train, val = slice(train_size), slice(train_size, train_size + num_val)
     train_part, val_part = ((train_images[part], train_labels[part]) for part in [train, val])
@@ -179,12 +183,19 @@ def bmnist(
 
 def load_data(args, download: bool = True, sampler: Callable | None = None) -> tuple[ImageLoader, ...]:
     """
-    Returns the data loaders that the flags of train_pl.py ask for, see bmnist and data_loaders. Of your own file with
-    another number of training images than MNIST's 60,000, the last tenth validates.
+    Returns the data loaders that the flags of train_pl.py ask for, see bmnist and data_loaders. Of your own file the
+    val_images validate; without them, and with another number of training images than MNIST's 60,000, the last tenth.
     """
     data, batch_size = load_images(args, download), args.batch_size // (args.devices * args.num_nodes)  # per process
-    train_size = None if is_file(args.dataset) and len(data[0]) != 60_000 else args.train_size
-    return data_loaders(*data, batch_size, args.num_workers, args.binarization, train_size, sampler)
+    is_own = is_file(args.dataset)
+    num_val = data.num_val if is_own else None
+    train_size = None if is_own and (num_val or len(data[0]) != 60_000) else args.train_size
+    loaders = data_loaders(*data[:4], batch_size, args.num_workers, args.binarization, train_size, sampler, num_val)
+    if is_own:
+        number = f"{len(loaders[1].dataset):,}"
+        which = f"its {number} val_images validate" if num_val else f"the {number} after them validate"
+        loaders[0].reading = which + data.reading
+    return loaders
 
 
 def main():

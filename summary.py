@@ -29,7 +29,7 @@ def read_runs(folders: list[str]) -> tuple[list[dict], list[str]]:
             unfinished.append(folder)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
-            warn(f"{os.path.join(folder, 'results.json')} is left out: {problem}")
+            warn(f"warning: {os.path.join(folder, 'results.json')} is left out: {problem}")
     return finished, unfinished
 
 
@@ -50,7 +50,7 @@ def run_folders(folders):
 def tell(error):
     """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
     if not isinstance(error, NotADirectoryError):
-        warn(f"{error.filename} is left out: {error.strerror}")
+        warn(f"warning: {error.filename} is left out: {error.strerror}")
 
 
 def by_setting(results: list[dict]) -> dict[str, list[dict]]:

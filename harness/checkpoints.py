@@ -232,7 +232,7 @@ def newest_checkpoint(folder, metric):
             f"{elsewise}"
         )
     for damage in damages:
-        warn(f"{damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
+        warn(f"warning: {damage}; continuing from {newest}, epoch {checkpoints[newest]['epoch'] + 1}")
     for name, source in [(BEST, best), (LAST, newest)]:
         if name != source:
             with atomic_write(os.path.join(folder, name)) as unfinished:

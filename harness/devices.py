@@ -8,19 +8,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 
 from harness.errors import UserError, warn
 
 CPU_INFO = Path("/proc/cpuinfo")
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
 CGROUP_OF_PROCESS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux
+HIDDEN_ON_PURPOSE = ("", "-1")  # values of CUDA_VISIBLE_DEVICES by which people choose the CPU
 DEFAULT_THREADS = 8  # at most; small networks gain nothing from more
 
 
 def pick_device(accelerator: str, num_processes: int = 1) -> str:
     """
-    The kind of device that computes. Where a GPU is passed over, a line says why.
+    The kind of device that computes. If a GPU is passed over, a line says why, unless the user has hidden it.
     Inputs:
         accelerator - "auto", "cpu" or "gpu", the flag.
         num_processes - Number of processes, of which each has a GPU of its own.
@@ -38,8 +38,8 @@ def pick_device(accelerator: str, num_processes: int = 1) -> str:
         return "cuda"
     if accelerator == "gpu":
         raise UserError(f"--accelerator gpu: {problem or 'there is no GPU here'}; use auto or cpu")
-    if problem and rank_zero_only.rank == 0:
-        warn(f"on the CPU: {problem}")
+    if problem and os.environ.get("CUDA_VISIBLE_DEVICES") not in HIDDEN_ON_PURPOSE:
+        warn(f"warning: on the CPU: {problem}")
     return "cpu"
 
 
@@ -57,9 +57,15 @@ def problem_of_cuda(number):
         warnings.simplefilter("always")
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not num_gpus:
-        reason = "it is built without CUDA" if torch.version.cuda is None else "for CUDA " + torch.version.cuda
-        reason = str(caught[0].message).splitlines()[0] if caught else reason
-        return "".join(f"torch {torch.__version__} cannot use {name} ({reason})" for name in names_of_gpus()[:1])
+        reason = str(caught[0].message).splitlines()[0] if caught else ""
+        reason = "it is built without CUDA" if torch.version.cuda is None else reason
+        problem = f"({reason})" if reason and "Found no NVIDIA driver" not in reason else ""
+        return "".join(
+            f"torch {torch.__version__} cannot use {name} {problem}"
+            if problem
+            else f"this machine has {name}, but no GPU is visible to this process: {how_to_see_gpus()}"
+            for name in names_of_gpus()[:1]
+        )
     number %= num_gpus
     try:
         with warnings.catch_warnings():  # that it is too old, in more lines
@@ -72,6 +78,29 @@ def problem_of_cuda(number):
             f"{major}.{minor}; it supports {', '.join(torch.cuda.get_arch_list())} ({str(error).splitlines()[0]})"
         )
     return None
+
+
+def how_to_see_gpus():
+    """What to do if this machine has GPUs, but this process sees too few of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "SLURM_JOB_ID" in os.environ:
+        return "ask SLURM for one with --gpus=1"
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, unset it"
+    return "start the container with --gpus all (Docker) or --nv (Apptainer)"
+
+
+def check_number_of_gpus(devices, per_task):
+    """
+    Raises a UserError if this process sees fewer GPUs than the --devices of its node; per_task is the number of tasks
+    per node that srun has started, 1 without srun.
+    """
+    visible = torch.cuda.device_count()
+    if visible < devices:
+        remedy = f"give --devices {visible}, or make more GPUs visible to this process (CUDA_VISIBLE_DEVICES)"
+        if per_task > 1:
+            remedy = f"give srun --gpus-per-node={devices} instead of --gpus-per-task, or add --gpu-bind=none"
+        raise UserError(f"--devices {devices} needs as many GPUs, and this process sees {visible}: {remedy}")
 
 
 def names_of_gpus():

@@ -100,15 +100,17 @@ def print_line(text: str):
     try:
         print(text, flush=True)
     except OSError as error:
-        warn(f"nothing more can be printed here ({error.strerror}); everything else goes on")
+        warn(f"note: nothing more can be printed here ({error.strerror}); everything else goes on")
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def warn(text: str):
-    """Prints a line on stderr, at once, if it can be."""
+    """Prints a line on stderr, at once, if it can be; of several processes rank 0 alone does."""
+    lightning = sys.modules.get("pytorch_lightning.utilities")  # without it there is one process
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        if lightning is None or lightning.rank_zero_only.rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
 
 def is_screen(stream):

@@ -93,7 +93,7 @@ def folder_lock(folder: str | os.PathLike, timeout: float):
             # A file with host and process in it, which only its own host can tell from one that was left behind.
             lock = SoftFileLock(f"{path}.soft", timeout=timeout)
             hint = f", or delete {lock.lock_file} if that process is gone"
-            warn(f"{folder} is on a file system without locks: {lock.lock_file} keeps it to this process instead")
+            warn(f"note: {folder} is on a file system without locks: {lock.lock_file} keeps it to this process instead")
             lock.acquire()
     except Timeout:
         raise UserError(

@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
             if meant := difflib.get_close_matches(name, self.flags, 1, cutoff=0.75):
                 raise FlagError(f"--{name} is no flag: give --{meant[0]}, or leave it out")
         if others:
-            warn(f"no flags, and without effect: {', '.join(others)}")
+            warn(f"warning: no flags, and without effect: {', '.join(others)}")
         flags = {}
         for name, flag in self.flags.items():
             value = given.get(name, flag.default)

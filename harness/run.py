@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -111,6 +112,8 @@ class Run:
             root_dir = os.path.join(self.log_dir, self.name or "")
             self.trainer = make_trainer(self.args, root_dir, callbacks)
             stack.enter_context(processes.process_group(self.trainer))
+            if not self.trainer.is_global_zero:
+                warnings.simplefilter("ignore")  # rank 0 prints the same ones
             stack.push(self.kill_others)
             self.find_results()
             self.stack = stack.pop_all()

@@ -8,11 +8,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.profilers import PassThroughProfiler
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import default_collate
 
-from harness import checkpoints, devices, processes
+from harness import checkpoints, devices, processes, slurm
 from harness.errors import is_screen, one_line, warn
 from harness.folder import RunError
 
@@ -39,8 +38,8 @@ def make_trainer(args, root_dir, callbacks):
     ignored = [name for name in os.environ if name.startswith("PL_TRAINER_")]  # Lightning takes them for arguments
     for name in ignored:
         del os.environ[name]
-    if ignored and rank_zero_only.rank == 0:
-        warn(f"{', '.join(ignored)} in the environment: without effect, a run is what its flags say")
+    if ignored:
+        warn(f"note: {', '.join(ignored)} in the environment: without effect, a run is what its flags say")
     callbacks = [
         processes.RunHooks(args.seed),
         *callbacks,
@@ -48,8 +47,10 @@ def make_trainer(args, root_dir, callbacks):
     ]
     try:
         kind = devices.pick_device(args.accelerator, args.devices * args.num_nodes)
-        if args.precision == "bf16" and not devices.has_bf16(kind) and rank_zero_only.rank == 0:
-            warn("--precision bf16 is slower here than 32: this processor has no arithmetic for it")
+        if kind == "cuda":
+            devices.check_number_of_gpus(args.devices, slurm.tasks()[1])
+        if args.precision == "bf16" and not devices.has_bf16(kind):
+            warn("warning: --precision bf16 is slower here than 32: this processor has no arithmetic for it")
         return pl.Trainer(
             default_root_dir=root_dir,
             max_epochs=args.epochs,

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.errors import DataError
 from harness.flags import Flag
 from sources.mnist_files import KINDS, load_mnist
-from sources.npz_file import checksum, load_file, opened
+from sources.npz_file import OwnImages, checksum, load_file, opened
 from sources.rendered_digits import rendered_mnist
 
 TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all of MNIST's images but those of the validation set
@@ -68,15 +68,14 @@ def find_file(paths, sha256: str):
     return None
 
 
-def load_images(args: argparse.Namespace, download: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load_images(args: argparse.Namespace, download: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor] | OwnImages:
     """
     Loads the images that the flags ask for.
     Inputs:
         args - Namespace of the flags dataset and data_dir; and train_size, for rendered digits.
         download - As in load_mnist.
     Outputs:
-        train_images, train_labels, test_images, test_labels - As load_mnist returns them, in another number and size if
-            they are from your own file.
+        train_images, train_labels, test_images, test_labels - As load_mnist returns them; of your own file OwnImages.
     """
     if is_file(args.dataset):
         return load_file(args.dataset, vars(args).get(DATASET_CHECKSUM))
@@ -85,8 +84,8 @@ def load_images(args: argparse.Namespace, download: bool = True) -> tuple[Tensor
 
 def describe(args: argparse.Namespace, loaders: tuple) -> str:
     """What a run trains on, for its first line: of your own file, whose sizes nobody knows by heart, these too."""
-    train, val = (loader.dataset for loader in loaders[:2])
+    train = loaders[0].dataset
     text = f"{args.dataset}, {len(train):,} training images"
     if is_file(args.dataset):
-        text += f" of {'x'.join(map(str, train.images.shape[1:]))}, the {len(val):,} after them validate"
+        text += f" of {'x'.join(map(str, train.images.shape[1:]))}, {loaders[0].reading}"
     return text

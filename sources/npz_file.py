@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from harness.errors import DataError
 
-MIN_IMAGES = 100  # of each part
+MIN_IMAGES = 100  # of the training and the test images
+KERAS = {"x": "images", "y": "labels"}  # x_train, y_train ..., as in its mnist.npz
 PARTS = ["train_images", "train_labels", "test_images", "test_labels"]
+NAMES = {name: name for name in [*PARTS, "val_images", "val_labels"]}  # those of MedMNIST, too
+NAMES |= {f"{kind}_{part}": f"{part}_{name}" for part in ["train", "val", "test"] for kind, name in KERAS.items()}
 
 
 @contextlib.contextmanager
@@ -34,17 +38,27 @@ def checksum(file) -> str:
     return digest.hexdigest()
 
 
-def load_file(path: str, sha256: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class OwnImages(NamedTuple):
+    """The images of your own file. The validation images, if it has any, are the last ones of the training images."""
+
+    train_images: Tensor  # uint8 [N,H,W], 0 to 255
+    train_labels: Tensor  # int64 [N]; if the file has no labels, all are -1
+    test_images: Tensor
+    test_labels: Tensor
+    num_val: int | None  # number of validation images; None if the file does not say which these are
+    reading: str  # how arrays were read that are not simply of these types and shapes, for people
+
+
+def load_file(path: str, sha256: str | None = None) -> OwnImages:
     """
     Loads the images of an .npz file of NumPy's, as np.savez writes it.
     Inputs:
-        path - Path of the file. It contains train_images and test_images, uint8 arrays of shape [N,H,W], and may
-            contain train_labels and test_labels, integers of shape [N] from 0 to 255.
+        path - Path of the file. It contains train_images and test_images and may contain train_labels, test_labels,
+            val_images and val_labels (x_train, y_train ... are the same), as uint8 images of shape [N,H,W] and integer
+            labels of shape [N] from 0 to 255, or as `grey` and `flat_labels` turn into these.
         sha256 - The checksum that it must have; None: any.
     Outputs:
-        train_images, train_labels - uint8 tensor of shape [N,H,W], int64 tensor of shape [N]; if the file has no
-            labels, all are -1.
-        test_images, test_labels - The same for the test images.
+        images - The OwnImages.
     Raises:
         DataError - if the file is damaged, has changed, or contains something else.
     """
@@ -56,40 +70,105 @@ def load_file(path: str, sha256: str | None = None) -> tuple[Tensor, Tensor, Ten
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as content:
-                arrays = {name: np.ascontiguousarray(content[name]) for name in PARTS if name in content.files}
+                known = [name for name in content.files if name in NAMES]
+                arrays = {name: np.ascontiguousarray(content[name]) for name in known}
         except MemoryError as error:
             raise DataError(f"the memory is too small for {path}, or it is damaged ({error!r})") from error
         except Exception as error:  # a damaged file may raise anything
             raise DataError(f"{path} is no .npz file of plain arrays ({' '.join(str(error).split())})") from error
-    if problem := what_is_wrong(arrays):
-        raise DataError(f"{path} is invalid: {problem}")
-    for part in ["train", "test"]:
-        labels = arrays.get(f"{part}_labels", np.full(len(arrays[f"{part}_images"]), -1))
-        arrays[f"{part}_labels"] = labels.astype(np.int64)
-    return tuple(torch.from_numpy(arrays[name]) for name in PARTS)
+    try:
+        return read_arrays(arrays)
+    except ValueError as error:
+        raise DataError(f"{path} is invalid: {error}") from error
 
 
-def what_is_wrong(arrays: dict) -> str | None:
-    """What is wrong with the arrays of a file, by name; None if nothing is."""
-    for name in PARTS[::2]:
-        images = arrays.get(name)
-        if images is None:
-            return f"it lacks {name}, a uint8 array of shape [N,H,W]"
-        if images.dtype != np.uint8 or images.ndim != 3 or 0 in images.shape[1:]:
-            return f"its {name} is {images.dtype} of shape {list(images.shape)}, and must be uint8 of shape [N,H,W]"
-        if len(images) < MIN_IMAGES:
-            return f"its {name} has {len(images)} images, and must have {MIN_IMAGES} or more"
-        if images.max() <= 127:
-            return f"no pixel of its {name} is above 127: intensities go from 0 to 255, white being 255"
-    sizes = [f"{height}x{width}" for _, height, width in (arrays[name].shape for name in PARTS[::2])]
-    if sizes[0] != sizes[1]:
-        return f"its images are of {sizes[0]} and of {sizes[1]} pixels, and must all be of one size"
-    if ("train_labels" in arrays) != ("test_labels" in arrays):
-        return "it has labels of one part alone: give both train_labels and test_labels, or none"
-    for name in [name for name in PARTS[1::2] if name in arrays]:
-        labels, number = arrays[name], len(arrays[name.replace("labels", "images")])
-        if labels.shape != (number,) or not np.issubdtype(labels.dtype, np.integer):
-            return f"its {name} is {labels.dtype} of shape {list(labels.shape)}, and must be {number} integers"
-        if labels.min() < 0 or labels.max() > 255:
-            return f"its {name} goes from {labels.min()} to {labels.max()}, and must be within 0 and 255"
-    return None
+def read_arrays(given: dict) -> OwnImages:
+    """The OwnImages of arrays by name. Raises a ValueError that says what is wrong with them."""
+    arrays, notes = {NAMES[name]: array for name, array in given.items()}, []
+    if len(arrays) < len(given):
+        raise ValueError(f"it has both kinds of names, {' and '.join(sorted(given))}: leave one of them out")
+    for part, minimum in [("train", MIN_IMAGES), ("test", MIN_IMAGES), ("val", 1)]:
+        images, labels = f"{part}_images", f"{part}_labels"
+        if images in arrays:
+            arrays[images] = grey(arrays[images], f"its {images}", minimum, notes)
+            array = arrays.get(labels, np.full(len(arrays[images]), -1))
+            arrays[labels] = flat_labels(array, f"its {labels}", len(arrays[images]), notes)
+        elif part != "val":
+            raise ValueError(f"it lacks {images}, a uint8 array of shape [N,H,W]")
+    sizes = [arrays[name].shape[1:] for name in arrays if name.endswith("images")]
+    if len({*sizes}) > 1:
+        both = " and of ".join(f"{height}x{width}" for height, width in dict.fromkeys(sizes))
+        raise ValueError(f"its images are of {both} pixels, and must all be of one size")
+    if len({labels.max() < 0 for name, labels in arrays.items() if name.endswith("labels")}) > 1:
+        raise ValueError("it has labels of some parts alone: give labels of every part, or none")
+    num_val = len(arrays["val_images"]) if "val_images" in arrays else None
+    for kind in ["images", "labels"] if num_val else []:
+        arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays[f"val_{kind}"]])
+    tensors = [torch.from_numpy(arrays[name]) for name in PARTS]
+    return OwnImages(*tensors, num_val, "".join(f", {note}" for note in dict.fromkeys(notes)))
+
+
+def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray:
+    """
+    Images as uint8 [N,H,W]. Raises a ValueError if they are invalid or could mean two things.
+    Inputs:
+        images - Array of shape [N,H,W], or with one channel or three (RGB), first or last in each image. Its values are
+            numbers from 0 to 255, floats from 0 to 1, or bool.
+        name - What messages call them.
+        minimum - How many there must be at least.
+        notes - List to which a line for people is added for each conversion.
+    """
+    found = f"{name} is {images.dtype} of shape {list(images.shape)}"
+    channels = [axis for axis in (1, 3) if images.ndim == 4 and images.shape[axis] in (1, 3)]
+    if images.ndim not in (3, 4) or 0 in images.shape[1:] or (images.ndim == 4 and len(channels) != 1):
+        raise ValueError(f"{found}, and must be of shape [N,H,W], [N,H,W,1] or [N,H,W,3]")
+    if len(images) < minimum:
+        raise ValueError(f"{name} has {len(images)} images, and must have {minimum} or more")
+    low, high = images.min(), images.max()
+    if images.dtype == bool:
+        images = images.astype(np.uint8) * 255
+        notes.append("bool read as black and white")
+    elif images.dtype.kind == "f" and low >= 0 and high <= 1:
+        images = (images * 255).round().astype(np.uint8)
+        notes.append("floats from 0 to 1 read as intensities")
+    elif images.dtype.kind not in "iuf" or not 0 <= low <= high <= 255:
+        possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
+        raise ValueError(f"{found} with values from {low} to {high}, and must be {possible}")
+    elif high == 1:
+        raise ValueError(f"{name} has the values 0 and 1 alone: store {name.split()[-1]} == 1, or 255 times it")
+    elif images.dtype.kind == "f":
+        images = images.round()
+    images = images.astype(np.uint8, copy=False)
+    if channels:
+        images = np.moveaxis(images, channels[0], -1)
+        if images.shape[-1] == 3:
+            images = (images @ np.array([0.299, 0.587, 0.114], np.float32)).round()  # ITU-R 601, as in PIL
+            notes.append("RGB turned to grey")
+        images = images.reshape(images.shape[:3]).astype(np.uint8)
+    if images.max() <= 127:
+        raise ValueError(f"no pixel of {name} is above 127: intensities go from 0 to 255, white being 255")
+    constant = int((images.min(axis=(1, 2)) == images.max(axis=(1, 2))).sum())
+    if constant == len(images):
+        raise ValueError(f"every image of {name} is of a single intensity (were they of 16 bits per pixel?)")
+    if constant:
+        notes.append(f"{constant:,} {name.split()[-1]} of a single intensity")
+    return np.ascontiguousarray(images)
+
+
+def flat_labels(labels: np.ndarray, name: str, number: int, notes: list) -> np.ndarray:
+    """
+    Labels as int64 [N]; several labels per image, [N,K], become -1, none. Raises a ValueError if they are invalid.
+    Inputs:
+        labels - Array of integers from 0 to 255, of shape [N], [N,1] or [N,K]; -1 are no labels.
+        name - What messages call them.
+        number - N, the number of the images.
+        notes - List to which a line for people is added if there are several labels per image.
+    """
+    if labels.shape[:1] != (number,) or labels.ndim > 2 or labels.dtype.kind not in "iu" or not labels.size:
+        raise ValueError(f"{name} is {labels.dtype} of shape {list(labels.shape)}, and must be {number} integers")
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        notes.append("several labels per image, so without colours")
+        return np.full(number, -1)
+    if (labels.min() < 0 or labels.max() > 255) and (labels != -1).any():
+        raise ValueError(f"{name} goes from {labels.min()} to {labels.max()}, and must be within 0 and 255")
+    return labels.reshape(number).astype(np.int64)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler, default_collate, random_split
 
 import bmnist
+from sources.npz_file import OwnImages
 from sources.rendered_digits import rendered_digits
 from tests.helpers import SeededTest
 
@@ -174,20 +175,23 @@ class TestImageLoader(SeededTest):
 class TestLoadData(SeededTest):
     def test_splits_and_batch_size(self):
         """
-        A batch is that of one process. Your own file is split like MNIST only if it has as many images; otherwise the
-        last tenth of the training images validates, but 5,000 at most.
+        A batch is that of one process. Your own file is split like MNIST only if it has as many images and none for
+        validation; otherwise the last tenth of the training images validates, but 5,000 at most.
         """
         images, labels, *test = grey_images()
-        for dataset, num_images, train_size, num_train, num_val in [
-            ("mnist", 60_000, 55_000, 55_000, 5_000),
-            ("rendered", 50_000, 45_000, 45_000, 5_000),
-            ("own.npz", 60_000, 45_000, 45_000, 5_000),
-            ("own.npz", 105, 45_000, 95, 10),
-            ("own.npz", 58_000, 45_000, 53_000, 5_000),
+        for dataset, num_images, train_size, num_train, num_val, own in [
+            ("mnist", 60_000, 55_000, 55_000, 5_000, None),
+            ("rendered", 50_000, 45_000, 45_000, 5_000, None),
+            ("own.npz", 60_000, 45_000, 45_000, 5_000, None),
+            ("own.npz", 60_000, 45_000, 59_000, 1_000, 1_000),
+            ("own.npz", 105, 45_000, 95, 10, None),
+            ("own.npz", 105, 45_000, 60, 45, 45),
+            ("own.npz", 58_000, 45_000, 53_000, 5_000, None),
         ]:
             flags = dict(dataset=dataset, train_size=train_size, binarization="threshold", num_workers=0)
             args = argparse.Namespace(**flags, batch_size=60, devices=2, num_nodes=3)
             data = (images[:num_images], labels[:num_images], *test)
+            data = OwnImages(*data, own, ", read well") if dataset == "own.npz" else data
             with self.subTest(dataset, num_images=num_images), mock.patch.object(bmnist, "load_images") as load_images:
                 load_images.return_value = data
                 loaders = bmnist.load_data(args, download=False)
@@ -197,6 +201,8 @@ class TestLoadData(SeededTest):
                 self.assertTrue(torch.equal(val, torch.arange(num_train, num_train + num_val)))
                 self.assertTrue(torch.equal(tested, test[1]))
                 self.assertEqual({loader.batch_size for loader in loaders}, {10})
+                which = f"its {num_val:,} val_images validate" if own else f"the {num_val:,} after them validate"
+                self.assertEqual(loaders[0].reading, f"{which}, read well" if dataset == "own.npz" else "")
 
 
 class TestProgram(SeededTest):

@@ -99,7 +99,7 @@ class TestNewest(FilesTest):
                 path, epoch, error = self.newest()
                 self.assertEqual((path, epoch), (str(self.last), 3))
                 damage = r"is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 3\n"
-                self.assertRegex(error, f"^{self.last} {damage}{self.best} {damage}$")
+                self.assertRegex(error, f"^warning: {self.last} {damage}warning: {self.best} {damage}$")
                 self.assertEqual(self.last.read_bytes(), self.previous.read_bytes())
 
     def test_damage_of_the_archives_index_never_ends_the_search(self):

@@ -121,6 +121,8 @@ class TestPickDevice(SeededTest):
                 warnings.warn(warning, stacklevel=1)
             return bool(machine.get("num_gpus"))
 
+        names_of_variables = os.environ.keys() - {"CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"}
+        environment = {name: os.environ[name] for name in names_of_variables}
         driver = Path(tempfile.mkdtemp(dir=self.folder))
         for number, name in enumerate(names):
             (driver / str(number)).mkdir()
@@ -139,7 +141,7 @@ class TestPickDevice(SeededTest):
             mock.patch.object(torch.version, "cuda", machine.get("cuda", "13.0")),
             mock.patch.object(devices.torch, "ones", computed),
             mock.patch.object(devices, "GPUS_OF_THE_DRIVER", driver),
-            mock.patch.dict(os.environ, machine.get("variables", {})),
+            mock.patch.dict(os.environ, {**environment, **machine.get("variables", {})}, clear=True),
             contextlib.redirect_stderr(io.StringIO()) as stderr,
             warnings.catch_warnings(record=True) as caught,
         ):
@@ -177,12 +179,44 @@ class TestPickDevice(SeededTest):
             ),
             (dict(names=names, warning=too_old), names[0], too_old),
             (dict(names=names, cuda=None), names[0], "it is built without CUDA"),
+            (
+                dict(names=names, cuda=None, variables={"CUDA_VISIBLE_DEVICES": "0"}),
+                names[0],
+                "it is built without CUDA",
+            ),
         ]:
             with self.subTest(reason):
                 words = f"torch {torch.__version__} cannot use {gpu} ({reason})"
-                self.assertEqual(self.pick("auto", **machine), ("cpu", f"on the CPU: {words}\n"))
+                self.assertEqual(self.pick("auto", **machine), ("cpu", f"warning: on the CPU: {words}\n"))
                 self.assertEqual(self.pick("gpu", **machine), (f"--accelerator gpu: {words}; use auto or cpu", ""))
         self.assertEqual(self.pick("auto", warning="CUDA initialization: Found no NVIDIA driver"), ("cpu", ""))
+
+    def test_if_no_gpu_is_visible_to_the_process_the_line_says_how_to_get_one(self):
+        """Nothing is said if the user has hidden it, unless they ask for a GPU all the same."""
+        names, hidden = ["NVIDIA A100-SXM4-40GB"], "CUDA_VISIBLE_DEVICES"
+        for variables, remedy, is_told in [
+            ({}, "start the container with --gpus all (Docker) or --nv (Apptainer)", True),
+            ({"SLURM_JOB_ID": "7"}, "ask SLURM for one with --gpus=1", True),
+            ({"SLURM_JOB_ID": "7", hidden: "NoDevFiles"}, "ask SLURM for one with --gpus=1", True),
+            ({hidden: "5"}, f"{hidden} is '5', unset it", True),
+            ({hidden: ""}, f"{hidden} is '', unset it", False),
+            ({hidden: "-1"}, f"{hidden} is '-1', unset it", False),
+        ]:
+            words = f"this machine has {names[0]}, but no GPU is visible to this process: {remedy}"
+            for warning in [None, "CUDA initialization: Found no NVIDIA driver on your system."]:
+                machine = dict(names=names, variables=variables, warning=warning)
+                with self.subTest(**machine):
+                    told = f"warning: on the CPU: {words}\n" if is_told else ""
+                    self.assertEqual(self.pick("auto", **machine), ("cpu", told))
+                    self.assertEqual(self.pick("gpu", **machine), (f"--accelerator gpu: {words}; use auto or cpu", ""))
+
+    def test_each_process_needs_to_see_as_many_gpus_as_its_node_has_devices(self):
+        with mock.patch.object(torch.cuda, "device_count", return_value=2):
+            devices.check_number_of_gpus(2, 2)
+            with self.assertRaisesRegex(UserError, "--devices 3 needs as many GPUs, .* sees 2: give --devices 2, or"):
+                devices.check_number_of_gpus(3, 1)
+            with self.assertRaisesRegex(UserError, "sees 2: give srun --gpus-per-node=3 instead of --gpus-per-task"):
+                devices.check_number_of_gpus(3, 3)
 
     def test_each_process_tries_its_own_gpu(self):
         for variables, num_processes, number in [

@@ -108,7 +108,9 @@ class TestErrors(SeededTest):
         with open(writer, "w") as pipe, contextlib.redirect_stdout(pipe):
             for line in ["one", "two"]:
                 print_line(line)
-        self.assertEqual(self.printed(), "nothing more can be printed here (Broken pipe); everything else goes on\n")
+        self.assertEqual(
+            self.printed(), "note: nothing more can be printed here (Broken pipe); everything else goes on\n"
+        )
 
     def test_a_stderr_that_is_gone_does_not_end_the_program(self):
         with mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError))):

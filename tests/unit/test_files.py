@@ -137,5 +137,5 @@ class TestFolderLock(SeededTest):
                         with self.assertRaisesRegex(UserError, message), folder_lock(folder, 0.01):
                             self.fail("both have it")
                     self.assertFalse(soft.exists())
-                line = f"{folder} is on a file system without locks: {soft} keeps it to this process instead"
+                line = f"note: {folder} is on a file system without locks: {soft} keeps it to this process instead"
                 self.assertEqual(output.getvalue().splitlines(), [line] * 4)

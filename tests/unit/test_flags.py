@@ -85,7 +85,7 @@ class TestComplete(SeededTest):
     def test_a_name_that_is_no_flag_is_dropped_with_one_line_and_refused_if_it_is_close_to_a_flag(self):
         with contextlib.redirect_stderr(io.StringIO()) as error:
             self.assertEqual(self.complete(number=7, more={1}, angle=2), {**DEFAULTS, "number": 7})
-        self.assertEqual(error.getvalue(), "no flags, and without effect: angle, more\n")
+        self.assertEqual(error.getvalue(), "warning: no flags, and without effect: angle, more\n")
         for name, meant in [("numbers", "number"), ("side_", "side"), ("rates", "rate")]:
             with self.subTest(name), self.assertRaises(FlagError) as caught:
                 self.complete(**{name: 1})

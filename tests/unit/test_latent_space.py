@@ -85,7 +85,7 @@ class TestPictures(SeededTest):
 
         (self.folder / "samples.pdf").touch()
         with mock.patch.object(Figure, "savefig", autospec=True, side_effect=save):
-            self.assertRegex(self.save(), r"^drawing .*/samples failed, .* \(.*\)\n$")
+            self.assertRegex(self.save(), r"^warning: drawing .*/samples failed, .* \(.*\)\n$")
             self.assertEqual({path.name for path in self.folder.iterdir()}, files - {"samples.png", "samples.pdf"})
             error = OSError(errno.ENOSPC, "No space left on device")
             with self.assertRaisesRegex(DiskFullError, "cannot write .*samples.png .No space left"):

@@ -15,7 +15,8 @@ from tests.helpers.fake_data import own_images, write_npz
 class TestLoadFile(SeededTest):
     def test_images_and_labels_are_loaded(self):
         path = write_npz(self.folder, train_labels=np.arange(200) % 7, test_labels=np.arange(100, dtype=np.uint8))
-        train_images, train_labels, test_images, test_labels = load_file(str(path))
+        train_images, train_labels, test_images, test_labels, *how = load_file(str(path))
+        self.assertEqual(how, [None, ""])
         torch.testing.assert_close(train_images, torch.from_numpy(own_images(200)))
         torch.testing.assert_close(test_images, torch.from_numpy(own_images(100)))
         torch.testing.assert_close(train_labels, torch.arange(200) % 7)
@@ -25,7 +26,7 @@ class TestLoadFile(SeededTest):
         """The tensors are contiguous: SampledImages samples its pixels in place. Missing labels are -1."""
         path = self.folder / "own.npz"
         np.savez_compressed(path, train_images=np.asfortranarray(own_images(200)), test_images=own_images(100)[::-1])
-        train_images, train_labels, test_images, _ = load_file(str(path))
+        train_images, train_labels, test_images, *_ = load_file(str(path))
         self.assertTrue(torch.equal(train_images, torch.from_numpy(own_images(200))))
         self.assertTrue(torch.equal(test_images, torch.from_numpy(own_images(100)).flip(0)))
         self.assertTrue(train_images.is_contiguous())
@@ -35,13 +36,23 @@ class TestLoadFile(SeededTest):
         images, test_labels = own_images(200), np.arange(100)
         for arrays, words in [
             ({"train_images": None}, "it lacks train_images"),
-            ({"train_images": images.astype(np.float32)}, "train_images is float32"),
-            ({"train_images": images[..., None]}, r"train_images is uint8 of shape \[200, 20, 14, 1\]"),
+            ({"train_images": images.astype(np.float32) - 1}, "train_images is float32 .* values from -1.0 to 254.0"),
+            ({"train_images": images.astype(np.uint16) * 257}, "train_images is uint16 .* values from 0 to 65535, and"),
+            ({"train_images": images / np.float32(255) - 0.5}, "values from -0.5 to 0.5, and must be whole numbers"),
+            ({"train_images": images / np.where(images, 255, np.nan)}, "values from nan to nan"),
+            ({"train_images": images // 255}, "the values 0 and 1 alone: store train_images == 1, or 255 times it"),
+            ({"train_images": images.reshape(200, -1)}, r"shape \[200, 280\], and must be of shape \[N,H,W\], \[N,H"),
+            ({"train_images": images[:, None, :, :3]}, r"shape \[200, 1, 20, 3\], and must be"),
+            ({"train_images": np.stack([images] * 4, axis=-1)}, r"shape \[200, 20, 14, 4\], and must be"),
+            ({"train_images": images * 0 + 255}, r"every image of its train_images is of a single intensity \(were"),
+            ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: leave"),
+            ({"val_images": images[:0]}, "val_images has 0 images, and must have 1 or more"),
+            ({"val_images": images[:9, 1:]}, "of 20x14 and of 19x14 pixels"),
             ({"train_images": images[:, :0]}, r"of shape \[200, 0, 14\]"),
             ({"train_images": images[:99]}, "train_images has 99 images, and must have 100 or more"),
             ({"train_images": images // 2}, "no pixel of its train_images is above 127"),
             ({"test_images": own_images(100, 20, 20)}, "of 20x14 and of 20x20 pixels"),
-            ({"train_labels": np.arange(200)}, "labels of one part alone"),
+            ({"train_labels": np.arange(200)}, "labels of some parts alone"),
             ({"train_labels": np.arange(9), "test_labels": test_labels}, r"train_labels is int64 of shape \[9\]"),
             ({"train_labels": np.ones(200), "test_labels": test_labels}, "train_labels is float64"),
             ({"train_labels": np.arange(200) - 1, "test_labels": test_labels}, "train_labels goes from -1 to 198"),
@@ -50,6 +61,42 @@ class TestLoadFile(SeededTest):
             with self.subTest(words), self.assertRaisesRegex(DataError, words) as caught:
                 load_file(str(write_npz(self.folder, **arrays)))
             self.assertNotIn("\n", str(caught.exception))
+
+    def test_what_can_mean_one_thing_only_is_read_and_said(self):
+        """Such as MedMNIST's files and Keras' mnist.npz, and one channel, colours, bool or floats."""
+        images, classes = own_images(200), np.arange(200) % 3
+        plain, labels = load_file(str(write_npz(self.folder))), dict(train_labels=classes, test_labels=classes[:100])
+        keras = dict(x_train=images, y_train=classes, x_test=own_images(100), y_test=classes[:100])
+        black = (images > 127).astype(np.uint8) * 255
+        for arrays, expected, reading in [
+            ({"train_images": images[..., None], "test_images": own_images(100)[:, None]}, images, ""),
+            ({"train_images": np.stack([images] * 3, axis=-1)}, images, ", RGB turned to grey"),
+            ({"train_images": np.stack([images] * 3, axis=1)}, images, ", RGB turned to grey"),
+            ({"train_images": images > 127}, black, ", bool read as black and white"),
+            ({"train_images": images / 255}, images, ", floats from 0 to 1 read as intensities"),
+            ({"train_images": images.astype(np.float64)}, images, ""),
+            ({"train_images": images.astype(np.int64)}, images, ""),
+            ({name: label[:, None] for name, label in labels.items()}, images, ""),
+            ({name: np.stack([label] * 2, 1) for name, label in labels.items()}, images, ", several labels per image"),
+            ({"train_images": None, "test_images": None, **keras}, images, ""),
+        ]:
+            with self.subTest(reading, arrays=[*arrays]):
+                found = load_file(str(write_npz(self.folder, **arrays)))
+                self.assertTrue(torch.equal(found.train_images, torch.from_numpy(expected)))
+                self.assertTrue(torch.equal(found.test_images, plain.test_images))
+                self.assertEqual(
+                    (found.num_val, found.reading[: len(reading)], bool(reading)), (None, reading, bool(found.reading))
+                )
+                is_labelled = {"train_labels", "y_train"} & arrays.keys() and "several" not in reading
+                self.assertEqual(found.train_labels.tolist(), classes.tolist() if is_labelled else [-1] * 200)
+
+    def test_its_own_validation_images_come_last(self):
+        val, classes = own_images(250)[200:], np.arange(200) % 3
+        labels = dict(train_labels=classes, val_labels=classes[:50, None], test_labels=classes[:100])
+        found = load_file(str(write_npz(self.folder, val_images=val, **labels)))
+        self.assertEqual((found.num_val, len(found.train_images)), (50, 250))
+        self.assertTrue(torch.equal(found.train_images[200:], torch.from_numpy(val)))
+        self.assertTrue(torch.equal(found.train_labels[200:], torch.from_numpy(classes[:50])))
 
     def test_damaged_files_are_errors(self):
         path = write_npz(self.folder)

@@ -117,7 +117,9 @@ class TestCheckpoints(ResumedRunTest):
             path = self.run_folder() / "checkpoints" / f"{name}.ckpt"
             path.write_bytes(path.read_bytes()[:-100])
         output = self.assert_resumes(after=1)
-        self.assertRegex(output, rf"{path} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 1\n")
+        self.assertRegex(
+            output, rf"warning: {path} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 1\n"
+        )
 
     def test_a_run_of_an_older_version_resumes(self):
         """Its checkpoints have the run and two ModelCheckpoints as the states of callbacks."""

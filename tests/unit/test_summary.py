@@ -101,14 +101,17 @@ class TestSummary(SeededTest):
             damage()
             self.assertRegex(self.summary("")[1], r"^all runs +1  0\.1000 ")
             self.assertEqual(len(self.errors), 1)
-            self.assertRegex(self.errors[0], f"^{path} is left out: .")
+            self.assertRegex(self.errors[0], f"^warning: {path} is left out: .")
         self.assert_ends("there is no finished run in .*worse .no results.json.$", "worse")
 
     def test_a_file_among_the_folders_is_ignored_and_a_name_that_does_not_exist_is_one_line(self):
         """A shell's * names files, too."""
         self.add_run("good", 0.1)
         (self.folder / "file").touch()
-        for name, lines in [("file", []), ("godo", [f"{self.folder / 'godo'} is left out: No such file or directory"])]:
+        for name, lines in [
+            ("file", []),
+            ("godo", [f"warning: {self.folder / 'godo'} is left out: No such file or directory"]),
+        ]:
             self.summary("good", name)
             self.assertEqual(self.errors, lines)
 
