@@ -8,6 +8,7 @@ import re
 from argparse import Namespace
 from unittest import mock
 
+import numpy as np
 from PIL import Image
 
 import bmnist
@@ -109,9 +110,21 @@ class TestDocs(SeededTest):
 
     def test_the_page_on_runs_runs(self):
         (self.folder / "pictures").mkdir()
-        for number, image in enumerate(rendered_mnist(1_200, 1)[0]):
-            Image.fromarray(image.numpy()).convert("RGB").resize((40, 30)).save(f"pictures/{number:04}.png")
+        images = rendered_mnist(1_200, 1)[0].numpy()
+        for number, image in enumerate(images):
+            saved = Image.fromarray(image)
+            if number % 3 == 0:
+                saved = saved.convert("RGB").resize((40, 30)).resize((28, 28))
+            elif number % 3 == 1:
+                saved = Image.fromarray(image.astype(np.uint16) * 257)
+            else:
+                saved = Image.merge("LA", [Image.new("L", saved.size), Image.fromarray(255 - image)])
+            saved.save(f"pictures/{number:04}.png")
         names = self.run_page("docs/runs.md")
-        self.assertEqual([part.shape for part in load_file("images.npz")[::2]], [(1_080, 28, 28), (120, 28, 28)])
+        read = load_file("images.npz")
+        self.assertEqual([part.shape for part in read[:4:2]], [(1_080, 28, 28), (120, 28, 28)])
+        for name, image in zip(range(1, 9), images[1:9]):
+            if name % 3:
+                np.testing.assert_array_equal(names["images"][name], image)
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)
