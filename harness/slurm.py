@@ -1,5 +1,6 @@
 """SLURM: the name of a job's run, its tasks, and requeueing."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -17,18 +19,30 @@ SRUN = {
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE"),
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
 }
+# A word in the command line of a notebook's kernel: Jupyter's, VS Code's and PyCharm's, Colab's, Spyder's, marimo.
+KERNEL = re.compile(rb"(^|[\0/])(ipykernel(_launcher)?|colab_kernel_launcher|spyder_kernels\.console|marimo)(\.py)?\0")
 MAX_GRACE = 600  # seconds from SIGTERM to SIGKILL, as in slurm/job.sh
 
 
 def is_interactive():
-    """Whether somebody may sit at this process: it has a terminal, or is a notebook's or an interactive Python's."""
-    if hasattr(sys, "ps1"):
+    """Whether somebody may sit at this process: it has a terminal, or is or was started by a notebook or a prompt."""
+    if hasattr(sys, "ps1") or any(map(KERNEL.search, commands_of_parents())):
         return True
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:
         return False
     return True
+
+
+def commands_of_parents():
+    """The command lines of the processes that have started this one, as far as Linux tells; a zero ends each word."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):
+        while pid:
+            process = Path("/proc", str(pid))
+            yield (process / "cmdline").read_bytes()
+            pid = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
 
 
 def job_id():

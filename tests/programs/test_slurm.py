@@ -291,11 +291,13 @@ class TestSlurm(unittest.TestCase):
         self.assertEqual({job_id: self.output(job_id) for job_id in expected}, expected)
 
     def test_several_runs_in_one_job(self):
-        """Each of them has its own --run_name; a run in a terminal within the job is numbered and has none."""
+        """Each of them has its own --run_name; runs in a notebook or a terminal within the job are numbered."""
         variables = few_digits(self.checkout)
+        notebook = "import subprocess\nfor epochs in '12':\n    subprocess.run(f'{TRAIN} --epochs {epochs}'.split())\n"
+        (self.checkout / "ipykernel_launcher.py").write_text(f"TRAIN = {TRAIN!r}\n{notebook}")
         script = self.script(
             f"{TRAIN} --run_name a &\nsrun -n 2 --overlap bash -c '{TRAIN} --run_name r$SLURM_PROCID' &\n"
-            "wait\ntouch ready\nsleep 1000"
+            "wait\npython ipykernel_launcher.py\ntouch ready\nsleep 1000"
         )
         job_id = self.submit("--ntasks=2", "--nodes=1", "--job-name=train", script, **variables)
         self.addCleanup(self.wait_for_end, job_id)
@@ -308,7 +310,9 @@ class TestSlurm(unittest.TestCase):
         words.append(f"{self.environment['ACTIVATE']}; exec {TRAIN}")
         options = dict(stdin=subprocess.DEVNULL, cwd=self.checkout, env={**self.environment, **variables})
         output = command(*terminal, *words, **options)
-        self.assertIn("run folder VAE_logs/lightning_logs/version_0", output)
+        for number in range(2):
+            self.assertIn(f"run folder VAE_logs/lightning_logs/version_{number}\n", self.output(job_id))
+        self.assertIn("run folder VAE_logs/lightning_logs/version_2\n", output)
 
     def test_a_job_that_is_preempted_before_python_is_ready_starts_again(self):
         activate = self.stand_in('echo attempt $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')

@@ -3,10 +3,13 @@
 import contextlib
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 from harness import slurm
@@ -192,6 +195,30 @@ class TestIsInteractive(unittest.TestCase):
             self.assertFalse(slurm.is_interactive())
             with mock.patch.object(sys, "ps1", ">>> ", create=True):
                 self.assertTrue(slurm.is_interactive())
+
+    @unittest.skipUnless(sys.platform == "linux", "other systems have no /proc")
+    def test_what_a_notebook_starts_is_interactive(self):
+        """Such as `!python train_pl.py`, a cell with %%bash, or subprocess.run, without a terminal."""
+        for words, expected in [
+            (b"python\0-m\0ipykernel_launcher\0-f\0x.json\0", True),
+            (b"/usr/bin/python3\0/opt/colab_kernel_launcher.py\0", True),
+            (b"/env/bin/marimo\0edit\0", True),
+            (b"bash\0/home/me/ipykernel/job.sh\0", False),
+            (b"python\0my_ipykernel.py\0", False),
+        ]:
+            self.assertEqual(bool(slurm.KERNEL.search(words)), expected, words)
+        code = "from harness import slurm; print(slurm.is_interactive())"
+        starts = (
+            f"import subprocess; subprocess.run(['sh', '-c', {shlex.join([sys.executable, '-c', code]) + '; true'!r}])"
+        )
+        options = dict(cwd=REPOSITORY, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        with tempfile.TemporaryDirectory() as folder:
+            started = {}
+            for name in ["ipykernel_launcher.py", "script.py"]:
+                Path(folder, name).write_text(starts)
+                started[name] = subprocess.Popen([sys.executable, Path(folder, name)], **options)
+            answers = {name: process.communicate(timeout=100)[0] for name, process in started.items()}
+        self.assertEqual(answers, {"ipykernel_launcher.py": "True\n", "script.py": "False\n"})
 
 
 class TestSettings(SeededTest):
