@@ -6,6 +6,7 @@ Test bpd, log p(x), active units, and pictures of the latent space, for any chec
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -22,7 +23,16 @@ from tqdm import tqdm
 from bmnist import BinaryImages, load_data
 from harness.checkpoints import RUN, CheckpointError, build_model, read_checkpoint
 from harness.devices import pick_device, use_fast_layout
-from harness.errors import FlagError, UserError, best_effort, exit_on_error, is_out_of_memory, is_screen, print_line
+from harness.errors import (
+    FlagError,
+    Terminated,
+    UserError,
+    best_effort,
+    exit_on_error,
+    is_out_of_memory,
+    is_screen,
+    print_line,
+)
 from harness.files import write_text
 from harness.flags import Flag, Parser, plain_value
 from harness.settings import process_settings
@@ -38,6 +48,7 @@ BATCH_SIZE = 100  # test images
 CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # decoded samples, as many as fit into the caches of a CPU; a GPU needs more
 QUADRATURE_SIZE = 2048  # decoded points of the quadrature
 RESULTS, EXPLORER = "evaluation.json", "explorer.html"
+IN_BPD = {"elbo": "test_bpd", "log_likelihood": "log_likelihood_bpd"}
 DATASET = TRAINING_FLAGS["data"]["dataset"]
 FLAGS = {
     "evaluation": {
@@ -57,14 +68,14 @@ FLAGS = {
 
 def evaluate(checkpoint: str | Path, **flags) -> tuple[dict, Path]:
     """
-    Evaluates a checkpoint on its test set and saves pictures of its latent space. The numbers depend on the checkpoint
-    and iw_samples only (if memory is short, on that, too). Torch's random numbers and the settings of the process are
-    the same afterwards.
+    Evaluates a checkpoint on its test set and saves pictures of its latent space. What takes seconds comes first and is
+    written at once; log p(x) follows. The numbers depend on the checkpoint and iw_samples only (if memory is short, on
+    that, too). Torch's random numbers and the settings of the process are the same afterwards.
     Inputs:
         checkpoint - Path of a checkpoint of train_pl.py.
         flags - Those of `python evaluate.py --help` by name, such as iw_samples=50; each has the same default.
     Outputs:
-        results - Dict of the content of evaluation.json: the numbers of `likelihoods`, and where they come from.
+        results - Dict of the content of evaluation.json: the numbers, see `statistics`, and where they come from.
         folder - Path of the folder of evaluation.json and the pictures.
     Raises:
         UserError - if a flag, the checkpoint, the data or the folder is invalid; its message is one line.
@@ -91,8 +102,6 @@ def evaluate_checkpoint(path, args):
         raise UserError(f"{flags.dataset} has images of {img_size} pixels, {path} is for those of {trained_size}")
     folder = Path(args.out).expanduser() if args.out else run / "evaluation"
     prepare(folder)
-    torch.manual_seed(0)
-    numbers, means = likelihoods(model, test_set, args.iw_samples, args.progress_bar)
     results = {
         "checkpoint": str(path),
         "epoch": epoch + 1 if isinstance(epoch, int) else None,
@@ -100,23 +109,57 @@ def evaluate_checkpoint(path, args):
         "z_dim": plain_value(model.hparams.z_dim),
         **{name: vars(flags)[name] for name in ["dataset", "binarization", "objective", "train_samples", "beta"]},
         "test_images": len(test_set),
-        **numbers,
+        "iw_samples": args.iw_samples,
         "device": str(device),
         "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")  # first, so that no picture can cost them
+    slow = {"log_likelihood": functools.partial(log_likelihoods, model, test_set, args.iw_samples, args.progress_bar)}
+    if results["z_dim"] == 2:
+        slow["log_likelihood_by_quadrature"] = functools.partial(by_quadrature, model, test_set)
+    print_beginning(results, folder, estimate_seconds(model, test_set, args.iw_samples))
+    torch.manual_seed(0)
+    elbos, means = posteriors(model, test_set)
+    results.update(statistics("elbo", elbos, test_set), active_units=int(active_units(means).sum()))
+    print_numbers(results)
+    save(results, folder, start, missing=[*slow])
     imgs, labels = test_set[torch.arange(len(test_set))]
     legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
+    name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
+    facts = {"run": run.resolve().name, "legend": legend, "dataset": name}
     latent_space.save_pictures(folder, model, imgs, labels, means, legend)
+    save_explorer = functools.partial(explore, folder, model, imgs, means, labels, args.no_explorer)
+    save_explorer({**results, **facts})
+    torch.manual_seed(0)  # the numbers do not depend on the pictures
+    for name in [*slow]:
+        try:
+            numbers = statistics(name, slow[name](), test_set)
+        except (KeyboardInterrupt, Terminated):
+            print_line(f"\nInterrupted: {' and '.join(slow)} is missing in {folder}, everything else is there")
+            raise
+        del slow[name]
+        results.update(numbers)
+        print_numbers({"iw_samples": args.iw_samples, **numbers})
+        save(results, folder, start, missing=[*slow])
+    if (folder / EXPLORER).exists():  # which shows log p(x), too
+        save_explorer({**results, **facts})
+    print_line(f"evaluation in {folder}, {results['seconds']} s")
+    return results, folder
+
+
+def save(results, folder, start, missing):
+    """Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json."""
+    results.pop("missing", None)
+    results.update({"missing": missing} if missing else {}, seconds=round(time.perf_counter() - start, 1))
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def explore(folder, model, imgs, means, labels, no_explorer, facts):
+    """Writes the latent-space explorer, see write_explorer, unless no_explorer is True."""
     with best_effort(f"writing {folder / EXPLORER}"):
         (folder / EXPLORER).unlink(missing_ok=True)  # of an earlier evaluation
-        if not args.no_explorer:
-            name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
-            facts = {**results, "run": run.resolve().name, "legend": legend, "dataset": name}
-            plane = latent_space.plane(means, labels, legend)
+        if not no_explorer:
+            plane = latent_space.plane(means, labels, facts["legend"])
             write_explorer(folder / EXPLORER, model.encoder, model.decoder, imgs, means, plane, facts)
-    return results, folder
 
 
 def build_vae(checkpoint, path, args):
@@ -182,53 +225,91 @@ def prepare(folder):
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
 
-def likelihoods(model: VAE, test_set: BinaryImages, iw_samples: int, progress_bar: bool) -> tuple[dict, torch.Tensor]:
+def batches(test_set):
+    """The indices of the test images, a tensor for each batch."""
+    return torch.arange(len(test_set)).split(fit_batch(BATCH_SIZE, test_set.images[0].numel()))
+
+
+def posteriors(model: VAE, test_set: BinaryImages) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The numbers of evaluation.json.
+    What takes seconds.
     Inputs:
-        model - The VAE.
-        test_set - The test set.
-        iw_samples, progress_bar - See evaluate.
+        model, test_set - The VAE and the test set, N images.
     Outputs:
-        results - Dict of numbers, all means over the test set, each with its standard error over the test images:
-            test_bpd, from one sample of the posterior per image, as in training; the same as elbo, in nats;
-            log_likelihood, importance-weighted, in nats and in bpd; for 2 latents the exact one by quadrature; and
-            the number of active units.
-        means - Tensor of shape [N,D], the means of the posteriors, on the CPU.
+        elbos - Tensor of shape [N], in nats, from one sample of the posterior per image, as in training.
+        means - Tensor of shape [N,D], the means of the posteriors. Both are on the CPU.
     """
-    device, num_pixels = model.device, test_set.images[0].numel()
-    chunk_size = fit_batch(CHUNK_SIZE["cpu" if device.type == "cpu" else "gpu"], num_pixels)
-    batches = torch.arange(len(test_set)).split(fit_batch(BATCH_SIZE, num_pixels))
-    neg_elbos, log_ps, means = [], [], []
-    for indices in tqdm(batches, "log p(x)", disable=not (progress_bar and is_screen(sys.stderr))):
-        imgs = test_set[indices][0].to(device)
-        terms = model.terms(imgs)
-        neg_elbos.append(terms.L_rec + terms.L_reg)
+    elbos, means = [], []
+    for indices in batches(test_set):
+        terms = model.terms(test_set[indices][0].to(model.device))
+        elbos.append(-(terms.L_rec + terms.L_reg).cpu())
         means.append(terms.mean.cpu())
-        while len(log_ps) < len(means):
+    return torch.cat(elbos), torch.cat(means)
+
+
+def log_likelihoods(model: VAE, test_set: BinaryImages, iw_samples: int, progress_bar: bool = False) -> torch.Tensor:
+    """
+    The importance-weighted log p(x) of each test image, tensor of shape [N] in nats, on the CPU. Every tenth of the way
+    a line shows the mean so far, or the progress bar does.
+    Inputs:
+        model, test_set - The VAE and the test set, N images.
+        iw_samples, progress_bar - See evaluate.
+    """
+    num_pixels, parts = test_set.images[0].numel(), batches(test_set)
+    chunk_size = fit_batch(CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"], num_pixels)
+    bar = tqdm(parts, "log p(x)", disable=not (progress_bar and is_screen(sys.stderr)))
+    log_ps = []
+    for number, indices in enumerate(bar, start=1):
+        imgs = test_set[indices][0].to(model.device)
+        while len(log_ps) < number:
             try:
-                log_ps.append(log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size))
+                log_ps.append(log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size).cpu())
             except RuntimeError as error:
                 if not is_out_of_memory(error) or chunk_size <= len(imgs):
                     raise
                 chunk_size //= 2
-    # On the CPU, since a Mac's GPU has no double precision.
-    neg_elbos, log_ps, means = torch.cat(neg_elbos).cpu().double(), torch.cat(log_ps).cpu().double(), torch.cat(means)
-    values = {
-        "test_bpd": elbo_to_bpd(neg_elbos, imgs.shape),
-        "elbo": -neg_elbos,
-        "log_likelihood": log_ps,
-        "log_likelihood_bpd": elbo_to_bpd(-log_ps, imgs.shape),
-    }
-    if means.shape[1] == 2:
-        imgs, size = test_set[torch.arange(len(test_set))][0].to(device), fit_batch(QUADRATURE_SIZE, num_pixels)
-        exact = quadrature_log_likelihood(imgs, model.decoder, chunk_size=size)
-        values["log_likelihood_by_quadrature"] = exact.cpu().double()
-    results = {}
-    for name, value in values.items():
-        results[name] = value.mean().item()
-        results[f"{name}_standard_error"] = value.std().item() / math.sqrt(len(value))
-    return {**results, "iw_samples": iw_samples, "active_units": int(active_units(means).sum())}, means
+        so_far = torch.cat(log_ps)
+        text = f"{so_far.mean().item():.2f} +- {so_far.std().item() / math.sqrt(len(so_far)):.2f} nats"
+        bar.set_postfix_str(text)
+        if bar.disable and 10 * number // len(parts) > 10 * (number - 1) // len(parts) and number < len(parts):
+            print_line(f"log p(x)  {number / len(parts):4.0%}  {text}")
+    return so_far
+
+
+def by_quadrature(model: VAE, test_set: BinaryImages) -> torch.Tensor:
+    """log p(x) of each test image by quadrature, for 2 latents, tensor of shape [N] in nats, on the CPU."""
+    imgs = test_set[torch.arange(len(test_set))][0].to(model.device)
+    size = fit_batch(QUADRATURE_SIZE, test_set.images[0].numel())
+    return quadrature_log_likelihood(imgs, model.decoder, chunk_size=size).cpu()
+
+
+def statistics(name: str, values: torch.Tensor, test_set: BinaryImages) -> dict[str, float]:
+    """
+    The numbers of evaluation.json: the mean over the test images, and its standard error.
+    Inputs:
+        name - Name of a quantity, such as elbo.
+        values - Tensor of shape [N], the quantity of each test image in nats.
+        test_set - The test set.
+    Outputs:
+        numbers - Dict of name and name_standard_error; the same in bits per dimension under the quantity's name for it.
+    """
+    numbers, values = {}, values.double()  # on the CPU, since a Mac's GPU has no double precision
+    bpd = elbo_to_bpd(-values, (1, test_set.images[0].numel()))
+    for quantity, value in {name: values, **({IN_BPD[name]: bpd} if name in IN_BPD else {})}.items():
+        numbers[quantity] = value.mean().item()
+        numbers[f"{quantity}_standard_error"] = value.std().item() / math.sqrt(len(value))
+    return numbers
+
+
+def estimate_seconds(model: VAE, test_set: BinaryImages, iw_samples: int) -> float:
+    """About how long log p(x) takes, in seconds, by the time of the first batch with a few samples."""
+    few = BinaryImages(test_set.images[:BATCH_SIZE], test_set.labels[:BATCH_SIZE])
+    samples = min(CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"] // BATCH_SIZE, iw_samples)
+    for _ in range(2):  # the first time, everything is slower
+        start = time.perf_counter()
+        log_likelihoods(model, few, samples)
+        seconds = time.perf_counter() - start
+    return seconds * iw_samples / samples * len(test_set) / len(few)
 
 
 def fit_batch(num_images, num_pixels):
@@ -243,31 +324,40 @@ def make_parser() -> Parser:
     return parser
 
 
-def print_results(results: dict, folder: Path):
-    """Prints what evaluate returned."""
+def print_beginning(results: dict, folder: Path, seconds: float):
+    """Prints what is evaluated, and about how long it takes."""
     r = argparse.Namespace(**results)
     after = f"after {r.epoch or 'some'} epoch{'s' * (r.epoch != 1)}"
     images = f"{r.test_images:,} test images of {r.dataset} ({r.binarization})"
-    print_line(f"{r.model}, {r.z_dim} latent{'s' * (r.z_dim != 1)}, {after}, on {images}, on {r.device}")
+    time_needed = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    print_line(
+        f"{r.model}, {r.z_dim} latent{'s' * (r.z_dim != 1)}, {after}, on {images}, on {r.device}, into {folder}: "
+        f"log p(x) with {r.iw_samples:,} samples takes about {time_needed}"
+    )
+
+
+def print_numbers(numbers: dict):
+    """Prints those numbers of evaluation.json that are there."""
     for label, name, unit, how in [
         ("test bpd", "test_bpd", "", ""),
         ("ELBO", "elbo", " nats", ""),
-        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {r.iw_samples:,} samples"),
+        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {numbers['iw_samples']:,} samples"),
         ("log p(x)", "log_likelihood_bpd", " bpd", ""),
         ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
     ]:
-        if name in results:
+        if name in numbers:
             digits = 2 if unit == " nats" else 4
-            error = results[f"{name}_standard_error"]
-            print_line(f"{label:12}  {results[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
-    print_line(f"active units  {r.active_units:8} of {r.z_dim}\nevaluation in {folder}, {r.seconds} s")
+            error = numbers[f"{name}_standard_error"]
+            print_line(f"{label:12}  {numbers[name]:8.{digits}f} +- {error:.{digits}f}{unit}{how}")
+    if "active_units" in numbers:
+        print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
 
 
 def main():
     parser = make_parser()
     args = parser.parse_args()
     with exit_on_error(parser):
-        print_results(*evaluate(**vars(args)))
+        evaluate(**vars(args))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def write_explorer(
         "units": means.var(dim=0).argsort(descending=True).tolist(),
         "num_active": facts["active_units"],
         "largest": means.abs().amax(dim=0).tolist(),
-        "facts": {name: facts[name] for name in FACTS},
+        "facts": {name: facts.get(name) for name in FACTS},  # what is not known yet is null
     }
     write_text(path, page(data, b"".join(array.tobytes() for array in numbers)))
 

@@ -31,8 +31,10 @@ def printed_lines():
     """A context whose output is captured. It yields a list, which has the lines when the context ends."""
     lines = []
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        yield lines
-    lines += output.getvalue().splitlines()
+        try:
+            yield lines
+        finally:
+            lines += output.getvalue().splitlines()
 
 
 class SeededTest(unittest.TestCase):

@@ -102,9 +102,9 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
         def likelihoods(device, model, imgs):
             coarse = functools.partial(utils.quadrature_log_likelihood, step=1.0)
             with mock.patch.object(evaluate, "quadrature_log_likelihood", coarse):
-                results, means = evaluate.likelihoods(model, test_set, iw_samples=5, progress_bar=False)
-            self.assertEqual((means.device, results["active_units"], model.device), (cpu, 1, device))
-            self.assertIn("log_likelihood_by_quadrature", results)
+                found = [*evaluate.posteriors(model, test_set), evaluate.log_likelihoods(model, test_set, iw_samples=5)]
+                found.append(evaluate.by_quadrature(model, test_set))
+            self.assertEqual(({values.device for values in found}, model.device), ({cpu}, device))
 
         self.check(likelihoods, VAE)
 
@@ -253,7 +253,7 @@ class TestMemoryOfAnEvaluation(SeededTest):
             sizes = []
             fails = self.assertRaises(RuntimeError) if len(expected) < 5 else contextlib.nullcontext()
             with self.subTest(error=error, most=most), fails as caught, torch.no_grad():
-                evaluate.likelihoods(model, test_set, 5, progress_bar=False)
+                evaluate.log_likelihoods(model, test_set, 5)
             self.assertEqual((sizes, caught and str(caught.exception)), (expected, caught and str(error)))
 
     def test_larger_images_take_no_more_memory_than_those_of_mnist(self):

