@@ -100,4 +100,5 @@ class TestDocs(unittest.TestCase):
     def test_the_two_commands_that_a_newcomer_copies_are_alone_on_their_lines(self):
         lines = PAGES[0].read_text().splitlines()
         for program in ["python train_pl.py --dataset rendered --epochs 5", "python -m unittest unittests.py"]:
-            self.assertEqual(lines.count(f"pip install -r requirements.txt && {program}"), 1)
+            install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+            self.assertEqual(lines.count(f"{install} && .venv/bin/{program}"), 1)
