@@ -79,12 +79,12 @@ def train_vae(model, train_loader, optimizer):
 @torch.no_grad()
 def test_vae(model, data_loader):
     """Averages over the images, as numbers: (average_bpd, average_rec_loss, average_reg_loss), the losses in nats."""
-    model.eval()
     device, num_images, sums = model.device, 0, 0
-    for imgs, _ in data_loader:
-        L_rec, L_reg, bpd = model(imgs.to(device))
-        num_images += len(imgs)
-        sums += len(imgs) * torch.stack([bpd, L_rec, L_reg])
+    with eval_mode(model):
+        for imgs, _ in data_loader:
+            L_rec, L_reg, bpd = model(imgs.to(device))
+            num_images += len(imgs)
+            sums += len(imgs) * torch.stack([bpd, L_rec, L_reg])
     return tuple((sums / num_images).tolist())
 
 

@@ -203,6 +203,7 @@ class Run:
             self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
         self.report.device = self.device_name
         self.trainer.logger = EpochLogger(self.folder, first_epoch=0 if self.is_new else self.place.epoch + 1)
+        self.stack.callback(self.trainer.logger.close)  # its thread would live on after an error ahead of fit
         self.trainer.logger.set_up_dashboard(self.flags, self.experiment)
         processes_of_run = f" x {self.trainer.world_size}" if self.trainer.world_size > 1 else ""
         resumed = "" if self.is_new else f", continued after epoch {self.place.epoch}"

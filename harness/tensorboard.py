@@ -79,6 +79,12 @@ class EpochLogger(TensorBoardLogger):
     def save(self):
         self.unless_it_fails(super().save)
 
+    @rank_zero_only
+    def close(self):
+        """Ends the writer of the files, and its thread."""
+        with contextlib.suppress(OSError):
+            self.experiment.close()
+
     def finalize(self, status):
         with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
             self.unless_it_fails(super().finalize, status)

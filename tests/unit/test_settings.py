@@ -30,6 +30,9 @@ def settings():
     return {
         "tiny numbers": (torch.tensor(1e-40) * 1).item(),
         "threads": torch.get_num_threads(),
+        "TensorBoard's threads": [
+            thread for thread in threading.enumerate() if "tensorboard" in type(thread).__module__
+        ],
         "cuDNN": torch.backends.cudnn.deterministic,
         "warnings": list(warnings.filters),
         "loggers": {name: logging.getLogger(name).level for name in QUIET_LOGGERS},
@@ -83,7 +86,9 @@ class TestSettings(NamedRunTest):
                         within = settings()
                         if error:
                             raise error
-                    self.assertEqual({name for name in before if within[name] == before[name]}, {"threads"})
+                    self.assertEqual(
+                        {name for name in before if within[name] == before[name]}, {"threads", "TensorBoard's threads"}
+                    )
                     self.assertEqual(settings(), before)
 
     def test_within_the_block_a_seed_repeats_itself_and_libraries_are_quiet(self):
@@ -138,6 +143,9 @@ class TestSettings(NamedRunTest):
 
             with mock.patch.object(VAE, "on_train_epoch_end", fail):
                 self.assertRaises(ZeroDivisionError, self.train, **run)
+            self.assertEqual(settings(), before)
+            with mock.patch.object(VAE, "__init__", side_effect=ZeroDivisionError):
+                self.assertRaises(ZeroDivisionError, self.train, epochs=1, run_name=f"no {name}")
             self.assertEqual(settings(), before)
             self.assertEqual([handler.__module__ == slurm.__name__ for handler in handlers], [bool(job)] * 2)
             for _ in range(2):  # the second time it is finished

@@ -47,7 +47,7 @@ class TestTraining(SeededTest):
         train_torch.sample_and_save(model, 1, writer)
         self.assertTrue(norm.training and dropout.training)
         train_torch.test_vae(model, batches)
-        self.assertEqual((norm.num_batches_tracked, norm.training, modes), (1, False, [True, False, False]))
+        self.assertEqual((norm.num_batches_tracked, norm.training, modes), (1, True, [True, False, False]))
 
 
 class TestMain(SeededTest):
