@@ -5,6 +5,7 @@ Test bpd, log p(x), active units, and pictures of the latent space, for any chec
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -134,20 +135,27 @@ def evaluate_checkpoint(path, args):
         try:
             numbers = statistics(name, slow[name](), test_set)
         except (KeyboardInterrupt, Terminated):
-            print_line(f"\nInterrupted: {' and '.join(slow)} is missing in {folder}, everything else is there")
+            print_line(f"\nInterrupted before {' and '.join(slow)}; what was finished is in {folder}")
             raise
         del slow[name]
         results.update(numbers)
         print_numbers({"iw_samples": args.iw_samples, **numbers})
         save(results, folder, start, missing=[*slow])
-    if (folder / EXPLORER).exists():  # which shows log p(x), too
-        save_explorer({**results, **facts})
+        if name == "log_likelihood" and (folder / EXPLORER).exists():  # which shows it, too
+            save_explorer({**results, **facts})
     print_line(f"evaluation in {folder}, {results['seconds']} s")
     return results, folder
 
 
 def save(results, folder, start, missing):
-    """Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json."""
+    """
+    Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json. A
+    complete one of the same weights, which has the same numbers so far, is kept until this one is complete, too.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        older = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if missing and "missing" not in older and {**older, **results, "iw_samples": older["iw_samples"]} == older:
+            return
     results.pop("missing", None)
     results.update({"missing": missing} if missing else {}, seconds=round(time.perf_counter() - start, 1))
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
@@ -164,7 +172,7 @@ def explore(folder, model, imgs, means, labels, no_explorer, facts):
 
 def build_vae(checkpoint, path, args):
     """The VAE of a checkpoint that has been read. A bare state_dict needs flags that describe the model."""
-    if set(checkpoint) != {"state_dict"}:
+    if checkpoint.get("hyper_parameters"):
         return build_model(VAE, checkpoint, path)
     try:
         sizes = dict(hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim)
@@ -268,19 +276,20 @@ def log_likelihoods(model: VAE, test_set: BinaryImages, iw_samples: int, progres
                 if not is_out_of_memory(error) or chunk_size <= len(imgs):
                     raise
                 chunk_size //= 2
-        so_far = torch.cat(log_ps)
-        text = f"{so_far.mean().item():.2f} +- {so_far.std().item() / math.sqrt(len(so_far)):.2f} nats"
-        bar.set_postfix_str(text)
-        if bar.disable and 10 * number // len(parts) > 10 * (number - 1) // len(parts) and number < len(parts):
-            print_line(f"log p(x)  {number / len(parts):4.0%}  {text}")
-    return so_far
+        if 10 * number // len(parts) > 10 * (number - 1) // len(parts) and 1 < number < len(parts):
+            so_far = torch.cat(log_ps)
+            text = f"{so_far.mean().item():.2f} +- {so_far.std().item() / math.sqrt(len(so_far)):.2f} nats"
+            bar.set_postfix_str(text)
+            if bar.disable:
+                print_line(f"log p(x)  {number / len(parts):4.0%}  {text}")
+    return torch.cat(log_ps)
 
 
-def by_quadrature(model: VAE, test_set: BinaryImages) -> torch.Tensor:
+def by_quadrature(model: VAE, test_set: BinaryImages, limit: float = 6.0) -> torch.Tensor:
     """log p(x) of each test image by quadrature, for 2 latents, tensor of shape [N] in nats, on the CPU."""
     imgs = test_set[torch.arange(len(test_set))][0].to(model.device)
     size = fit_batch(QUADRATURE_SIZE, test_set.images[0].numel())
-    return quadrature_log_likelihood(imgs, model.decoder, chunk_size=size).cpu()
+    return quadrature_log_likelihood(imgs, model.decoder, limit=limit, chunk_size=size).cpu()
 
 
 def statistics(name: str, values: torch.Tensor, test_set: BinaryImages) -> dict[str, float]:
@@ -302,14 +311,19 @@ def statistics(name: str, values: torch.Tensor, test_set: BinaryImages) -> dict[
 
 
 def estimate_seconds(model: VAE, test_set: BinaryImages, iw_samples: int) -> float:
-    """About how long log p(x) takes, in seconds, by the time of one batch of images with at most 100 samples."""
-    few, samples = BinaryImages(test_set.images[:BATCH_SIZE], test_set.labels[:BATCH_SIZE]), min(100, iw_samples)
-    times = []
+    """About how long log p(x) takes, in seconds, by the time of one batch with at most 100 samples."""
+    parts, samples, times = batches(test_set), min(100, iw_samples), []
+    few = BinaryImages(test_set.images[parts[0]], test_set.labels[parts[0]])
     for _ in range(2):  # the first time, everything is slower
         start = time.perf_counter()
         log_likelihoods(model, few, samples)
         times.append(time.perf_counter() - start)
-    return min(times) * iw_samples / samples * len(test_set) / len(few)
+    seconds = min(times) * iw_samples / samples * len(parts)
+    if model.hparams.z_dim == 2:
+        start = time.perf_counter()
+        by_quadrature(model, test_set, limit=0.4)  # of 6, along each axis
+        seconds += (time.perf_counter() - start) * (6 / 0.4) ** 2
+    return seconds
 
 
 def fit_batch(num_images, num_pixels):

@@ -32,7 +32,6 @@ PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_sta
 
 # What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
 WRAPPERS = r"\b(_orig_mod|module|_forward_module|_fsdp_wrapped_module)\."
-PLAIN_LOOPS = ["model_state_dict", "model"]  # names under which other programs save a state_dict
 
 
 class CheckpointError(UserError):
@@ -82,19 +81,23 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     if map_location != "cpu":
         checkpoint = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
-        checkpoint = next(
-            (checkpoint[name] for name in PLAIN_LOOPS if isinstance(checkpoint.get(name), dict)), checkpoint
-        )
-        if checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
-            checkpoint = {"state_dict": checkpoint}
+        found = [part for part in [checkpoint, *checkpoint.values()] if is_state_dict(part)]
+        checkpoint = {"state_dict": found[0]} if len(found) == 1 else checkpoint  # as of other programs' plain loops
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(part, missing), dict)
         for part, missing in [("state_dict", None), ("hyper_parameters", {}), ("callbacks", {})]
     ):
-        raise CheckpointError(f"{path} is a file of another program, not a checkpoint of train_pl.py or of Lightning")
+        keys = f", with the keys {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, dict) else ""
+        problem = f"is a file of another program{keys[:200]}, not a checkpoint of train_pl.py or of Lightning"
+        raise CheckpointError(f"{path} {problem}: save model.state_dict()")
     if OLD_CALLBACK in checkpoint.get("callbacks", {}):
         checkpoint[RUN] = checkpoint["callbacks"].pop(OLD_CALLBACK)
     return checkpoint
+
+
+def is_state_dict(value):
+    """Whether a value is a dict of tensors, and not an empty one."""
+    return isinstance(value, dict) and bool(value) and all(torch.is_tensor(tensor) for tensor in value.values())
 
 
 def short_reason(error):
@@ -102,7 +105,7 @@ def short_reason(error):
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
     naming = [line for line in lines if "size mismatch" in line or "key(s) in state_dict" in line]
-    return textwrap.shorten(" ".join(naming[:2]) or lines[0], 400, placeholder=" ...").rstrip(".:")
+    return textwrap.shorten((" ".join(naming[:2]) or lines[0]).rstrip(".:"), 400, placeholder=" ...")
 
 
 def load_model(
@@ -144,14 +147,23 @@ def own_names(state_dict: dict, names) -> dict:
     A state_dict by a module's own names of its weights: without the prefixes that torch.compile and others add, and,
     if it was saved as part of a larger module, without that part's name and the other parts.
     """
-    renamed = {name if name in names else re.sub(WRAPPERS, "", name): value for name, value in state_dict.items()}
-    if set(names) < renamed.keys() == {*names, "n_averaged"}:  # of torch.optim.swa_utils.AveragedModel
+
+    def own_name(name):
+        while name not in names and (wrapper := re.search(WRAPPERS, name)):
+            name = name[: wrapper.start()] + name[wrapper.end() :]
+        return name
+
+    renamed = {own_name(name): value for name, value in state_dict.items()}
+    if renamed.keys() == {*names, "n_averaged"}:  # of torch.optim.swa_utils.AveragedModel
         del renamed["n_averaged"]
-    first = next(iter(names), "")
-    for prefix in [name.removesuffix(first) for name in renamed if name.endswith(f".{first}")]:
-        if all(prefix + name in renamed for name in names):
-            return {name: renamed[prefix + name] for name in names}
-    return renamed
+    if all(name in renamed for name in names):
+        return renamed
+    first = next(iter(names))
+    prefixes = [name.removesuffix(first) for name in renamed if name.endswith(f".{first}")]
+    prefixes = [prefix for prefix in prefixes if all(prefix + name in renamed for name in names)]
+    if len(prefixes) > 1:
+        raise ValueError(f"it has the model's weights several times, as {', '.join(prefixes)}: save one of them alone")
+    return {name: renamed[prefixes[0] + name] for name in names} if prefixes else renamed
 
 
 def build_model(model_class: type, checkpoint: dict, path, strict: bool | None = None, **hyperparameters):

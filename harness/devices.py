@@ -39,7 +39,7 @@ def pick_device(accelerator: str, num_processes: int = 1) -> str:
     if accelerator == "gpu":
         raise UserError(f"--accelerator gpu: {problem or 'there is no GPU here'}; use auto or cpu")
     if problem and os.environ.get("CUDA_VISIBLE_DEVICES") not in HIDDEN_ON_PURPOSE:
-        warn(f"warning: on the CPU: {problem}")
+        warn(f"warning: on the CPU: {problem}", num_processes)
     return "cpu"
 
 
@@ -59,11 +59,12 @@ def problem_of_cuda(number):
     if not num_gpus:
         reason = str(caught[0].message).splitlines()[0] if caught else ""
         reason = "it is built without CUDA" if torch.version.cuda is None else reason
-        problem = f"({reason})" if reason and "Found no NVIDIA driver" not in reason else ""
+        has_driver = "Found no NVIDIA driver" not in reason
+        problem = f"({reason})" if reason and has_driver else ""
         return "".join(
             f"torch {torch.__version__} cannot use {name} {problem}"
             if problem
-            else f"this machine has {name}, but no GPU is visible to this process: {how_to_see_gpus()}"
+            else f"this machine has {name}, but no GPU is visible to this process: {how_to_see_gpus(has_driver)}"
             for name in names_of_gpus()[:1]
         )
     number %= num_gpus
@@ -80,12 +81,15 @@ def problem_of_cuda(number):
     return None
 
 
-def how_to_see_gpus():
-    """What to do if this machine has GPUs, but this process sees too few of them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if "SLURM_JOB_ID" in os.environ:
+def how_to_see_gpus(has_driver):
+    """What to do if this machine has GPUs, but this process sees none; has_driver is False if torch found no driver."""
+    visible, granted = (
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        {"SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"} & os.environ.keys(),
+    )
+    if has_driver and "SLURM_JOB_ID" in os.environ and not granted and visible not in HIDDEN_ON_PURPOSE:
         return "ask SLURM for one with --gpus=1"
-    if visible is not None:
+    if has_driver and visible is not None:
         return f"CUDA_VISIBLE_DEVICES is {visible!r}, unset it"
     return "start the container with --gpus all (Docker) or --nv (Apptainer)"
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import sysconfig
 import textwrap
 import threading
 import traceback
@@ -105,12 +106,13 @@ def print_line(text: str):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def warn(text: str):
-    """Prints a line on stderr, at once, if it can be; of several processes rank 0 alone does."""
-    lightning = sys.modules.get("pytorch_lightning.utilities")  # without it there is one process
+def warn(text: str, num_processes: int = 1):
+    """Prints a line on stderr, at once, if it can be; of several processes of a run, rank 0 alone does."""
+    lightning = sys.modules.get("pytorch_lightning.utilities")
+    if num_processes > 1 and lightning and lightning.rank_zero_only.rank != 0:
+        return
     with contextlib.suppress(OSError):
-        if lightning is None or lightning.rank_zero_only.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_screen(stream):
@@ -145,8 +147,8 @@ def is_out_of_memory(error):
 def place_of(error: BaseException) -> str:
     """Where an error comes from, as ", FILE, line N": the last line outside of libraries and this folder, if any."""
     frames = [] if isinstance(error, UserError) else traceback.extract_tb(error.__traceback__)
-    libraries = rf"(site|dist)-packages|lib.python3|^{re.escape(os.path.dirname(__file__))}"
-    own = [frame for frame in frames if not re.search(libraries, frame.filename)]
+    others = (sysconfig.get_path("stdlib") + os.sep, os.path.dirname(__file__) + os.sep, "<frozen")
+    own = [frame for frame in frames if not frame.filename.startswith(others) and "-packages" not in frame.filename]
     return f", {own[-1].filename}, line {own[-1].lineno}" if own else ""
 
 

@@ -69,8 +69,6 @@ class Parser(argparse.ArgumentParser):
         for name in others:
             if meant := difflib.get_close_matches(name, self.flags, 1, cutoff=0.75):
                 raise FlagError(f"--{name} is no flag: give --{meant[0]}, or leave it out")
-        if others:
-            warn(f"warning: no flags, and without effect: {', '.join(others)}")
         flags = {}
         for name, flag in self.flags.items():
             value = given.get(name, flag.default)
@@ -79,6 +77,9 @@ class Parser(argparse.ArgumentParser):
             except ValueError as error:
                 got = " ".join(reprlib.repr(value).split())
                 raise FlagError(f"--{name} must be {error}, got {got}") from None
+        if others:
+            num_processes = flags.get("devices", 1) * flags.get("num_nodes", 1)
+            warn(f"warning: no flags, and without effect: {', '.join(others)}", num_processes)
         return argparse.Namespace(**flags)
 
     def error(self, message):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 
 from harness import checkpoints, devices, graphs, processes, report, slurm
 from harness.errors import (
@@ -26,6 +27,7 @@ from harness.errors import (
     is_disk_full,
     is_out_of_memory,
     one_line,
+    place_of,
     print_line,
     sigterm_raises,
 )
@@ -36,7 +38,7 @@ from harness.settings import process_settings
 from harness.tensorboard import EpochLogger
 from harness.trainer import NO_WORKERS, check_shared_memory, check_shares, make_trainer, shows_bar
 
-WORKERS_FAILED = r"DataLoader worker \(pid|shared memory|shm|[Tt]oo many open files|ancdata"  # what torch says then
+WORKERS_FAILED = r"DataLoader worker \(pid|shared memory|\bshm|[Tt]oo many open files|ancdata"  # what torch says then
 
 
 @dataclasses.dataclass
@@ -105,6 +107,9 @@ class Run:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(process_settings())
+            random_numbers = isolate_rng()  # Python's, NumPy's and torch's, which it restores unless there is an error
+            random_numbers.__enter__()
+            stack.callback(random_numbers.__exit__, None, None, None)
             requeue = [slurm.RequeueOnTimeLimit()] if slurm.job_id() else []
             stack.enter_context(sigterm_raises())
             self.report = report.EpochReport(self.experiment, self.flags, print_lines=not shows_bar(self.args))
@@ -151,13 +156,17 @@ class Run:
         """The UserError that says what to do about an error, or None."""
         if isinstance(error, UserError):
             return None
-        is_of_workers = isinstance(error, (RuntimeError, OSError)) and re.search(WORKERS_FAILED, str(error))
+        may_be_of_workers = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, FileNotFoundError)
+        is_of_workers = may_be_of_workers and re.search(WORKERS_FAILED, str(error))
         if is_of_workers and self.flags.get("num_workers"):
-            return RunError(f"the worker processes that load the images failed ({one_line(error)}): {NO_WORKERS}")
+            reason = f"{one_line(error)}{place_of(error)}"
+            return RunError(f"the worker processes that load the images failed ({reason}): {NO_WORKERS}")
         if is_out_of_memory(error):
             sizes = {name: self.flags[name] for name in self.experiment.memory_flags if self.flags[name] > 1}
             what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items())])
-            return RunError(f"the memory is too small for {what} ({one_line(error)}): make one of them smaller")
+            return RunError(
+                f"the memory is too small for {what} ({one_line(error)}{place_of(error)}): make one of them smaller"
+            )
         if is_disk_full(error):
             return DiskFullError(f"cannot write to {error.filename or self.log_dir} ({error.strerror}); {MAKE_ROOM}")
         return None

@@ -20,7 +20,9 @@ SRUN = {
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
 }
 # A word in the command line of a notebook's kernel: Jupyter's, VS Code's and PyCharm's, Colab's, Spyder's, marimo.
-KERNEL = re.compile(rb"(^|[\0/])(ipykernel(_launcher)?|colab_kernel_launcher|spyder_kernels\.console|marimo)(\.py)?\0")
+KERNEL = re.compile(
+    rb"(^|[\0/])(jupyter[\w-]*|ipykernel(_launcher)?|colab_kernel_launcher|spyder_kernels\.console|marimo)(\.py)?\0"
+)
 MAX_GRACE = 600  # seconds from SIGTERM to SIGKILL, as in slurm/job.sh
 
 

@@ -35,22 +35,25 @@ def make_trainer(args, root_dir, callbacks):
         root_dir - The run's own folder: under SLURM, Lightning loads an hpc_ckpt_N.ckpt that it finds there.
         callbacks - The run's callbacks; those that any Trainer has are added.
     """
+    num_processes = args.devices * args.num_nodes
     ignored = [name for name in os.environ if name.startswith("PL_TRAINER_")]  # Lightning takes them for arguments
     for name in ignored:
         del os.environ[name]
     if ignored:
-        warn(f"note: {', '.join(ignored)} in the environment: without effect, a run is what its flags say")
+        names = ", ".join(ignored)
+        warn(f"note: {names} in the environment: without effect, a run is what its flags say", num_processes)
     callbacks = [
         processes.RunHooks(args.seed),
         *callbacks,
         *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, if that is installed
     ]
     try:
-        kind = devices.pick_device(args.accelerator, args.devices * args.num_nodes)
+        kind = devices.pick_device(args.accelerator, num_processes)
         if kind == "cuda":
             devices.check_number_of_gpus(args.devices, slurm.tasks()[1])
         if args.precision == "bf16" and not devices.has_bf16(kind):
-            warn("warning: --precision bf16 is slower here than 32: this processor has no arithmetic for it")
+            slower = "--precision bf16 is slower here than 32: this processor has no arithmetic for it"
+            warn(f"warning: {slower}", num_processes)
         return pl.Trainer(
             default_root_dir=root_dir,
             max_epochs=args.epochs,
@@ -58,7 +61,7 @@ def make_trainer(args, root_dir, callbacks):
             accelerator=kind,
             devices=args.devices,
             num_nodes=args.num_nodes,
-            strategy="ddp" if args.devices * args.num_nodes > 1 else "auto",
+            strategy="ddp" if num_processes > 1 else "auto",
             precision=PRECISIONS[args.precision],
             plugins=[checkpoints.CheckpointFiles(), processes.environment(args.devices, args.num_nodes, args.run_name)],
             use_distributed_sampler=False,

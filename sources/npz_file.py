@@ -70,20 +70,25 @@ def load_file(path: str, sha256: str | None = None) -> OwnImages:
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as content:
-                known = [name for name in content.files if name in NAMES]
+                known, names = [name for name in content.files if name in NAMES], ", ".join(content.files)
                 arrays = {name: np.ascontiguousarray(content[name]) for name in known}
         except MemoryError as error:
             raise DataError(f"the memory is too small for {path}, or it is damaged ({error!r})") from error
         except Exception as error:  # a damaged file may raise anything
             raise DataError(f"{path} is no .npz file of plain arrays ({' '.join(str(error).split())})") from error
     try:
-        return read_arrays(arrays)
+        return read_arrays(arrays, names)
+    except MemoryError as error:
+        raise DataError(f"the memory is too small for {path} ({error})") from error
     except ValueError as error:
         raise DataError(f"{path} is invalid: {error}") from error
 
 
-def read_arrays(given: dict) -> OwnImages:
-    """The OwnImages of arrays by name. Raises a ValueError that says what is wrong with them."""
+def read_arrays(given: dict, names: str) -> OwnImages:
+    """
+    The OwnImages of arrays by name; names are those of all arrays of the file, for people. Raises a ValueError that
+    says what is wrong with them.
+    """
     arrays, notes = {NAMES[name]: array for name, array in given.items()}, []
     if len(arrays) < len(given):
         raise ValueError(f"it has both kinds of names, {' and '.join(sorted(given))}: leave one of them out")
@@ -94,7 +99,9 @@ def read_arrays(given: dict) -> OwnImages:
             array = arrays.get(labels, np.full(len(arrays[images]), -1))
             arrays[labels] = flat_labels(array, f"its {labels}", len(arrays[images]), notes)
         elif part != "val":
-            raise ValueError(f"it lacks {images}, a uint8 array of shape [N,H,W]")
+            raise ValueError(
+                f"it lacks {images} (or x_{part}), images of shape [N,H,W]; it has {names or 'no arrays'}"[:300]
+            )
     sizes = [arrays[name].shape[1:] for name in arrays if name.endswith("images")]
     if len({*sizes}) > 1:
         both = " and of ".join(f"{height}x{width}" for height, width in dict.fromkeys(sizes))
@@ -142,17 +149,28 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
     if channels:
         images = np.moveaxis(images, channels[0], -1)
         if images.shape[-1] == 3:
-            images = (images @ np.array([0.299, 0.587, 0.114], np.float32)).round()  # ITU-R 601, as in PIL
+            weights = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
+            images = np.concatenate([(block @ weights).round().astype(np.uint8) for block in blocks(images)])
             notes.append("RGB turned to grey")
         images = images.reshape(images.shape[:3]).astype(np.uint8)
     if images.max() <= 127:
-        raise ValueError(f"no pixel of {name} is above 127: intensities go from 0 to 255, white being 255")
+        values = f"its values go from {low} to {high}"
+        raise ValueError(f"no pixel of {name} is above 127 ({values}): intensities go from 0 to 255, white being 255")
+    if images.min() > 127:
+        raise ValueError(
+            f"every pixel of {name} is above 127 (its values go from {low} to {high}), so all would be white"
+        )
     constant = int((images.min(axis=(1, 2)) == images.max(axis=(1, 2))).sum())
     if constant == len(images):
-        raise ValueError(f"every image of {name} is of a single intensity (were they of 16 bits per pixel?)")
+        raise ValueError(f"every image of {name} is of a single intensity (of 16 bits per pixel, or transparent?)")
     if constant:
         notes.append(f"{constant:,} {name.split()[-1]} of a single intensity")
     return np.ascontiguousarray(images)
+
+
+def blocks(images):
+    """Some 1,000 images at a time, so that the memory for intermediate floats is bounded."""
+    return np.array_split(images, len(images) // 1000 + 1)
 
 
 def flat_labels(labels: np.ndarray, name: str, number: int, notes: list) -> np.ndarray:
@@ -164,7 +182,7 @@ def flat_labels(labels: np.ndarray, name: str, number: int, notes: list) -> np.n
         number - N, the number of the images.
         notes - List to which a line for people is added if there are several labels per image.
     """
-    if labels.shape[:1] != (number,) or labels.ndim > 2 or labels.dtype.kind not in "iu" or not labels.size:
+    if labels.shape[:1] != (number,) or labels.ndim > 2 or labels.dtype.kind not in "iub" or not labels.size:
         raise ValueError(f"{name} is {labels.dtype} of shape {list(labels.shape)}, and must be {number} integers")
     if labels.ndim == 2 and labels.shape[1] > 1:
         notes.append("several labels per image, so without colours")

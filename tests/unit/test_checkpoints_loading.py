@@ -144,7 +144,8 @@ class TestRefused(LoadingTest):
             (torch.zeros(3), "of another program"),
             ([1, 2], "of another program"),
             ({}, "of another program"),
-            ({"epoch": 3, "weights": weights}, "of another program"),
+            ({"epoch": 3, "weights": [1]}, "of another program, with the keys epoch, weights,"),
+            ({"ours": weights, "ema": weights}, "of another program, with the keys ours, ema,"),
             ({**self.good, "state_dict": [torch.zeros(3)]}, "of another program"),
             ({**self.good, "hyper_parameters": None}, "of another program"),
             ({**self.good, "hyper_parameters": {**parameters, "z_dim": 5}}, "size mismatch for encoder.net.2"),
@@ -240,10 +241,16 @@ class TestLoading(LoadingTest):
             whole.state_dict(),
             {"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": optimizer},
             {"model": torch.compile(whole).state_dict()},
+            {"epoch": 3, "state_dict": nn.DataParallel(model).state_dict(), "arch": "vae"},
         ]:
             with self.subTest([*saved][:2]):
                 torch.save(saved, self.path)
                 self.assert_loads(**self.good["hyper_parameters"])
+        noise = {f"ema.{name}": torch.rand_like(value) for name, value in weights.items()}
+        torch.save({**noise, **weights}, self.path)  # neither of them is taken silently
+        self.assert_refused('Unexpected key(s) in state_dict: "ema.', **self.good["hyper_parameters"])
+        torch.save({f"{part}.{name}": value for part in "ab" for name, value in weights.items()}, self.path)
+        self.assert_refused("several times, as a., b.: save one", **self.good["hyper_parameters"])
         torch.save({f"_orig_mod.{name}x": value for name, value in weights.items()}, self.path)
         missing, unexpected = (
             '"encoder.net.0.weight", "encoder',

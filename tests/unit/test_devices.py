@@ -121,7 +121,12 @@ class TestPickDevice(SeededTest):
                 warnings.warn(warning, stacklevel=1)
             return bool(machine.get("num_gpus"))
 
-        names_of_variables = os.environ.keys() - {"CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"}
+        names_of_variables = os.environ.keys() - {
+            "CUDA_VISIBLE_DEVICES",
+            "SLURM_JOB_ID",
+            "SLURM_GPUS_ON_NODE",
+            "SLURM_JOB_GPUS",
+        }
         environment = {name: os.environ[name] for name in names_of_variables}
         driver = Path(tempfile.mkdtemp(dir=self.folder))
         for number, name in enumerate(names):
@@ -198,12 +203,14 @@ class TestPickDevice(SeededTest):
             ({}, "start the container with --gpus all (Docker) or --nv (Apptainer)", True),
             ({"SLURM_JOB_ID": "7"}, "ask SLURM for one with --gpus=1", True),
             ({"SLURM_JOB_ID": "7", hidden: "NoDevFiles"}, "ask SLURM for one with --gpus=1", True),
+            ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1", hidden: "5"}, f"{hidden} is '5', unset it", True),
             ({hidden: "5"}, f"{hidden} is '5', unset it", True),
             ({hidden: ""}, f"{hidden} is '', unset it", False),
             ({hidden: "-1"}, f"{hidden} is '-1', unset it", False),
         ]:
-            words = f"this machine has {names[0]}, but no GPU is visible to this process: {remedy}"
-            for warning in [None, "CUDA initialization: Found no NVIDIA driver on your system."]:
+            container = "start the container with --gpus all (Docker) or --nv (Apptainer)"
+            for warning, found in [(None, remedy), ("CUDA initialization: Found no NVIDIA driver on your", container)]:
+                words = f"this machine has {names[0]}, but no GPU is visible to this process: {found}"
                 machine = dict(names=names, variables=variables, warning=warning)
                 with self.subTest(**machine):
                     told = f"warning: on the CPU: {words}\n" if is_told else ""

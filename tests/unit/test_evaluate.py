@@ -124,10 +124,11 @@ class TestEvaluate(SeededTest):
         ]:
             interrupted = mock.patch.object(evaluate, function, side_effect=end)
             still = mock.patch.object(evaluate, "estimate_seconds", return_value=3000.0)
+            shutil.rmtree(folder)
             with self.subTest(function), interrupted, still, self.assertRaises(end):
                 self.evaluate(checkpoint)
             self.assertRegex(self.lines[0], "takes about 50 min$")
-            self.assertEqual(self.lines[-1].startswith(f"Interrupted: {' and '.join(slow[number:])} is missing"), True)
+            self.assertEqual(self.lines[-1].partition(";")[0], f"Interrupted before {' and '.join(slow[number:])}")
             left = json.loads((folder / "evaluation.json").read_text())
             self.assertEqual(left["missing"], slow[number:])
             expected = {name for name in complete if not name.startswith(slow[number:][0])} | {"missing"}
@@ -136,6 +137,10 @@ class TestEvaluate(SeededTest):
             self.assertTrue((folder / "explorer.html").exists())
         again, _ = self.evaluate(checkpoint)
         self.assertEqual({**again, "seconds": 0}, {**complete, "seconds": 0})
+        interrupted = mock.patch.object(evaluate, "log_likelihoods", side_effect=[None, None, KeyboardInterrupt])
+        with interrupted, self.assertRaises(KeyboardInterrupt):  # the complete evaluation of the same weights is kept
+            self.evaluate(checkpoint, iw_samples=10)
+        self.assertEqual(json.loads((folder / "evaluation.json").read_text()), again)
 
     def test_the_mean_so_far_is_printed_every_tenth_of_the_way(self):
         with mock.patch.object(evaluate, "BATCH_SIZE", 10):

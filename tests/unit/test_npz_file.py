@@ -44,7 +44,15 @@ class TestLoadFile(SeededTest):
             ({"train_images": images.reshape(200, -1)}, r"shape \[200, 280\], and must be of shape \[N,H,W\], \[N,H"),
             ({"train_images": images[:, None, :, :3]}, r"shape \[200, 1, 20, 3\], and must be"),
             ({"train_images": np.stack([images] * 4, axis=-1)}, r"shape \[200, 20, 14, 4\], and must be"),
-            ({"train_images": images * 0 + 255}, r"every image of its train_images is of a single intensity \(were"),
+            ({"train_images": images * 0 + 255}, r"every pixel of its train_images is above 127"),
+            (
+                {
+                    "train_images": np.repeat(
+                        images[:, :1, :1] * 0 + np.arange(200)[:, None, None].astype(np.uint8), 20, 1
+                    )
+                },
+                r"every image of its train_images is of a single intensity \(of",
+            ),
             ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: leave"),
             ({"val_images": images[:0]}, "val_images has 0 images, and must have 1 or more"),
             ({"val_images": images[:9, 1:]}, "of 20x14 and of 19x14 pixels"),

@@ -207,7 +207,7 @@ class TestErrors(NamedRunTest):
         a_run = run.Run(args, {}, train_pl.experiment(args), [])
         for error in [
             RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call"),
-            *(FileNotFoundError(2, "No such file", "missing.txt"), ValueError("x"), AttributeError("x")),
+            *(FileNotFoundError(2, "No such file", "/data/shm"), ValueError("x"), RuntimeError("bad hashmap entry")),
         ]:
             with self.subTest(error=error):
                 self.assertIsNone(a_run.explain(error))

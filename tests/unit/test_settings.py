@@ -5,12 +5,14 @@ import gc
 import io
 import logging
 import os
+import random
 import signal
 import threading
 import warnings
 import weakref
 from unittest import mock
 
+import numpy as np
 import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
@@ -38,6 +40,7 @@ def settings():
         "loggers": {name: logging.getLogger(name).level for name in QUIET_LOGGERS},
         "errors of threads": threading.excepthook,
         "environment": dict(os.environ),
+        "random numbers": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
         "signals": {number: signal.getsignal(number) for number in SIGNALS},
     }
 
@@ -87,7 +90,8 @@ class TestSettings(NamedRunTest):
                         if error:
                             raise error
                     self.assertEqual(
-                        {name for name in before if within[name] == before[name]}, {"threads", "TensorBoard's threads"}
+                        {name for name in before if within[name] == before[name]},
+                        {"threads", "TensorBoard's threads", "random numbers"},
                     )
                     self.assertEqual(settings(), before)
 
