@@ -28,7 +28,7 @@ import train_torch
 import utils
 from harness import devices
 from harness.errors import UserError
-from tests.helpers import SeededTest, small_loaders
+from tests.helpers import SeededTest, printed_lines, small_loaders
 from train_pl import VAE
 
 GPUS = [torch.device("cuda", 0), torch.device("mps", 0)]
@@ -259,7 +259,7 @@ class TestMemoryOfAnEvaluation(SeededTest):
         ]:
             sizes = []
             fails = self.assertRaises(RuntimeError) if len(expected) < 5 else contextlib.nullcontext()
-            with self.subTest(error=error, most=most), fails as caught, torch.no_grad():
+            with self.subTest(error=error, most=most), printed_lines(), fails as caught, torch.no_grad():
                 evaluate.log_likelihoods(model, test_set, 5)
             self.assertEqual((sizes, caught and str(caught.exception)), (expected, caught and str(error)))
 
