@@ -122,7 +122,9 @@ def evaluate_checkpoint(path, args):
     elbos, means = posteriors(model, test_set)
     results.update(statistics("elbo", elbos, test_set), active_units=int(active_units(means).sum()))
     print_numbers(results)
-    save(results, folder, start, missing=[*slow])
+    keeps = has_complete(folder, results)
+    if not keeps:
+        save(results, folder, start, missing=[*slow])
     imgs, labels = test_set[torch.arange(len(test_set))]
     legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
     name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
@@ -140,22 +142,24 @@ def evaluate_checkpoint(path, args):
         del slow[name]
         results.update(numbers)
         print_numbers({"iw_samples": args.iw_samples, **numbers})
-        save(results, folder, start, missing=[*slow])
+        if not (slow and keeps):
+            save(results, folder, start, missing=[*slow])
         if name == "log_likelihood" and (folder / EXPLORER).exists():  # which shows it, too
             save_explorer({**results, **facts})
     print_line(f"evaluation in {folder}, {results['seconds']} s")
     return results, folder
 
 
-def save(results, folder, start, missing):
-    """
-    Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json. A
-    complete one of the same weights, which has the same numbers so far, is kept until this one is complete, too.
-    """
+def has_complete(folder, results):
+    """Whether a folder has a complete evaluation of the same weights: one with the same quick numbers."""
     with contextlib.suppress(OSError, ValueError):
         older = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if missing and "missing" not in older and {**older, **results, "iw_samples": older["iw_samples"]} == older:
-            return
+        return "missing" not in older and {**older, **results, "iw_samples": older.get("iw_samples")} == older
+    return False
+
+
+def save(results, folder, start, missing):
+    """Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json."""
     results.pop("missing", None)
     results.update({"missing": missing} if missing else {}, seconds=round(time.perf_counter() - start, 1))
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
@@ -240,7 +244,7 @@ def batches(test_set):
 
 def posteriors(model: VAE, test_set: BinaryImages) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What takes seconds.
+    The ELBOs and the means of the posteriors of the test images, which take seconds.
     Inputs:
         model, test_set - The VAE and the test set, N images.
     Outputs:

@@ -28,8 +28,6 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 RUN, OLD_CALLBACK = "run", "EpochReport"
 # What a run resumes from; checkpoints of other programs may lack any of them.
 PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
-
-
 # What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
 WRAPPERS = r"\b(_orig_mod|module|_forward_module|_fsdp_wrapped_module)\."
 

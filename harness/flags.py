@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         others = sorted(given.keys() - self.flags)
         for name in others:
             if meant := difflib.get_close_matches(name, self.flags, 1, cutoff=0.75):
-                raise FlagError(f"--{name} is no flag: give --{meant[0]}, or leave it out")
+                raise FlagError(f"unknown flag --{name}: did you mean --{meant[0]}?")
         flags = {}
         for name, flag in self.flags.items():
             value = given.get(name, flag.default)

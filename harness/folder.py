@@ -85,7 +85,7 @@ def finished_results(folder, flags, defaults, experiment, tell=None):
         except ValueError:
             if tell:
                 path = os.path.join(folder, "results.json")
-                tell(f"warning: {path} is damaged; it is made anew from the run's checkpoints")
+                tell(f"warning: {path} is damaged; it is regenerated from the run's checkpoints")
             return None
     return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None  # of fewer, it goes on
 
@@ -114,7 +114,7 @@ def flags_of_run(folder, tell):
     kept = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
     if kept is not None:
         if tell:
-            tell(f"warning: {path} is damaged or gone; it is made anew from the run's checkpoints")
+            tell(f"warning: {path} is damaged or gone; it is regenerated from the run's checkpoints")
         return kept
     if not isinstance(flags, dict) and os.path.exists(path):
         problem = (

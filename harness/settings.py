@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ IGNORED_WARNINGS = [
     "Synchronization debug mode is a prototype",  # see graphs.py
     "GPU available but not used",  # --accelerator cpu means it so
 ]
+NUM_BEFORE = itertools.count()  # how many runs and evaluations this process has had
 SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if hasattr(signal, name)]
 
 
@@ -34,7 +36,8 @@ def process_settings():
     libraries print errors and real warnings only. At its end these settings, the environment, the handlers of signals
     and threading.excepthook are as before, whatever the code within did to them.
     """
-    gc.collect()  # Trainers, figures and their data refer to each other: of an earlier run, it may be a lot of memory
+    if next(NUM_BEFORE):  # Trainers, figures and their data refer to each other: of an earlier run, a lot of memory
+        gc.collect()
     cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
     environment, excepthook, num_threads = dict(os.environ), threading.excepthook, torch.get_num_threads()

@@ -10,6 +10,7 @@ import threading
 from unittest import mock
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from harness import errors
 from harness.errors import DataError, DiskFullError, FlagError, UserError, best_effort, exit_on_error, print_line
@@ -115,6 +116,15 @@ class TestErrors(SeededTest):
     def test_a_stderr_that_is_gone_does_not_end_the_program(self):
         with mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError))):
             errors.warn("nobody reads it")
+
+    def test_of_the_processes_of_a_run_rank_0_alone_warns_and_separate_tasks_of_srun_all_do(self):
+        with mock.patch.object(rank_zero_only, "rank", 1):
+            errors.warn("once", num_processes=2)
+            errors.warn("in each task")
+        self.assertEqual(self.printed(), "in each task\n")
+        with mock.patch.object(rank_zero_only, "rank", 0):
+            errors.warn("once", num_processes=2)
+        self.assertEqual(self.printed(), "once\n")
 
     def test_what_is_not_needed_fails_with_one_line(self):
         for error, reason in [

@@ -89,7 +89,7 @@ class TestComplete(SeededTest):
         for name, meant in [("numbers", "number"), ("side_", "side"), ("rates", "rate")]:
             with self.subTest(name), self.assertRaises(FlagError) as caught:
                 self.complete(**{name: 1})
-            self.assertEqual(str(caught.exception), f"--{name} is no flag: give --{meant}, or leave it out")
+            self.assertEqual(str(caught.exception), f"unknown flag --{name}: did you mean --{meant}?")
 
     def test_valid_values_are_kept(self):
         for given in [

@@ -116,7 +116,7 @@ class TestFolder(NamedRunTest):
         for bad in [path.read_text()[:40], ""]:
             path.write_text(bad)
             _, output = self.train(epochs=1)
-            self.assertEqual(output.count(f"{path} is damaged; it is made anew from the run's checkpoints\n"), 1)
+            self.assertEqual(output.count(f"{path} is damaged; it is regenerated from the run's checkpoints\n"), 1)
             self.assertEqual(results(self.run_folder())["test_bpd"], good["test_bpd"])
         self.assertEqual(len(metrics(self.run_folder())), 2)
 
@@ -151,7 +151,7 @@ class TestFolder(NamedRunTest):
                 self.assert_refused("--hidden_dims was", epochs=2, hidden_dims=[7])
         path.unlink()
         _, output = self.train(epochs=2)
-        self.assertIn(f"{path} is damaged or gone; it is made anew from the run's checkpoints\n", output)
+        self.assertIn(f"{path} is damaged or gone; it is regenerated from the run's checkpoints\n", output)
         self.assertIn("continued after epoch 1", output)
         self.assertEqual(path.read_text(), good)
 

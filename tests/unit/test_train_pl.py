@@ -117,7 +117,7 @@ class TestFlags(TrainingTest):
 
     def test_an_invalid_flag_of_a_namespace_is_a_value_error(self):
         for name, value in dict(z_dim=0, hidden_dims=[], lr=float("nan"), model="RNN", zdim=2, run_name="a\n").items():
-            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name} "):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name}\\b"):
                 train_vae(self.namespace(**{name: value}))
         self.assertEqual(os.listdir(self.folder), [])
 
