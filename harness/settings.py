@@ -2,11 +2,11 @@
 
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import signal
 import threading
+import time
 import warnings
 
 import torch
@@ -25,7 +25,9 @@ IGNORED_WARNINGS = [
     "Synchronization debug mode is a prototype",  # see graphs.py
     "GPU available but not used",  # --accelerator cpu means it so
 ]
-NUM_BEFORE = itertools.count()  # how many runs and evaluations this process has had
+# Trainers, figures and data refer to each other and wait for Python's garbage collection. After a run or an evaluation
+# that took longer than this, in seconds, the next one collects them, which takes 0.2 s.
+COLLECT_AFTER, LAST = 1, {"seconds": 0}
 SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if hasattr(signal, name)]
 
 
@@ -36,8 +38,9 @@ def process_settings():
     libraries print errors and real warnings only. At its end these settings, the environment, the handlers of signals
     and threading.excepthook are as before, whatever the code within did to them.
     """
-    if next(NUM_BEFORE):  # Trainers, figures and their data refer to each other: of an earlier run, a lot of memory
+    if LAST["seconds"] > COLLECT_AFTER:
         gc.collect()
+    LAST["start"] = time.perf_counter()
     cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
     environment, excepthook, num_threads = dict(os.environ), threading.excepthook, torch.get_num_threads()
@@ -62,6 +65,7 @@ def process_settings():
             torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, slow a CPU down
             yield
     finally:
+        LAST["seconds"] = time.perf_counter() - LAST["start"]
         torch.set_flush_denormal(flushed)
         torch.set_num_threads(num_threads)  # Lightning sets it for several processes
         cudnn.deterministic, threading.excepthook = deterministic, excepthook

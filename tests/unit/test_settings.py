@@ -128,6 +128,7 @@ class TestSettings(NamedRunTest):
             return loaders
 
         self.addCleanup(gc.enable)
+        self.enter(mock.patch("harness.settings.COLLECT_AFTER", 0))
         gc.disable()
         with mock.patch.object(train_pl, "load_data", remember), mock.patch.object(run.Run, "make_figures"):
             for number in range(3):
