@@ -5,10 +5,9 @@ from statistics import mean, stdev
 
 from harness.errors import FlagError, UserError, exit_on_error, one_line, print_line, warn
 from harness.files import read_results
-from harness.flags import RUNTIME_FLAGS, Parser
+from harness.flags import CHECKSUM, RUNTIME_FLAGS, Parser
 
 BPDS = ["test_bpd", "best_val_bpd"]  # the table's columns
-CHECKSUM = "dataset_sha256"  # the flag that identifies your own file
 PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
 
 
@@ -63,7 +62,7 @@ def by_setting(results: list[dict]) -> dict[str, list[dict]]:
             not the same in all runs.
     """
     names_of_files = {}
-    hyperparameters = [label_own_dataset(run["hyperparameters"], names_of_files) for run in results]
+    hyperparameters = [label_files(run["hyperparameters"], names_of_files) for run in results]
     flags = [
         name
         for name in dict.fromkeys(name for of_run in hyperparameters for name in of_run)
@@ -84,19 +83,19 @@ def by_setting(results: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def label_own_dataset(hyperparameters, names):
+def label_files(hyperparameters, names):
     """
-    Flags of a run whose dataset, where it is a file of one's own, is the file's name and the start of its checksum.
+    Flags of a run in which each flag that gives a file is the file's name and the start of its checksum.
     Inputs:
         hyperparameters - Dict of the flags, which is left as it is.
         names - Dict of the names by checksum, which is completed: a file that was renamed keeps its first one.
     """
-    if CHECKSUM not in hyperparameters:
-        return hyperparameters
-    flags = dict(hyperparameters)
-    checksum = str(flags.pop(CHECKSUM))
-    name = f"{os.path.basename(str(flags.get('dataset')))} ({checksum[:8]})"
-    return {**flags, "dataset": names.setdefault(checksum, name)}
+    flags = {name: value for name, value in hyperparameters.items() if not name.endswith(CHECKSUM)}
+    for name in hyperparameters.keys() - flags.keys():
+        flag, checksum = name.removesuffix(CHECKSUM), str(hyperparameters[name])
+        file = f"{os.path.basename(str(flags.get(flag)))} ({checksum[:8]})"
+        flags[flag] = names.setdefault(checksum, file)
+    return flags
 
 
 def sort_key(value):

@@ -2,12 +2,14 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pictures import figures  # isort: skip  before Lightning, which imports matplotlib
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.seed import isolate_rng
 from torchvision.utils import make_grid, save_image
@@ -15,7 +17,7 @@ from torchvision.utils import make_grid, save_image
 import utils
 from bmnist import load_data
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
-from harness.checkpoints import load_model
+from harness.checkpoints import build_model, complete_init_from, load_model, read_checkpoint
 from harness.errors import FlagError, best_effort, exit_on_error
 from harness.flags import Flag, Parser, check_run_flags, run_flags
 from harness.run import Experiment, Run
@@ -47,6 +49,8 @@ class Terms(NamedTuple):
 
 
 class VAE(pl.LightningModule):
+    iw_samples = 1000  # of log p(x) in predict_step, per image
+
     def __init__(
         self,
         model_name,
@@ -181,8 +185,17 @@ class VAE(pl.LightningModule):
         self.log("test_bpd", self.forward(batch[0])[2], batch_size=len(batch[0]), sync_dist=True)
 
     def predict_step(self, batch, batch_idx):
-        """Mean and log_std, each [B,D], of the posterior q(z|x) of a batch of images and, if any, labels."""
-        return self.encoder(batch[0])
+        """
+        What `evaluate.py --latents` writes, for a batch of images and, if any, labels: a dict of mean and log_std [B,D]
+        of the posterior q(z|x), label [B], and elbo and log_likelihood [B] in nats, the latter with `iw_samples`
+        samples per image.
+        """
+        imgs, *labels = batch
+        terms = self.terms(imgs)
+        log_p = utils.log_likelihood(imgs, self.encoder, self.decoder, self.iw_samples)
+        elbo = -(terms.L_rec + terms.L_reg)
+        latents = {"mean": terms.mean, "log_std": terms.log_std, "elbo": elbo, "log_likelihood": log_p}
+        return {**latents, "label": labels[0]} if labels else latents
 
     def on_train_epoch_start(self):
         self.train_means.reset()
@@ -267,20 +280,27 @@ class GenerateCallback(pl.Callback):
                 save_picture(trainer, "Manifold", utils.visualize_manifold(pl_module.decoder), epoch)
 
 
-def train_vae(args: argparse.Namespace) -> list[dict[str, float]]:
+def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -> list[dict[str, float]]:
     """
     Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one. Raises a UserError of one
     line if a flag, the data or the run's folder is invalid, or if the loss is not finite.
     Inputs:
         args - Namespace of flags, see make_parser; those that it lacks get their defaults.
+        callbacks - Your own callbacks for the Trainer. Give the same ones to resume the run.
     Outputs:
         test_result - What trainer.test returns: a list with one dict, {"test_bpd": ...}.
     """
     args = complete_flags(args)
     generate = GenerateCallback(save_to_disk=True)
-    with Run(args, make_parser().defaults, experiment(args), [generate, *schedules(args)]) as run:
+
+    def load(args, **options):
+        loaders = load_data(args, **options)
+        make_vae(args, loaders[0].dataset.images.shape[1:])  # if --init_from does not fit, before the run has a folder
+        return loaders
+
+    with Run(args, make_parser().defaults, experiment(args), [generate, *schedules(args), *callbacks]) as run:
         if not run.is_finished:
-            train_loader, val_loader, test_loader = run.start(load_data)
+            train_loader, val_loader, test_loader = run.start(load)
             generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
             pl.seed_everything(args.seed)
             model = run.prepare(make_vae(args, train_loader.dataset.images.shape[1:]))
@@ -297,6 +317,7 @@ def experiment(args: argparse.Namespace) -> Experiment:
     """What a Run is told about the VAE that these flags train."""
     title = f"{args.model}, {args.z_dim} latents, {Path(args.dataset).name}"
     title += f", trained with beta {args.beta:g}" if args.beta != 1 else ""
+    start = f" with the weights of {args.init_from}" if args.init_from else ""
 
     def manifold(path, run):
         save_image(utils.visualize_manifold(VAE.load_from_checkpoint(run.best_checkpoint).eval().decoder), path)
@@ -304,7 +325,7 @@ def experiment(args: argparse.Namespace) -> Experiment:
     return Experiment(
         metric="bpd",
         metric_label="bpd",
-        describe=lambda loaders: f"{args.model} on {describe(args, loaders)}",
+        describe=lambda loaders: f"{args.model}{start} on {describe(args, loaders)}",
         quantities={**TITLES, **OBJECTIVES[args.objective]},
         identifying=("model", "z_dim", "hidden_dims", "lr", "seed"),
         figures={
@@ -320,15 +341,19 @@ def experiment(args: argparse.Namespace) -> Experiment:
 
 
 def schedules(args):
-    """The callbacks that the flags lr_schedule, beta and beta_warmup ask for."""
+    """The callbacks that the flags lr_schedule, beta, beta_warmup and patience ask for."""
     lr = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
-    return lr + ([BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else [])
+    beta = [BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else []
+    return lr + beta + ([EarlyStopping("val_bpd", patience=args.patience)] if args.patience else [])
 
 
 def make_vae(args: argparse.Namespace, img_size: tuple[int, int] = (28, 28)) -> VAE:
-    """The untrained VAE that the flags ask for, for images of that height and width."""
-    objective = args.beta, args.objective, args.train_samples
-    model = VAE(args.model, args.hidden_dims, args.num_filters, args.z_dim, args.lr, list(img_size), *objective)
+    """The VAE that the flags ask for, untrained or with the weights of --init_from, for images of [height, width]."""
+    names = ["hidden_dims", "num_filters", "z_dim", "lr", "beta", "objective", "train_samples"]
+    flags = {"model_name": args.model, "img_size": [*img_size], **{name: vars(args)[name] for name in names}}
+    if args.init_from:
+        return build_model(VAE, read_checkpoint(args.init_from), args.init_from, **flags)
+    model = VAE(**flags)
     if args.init == "he":
         he_init(model.encoder.net)
         he_init(model.decoder.net)
@@ -342,12 +367,14 @@ FLAGS = {
         "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
         "num_filters": Flag(32, "CNN: channels of the layers next to the image; the others have twice that", minimum=1),
         "init": Flag("pytorch", "MLP: initial weights; with He's, deeper ones learn faster", ["pytorch", "he"]),
+        "init_from": Flag(None, "Checkpoint whose weights the training starts from; by default it starts from --init"),
     },
     "training": {
         "lr": Flag(1e-3, "Learning rate of Adam", above=0),
         "lr_schedule": Flag("constant", "Learning rate: constant, or down along a cosine", ["constant", "cosine"]),
         "batch_size": Flag(128, "Images per minibatch, over all devices and nodes", minimum=1),
         "epochs": Flag(80, "Passes over the training images", minimum=1),
+        "patience": Flag(0, "Stop after this many epochs without a lower validation bpd; 0: never", minimum=0),
         "seed": Flag(42, "Seed of all random numbers", minimum=0),
         "objective": Flag("elbo", "What is maximised: the ELBO, or the importance-weighted bound", [*OBJECTIVES]),
         "train_samples": Flag(1, "Samples of the posterior per image in training and validation", minimum=1),
@@ -369,8 +396,9 @@ def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     args = make_parser().complete(args)
     check_run_flags(args)
     complete_dataset(args)
-    if args.init == "he" and args.model != "MLP":
-        raise FlagError("--init he is for the MLP only: leave it out, or use --model MLP")
+    complete_init_from(args)
+    if args.init == "he" and (args.model != "MLP" or args.init_from):
+        raise FlagError("--init he is for an MLP without --init_from: leave it out, or use --model MLP")
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):
         raise FlagError("--objective iwae has no KL divergence that --beta could weigh: leave out one of them")
     return args

@@ -162,14 +162,16 @@ def log_likelihood(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    mean, log_std = encoder(imgs)
+    outputs = encoder(imgs)
+    (mean, log_std), dtype = map(full_precision, outputs), outputs[0].dtype
     log_sum = torch.full((len(imgs),), -math.inf, device=imgs.device)
-    x = imgs.flatten(start_dim=1)
+    x = full_precision(imgs).flatten(start_dim=1)
     samples_at_once = max(chunk_size // len(imgs), 1)
     for start in range(0, num_samples, samples_at_once):
         eps = torch.randn(min(samples_at_once, num_samples - start), *mean.shape, device=mean.device)
         z = mean + log_std.exp() * eps
-        logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2]).flatten(start_dim=2)
+        logits = full_precision(decoder(z.flatten(0, 1).to(dtype)))
+        logits = logits.unflatten(0, z.shape[:2]).flatten(start_dim=2)
         log_p_x = torch.linalg.vecdot(logits, x) - sum_softplus(logits)
         log_weights = log_p_x + log_prior_ratio(z, eps, log_std)
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_weights, dim=0))

@@ -1,6 +1,7 @@
 """Checkpoints are data: written atomically, and read without running anything that a file may bring along."""
 
 import contextlib
+import hashlib
 import inspect
 import io
 import math
@@ -26,6 +27,7 @@ from harness.files import atomic_write
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.
 RUN, OLD_CALLBACK = "run", "EpochReport"
+INIT_CHECKSUM = "init_from_sha256"  # a flag that no one gives, see flags.CHECKSUM
 # What a run resumes from; checkpoints of other programs may lack any of them.
 PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
 # What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
@@ -192,11 +194,28 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
         keys = model.load_state_dict(weights, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = f"{short_reason(error)}{place_of(error)}"  # it may be the class that is wrong, not the file
-        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({reason})") from error
+        own = checkpoint.get("hyper_parameters", {})
+        changed = [f"{name} {own[name]}" for name in hyperparameters if name in own and own[name] != given[name]]
+        own = f"; it was trained with {', '.join(changed)}" if changed else ""
+        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({reason}){own}") from error
     for kind, names in zip(["lacks", "has too many"], keys):
         if names:
             rank_zero_warn(f"of the module's weights, {path} {kind}: {', '.join(names)}")
     return model.to(next((value.device for value in state_dict.values() if torch.is_tensor(value)), "cpu"))
+
+
+def complete_init_from(args):
+    """
+    Completes the flags by what identifies the checkpoint of the flag init_from: its absolute path and its SHA-256
+    checksum. Raises a UserError if it cannot be read.
+    """
+    vars(args).pop(INIT_CHECKSUM, None)  # of another run's flags
+    if args.init_from:
+        args.init_from = os.path.abspath(os.path.expanduser(args.init_from))
+        try:
+            setattr(args, INIT_CHECKSUM, hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest())
+        except OSError as error:
+            raise UserError(f"--init_from {args.init_from} cannot be read ({error.strerror})") from error
 
 
 def read_run_checkpoint(path):

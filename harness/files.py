@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike, keep_as: str | None = None, sync: bool
         if keep_as is not None and os.path.exists(path):
             os.replace(path, keep_as)
         os.replace(unfinished, path)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)  # on a full disk it would take the room that is left
         if not isinstance(error, OSError):

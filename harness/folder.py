@@ -173,7 +173,8 @@ def set_aside_results(folder, epoch, metric):
     that of the checkpoint to resume from, is before theirs: they would be lost.
     """
     try:
-        epochs = read_results(folder, metric)["hyperparameters"].get("epochs", 0)
+        results = read_results(folder, metric)
+        epochs = results.get("epochs", results["hyperparameters"].get("epochs", 0))  # fewer if it stopped early
     except (FileNotFoundError, ValueError):
         return
     if epoch < epochs:

@@ -45,6 +45,7 @@ class EpochReport(Checkpoint):
         self.device = None  # what trains, as in results.json
         self.history = []
         self.first_step = None  # the metric of the very first minibatch of training, before any update
+        self.should_stop = False  # whether a callback, such as EarlyStopping, has ended the training that is resumed
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         checkpoint[RUN] = {
@@ -52,13 +53,16 @@ class EpochReport(Checkpoint):
             "history": self.history,
             f"first_step_{self.metric}": self.first_step,
             "device": self.device,
+            "should_stop": trainer.should_stop,
             **self.experiment.keep(trainer.logger.log_dir),
         }
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         self.history, self.first_step = checkpoint[RUN]["history"], checkpoint[RUN].get(f"first_step_{self.metric}")
+        self.should_stop = checkpoint[RUN].get("should_stop", False)
 
     def on_fit_start(self, trainer, pl_module):
+        trainer.should_stop = self.should_stop  # Lightning does not resume it
         trainer.logger.epoch = self.history[-1]["epoch"] if self.history else 0
 
     def on_validation_start(self, trainer, pl_module):

@@ -272,6 +272,8 @@ class Run:
         trainer.strategy.barrier()  # rank 0 has written the checkpoints that all read
         if trainer.interrupted:
             raise RunError("training was interrupted")
+        if trainer.should_stop and (epoch := self.report.history[-1]["epoch"]) < trainer.max_epochs:
+            self.print(f"stopped early, after {epoch} of {trainer.max_epochs} epochs")
         self.fit_seconds = time.perf_counter() - fit_start
 
     def finish(self, test_result):
@@ -321,6 +323,7 @@ class Run:
             f"test_{self.metric}": test_value,
             f"best_val_{self.metric}": values[best_epoch],
             "best_epoch": best_epoch,
+            "epochs": self.report.history[-1]["epoch"],
             f"final_train_{self.metric}": self.report.history[-1].get(f"train_{self.metric}"),
             f"first_step_{self.metric}": self.report.first_step,
             **{name: self.flags[name] for name in ["dataset", "seed"] if name in self.flags},

@@ -34,7 +34,7 @@ def first_cells(name, flag):
     """The first two cells of a table for a flag of train_pl.FLAGS: its name with its choices, and its default."""
     choices = " {" + ",".join(map(str, flag.choices)) + "}" if flag.choices else ""
     shown = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
-    words = {name: "off" if flag.default is False else shown, "run_name": "(numbered)"}
+    words = {name: "off" if flag.default is False else shown, "run_name": "(numbered)", "init_from": "(none)"}
     return f"--{name}{choices}", words[name]
 
 

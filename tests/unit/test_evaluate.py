@@ -7,12 +7,15 @@ import io
 import json
 import math
 import shutil
+import sys
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributions as D
 
 import evaluate
+import likelihoods
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
 from harness.errors import DataError, FlagError, Terminated, UserError
 from pictures import explorer, latent_space
@@ -29,7 +32,8 @@ class TestEvaluate(SeededTest):
         self.load_data = mock.Mock(side_effect=functools.partial(small_loaders, sizes=(300, 100, 200)))
         self.out = self.folder / "out"
         coarse = functools.partial(quadrature_log_likelihood, step=0.2)
-        self.enter(mock.patch.multiple(evaluate, load_data=self.load_data, quadrature_log_likelihood=coarse))
+        self.enter(mock.patch.object(evaluate, "load_data", self.load_data))
+        self.enter(mock.patch.object(likelihoods, "quadrature_log_likelihood", coarse))
         self.enter(mock.patch.object(latent_space, "save_pictures"))
 
     def checkpoint(self, **flags):
@@ -103,11 +107,120 @@ class TestEvaluate(SeededTest):
         self.assertAlmostEqual(results["log_likelihood"], results["log_likelihood_by_quadrature"], delta=0.1)
         self.assertGreater(results["log_likelihood"], results["elbo"] + 0.5)
 
-    def test_a_progress_bar_is_shown_on_a_terminal(self):
-        with contextlib.redirect_stderr(io.StringIO()) as terminal:
-            terminal.isatty = lambda: True
-            self.evaluate(self.checkpoint()[0], progress_bar=True)
-        self.assertIn("100%", terminal.getvalue())
+    def test_a_terminal_shows_the_mean_so_far_and_a_progress_bar_if_it_is_wanted(self):
+        self.enter(mock.patch.object(likelihoods, "tqdm", functools.partial(likelihoods.tqdm, mininterval=0)))
+        for progress_bar in [False, True]:
+            with contextlib.redirect_stderr(io.StringIO()) as terminal:
+                terminal.isatty = lambda: True
+                self.evaluate(self.checkpoint()[0], progress_bar=progress_bar)
+            self.assertRegex(terminal.getvalue(), r"log p\(x\).* -\d+\.\d\d \+- \d+\.\d\d nats")
+            self.assertEqual("2/2" in terminal.getvalue(), progress_bar)
+            self.assertNotIn("%", "".join(self.lines))
+
+    def test_latents_are_a_file_with_the_numbers_of_each_image(self):
+        checkpoint, model = self.checkpoint()
+        for split, number in [("train", 300), ("validation", 100), ("test", 200)]:
+            with self.subTest(split):
+                path = self.folder / "new" / f"{split}.npz"
+                results, folder = self.evaluate(checkpoint, latents=path, split=split, iw_samples=2)
+                dataset = {"train": 0, "validation": 1, "test": 2}[split]
+                dataset = small_loaders(self.load_data.call_args.args[0], sizes=(300, 100, 200))[dataset].dataset
+                imgs, labels = dataset[torch.arange(number)]
+                arrays = dict(np.load(path))
+                floats = {name for name, array in arrays.items() if array.dtype == np.float32}
+                self.assertEqual(floats, {"mean", "log_std", "elbo", "log_likelihood"})
+                with torch.no_grad():
+                    mean, log_std = model.encoder(imgs)
+                np.testing.assert_allclose(arrays["mean"], mean, atol=1e-5)
+                np.testing.assert_allclose(arrays["log_std"], log_std, atol=1e-5)
+                np.testing.assert_array_equal(arrays["label"], labels)
+                for name in ["elbo", "log_likelihood"]:
+                    self.assertAlmostEqual(float(arrays[name].mean()), results[name], places=3)
+                self.assertEqual((results[f"{split}_images"], f"{split}_bpd" in results), (number, True))
+                self.assertEqual(folder.name, "evaluation" if split == "test" else f"evaluation_{split}")
+                self.assertEqual((folder / "explorer.html").exists(), split == "test")
+
+    def test_latents_are_kept_if_the_evaluation_is_interrupted_and_no_file_of_others_is_replaced(self):
+        checkpoint, _ = self.checkpoint()
+        path = self.folder / "latents.npz"
+        with mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, self.evaluate, checkpoint, latents=path)
+        self.assertEqual(sorted(np.load(path)), ["elbo", "label", "log_std", "mean"])
+        self.evaluate(checkpoint, latents=path)
+        content = path.read_bytes()
+        with mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, self.evaluate, checkpoint, latents=path)
+        self.assertEqual(path.read_bytes(), content)
+        np.savez(self.folder / "images.npz", train_images=1)
+        (self.folder / "text.npz").write_text("mine")
+        for name, words in [
+            ("images.npz", "--latents .*images.npz is another file"),
+            ("text.npz", "--latents .*text.npz is another file"),
+            ("latents.csv", "--latents must be the path of an .npz file, got .*latents.csv"),
+            ("text.npz/latents.npz", "cannot write to .*text.npz .*: choose another folder with --latents"),
+        ]:
+            with self.subTest(name), self.assertRaisesRegex(UserError, words):
+                self.evaluate(checkpoint, latents=self.folder / name)
+
+    def test_images_without_labels_have_latents_without_labels(self):
+        dataset = small_loaders(argparse.Namespace(batch_size=20))[2].dataset
+        dataset.labels = torch.full_like(dataset.labels, -1)
+        self.load_data.side_effect = lambda *args, **options: [None, None, argparse.Namespace(dataset=dataset)]
+        self.evaluate(self.checkpoint()[0], latents=self.folder / "latents.npz")
+        self.assertNotIn("label", np.load(self.folder / "latents.npz"))
+
+    def test_another_checkpoint_of_a_run_keeps_the_evaluation_of_the_first_one(self):
+        best, _ = self.checkpoint()
+        last = shutil.copy(best, best.with_name("last.ckpt"))
+        _, folder = self.evaluate(best)
+        content = (folder / "evaluation.json").read_bytes()
+        self.assertEqual(self.evaluate(last)[1].name, "evaluation_last")
+        self.assertEqual((folder / "evaluation.json").read_bytes(), content)
+        self.assertEqual(self.evaluate(best)[1].name, "evaluation")
+        with contextlib.redirect_stderr(io.StringIO()) as notes:
+            self.evaluate(last, out=folder)
+        self.assertEqual(
+            notes.getvalue(), f"note: {folder} had the evaluation of {best}, which that of {last} replaces\n"
+        )
+
+    def test_several_checkpoints_end_in_one_table_and_one_that_fails_does_not_stop_the_others(self):
+        best, _ = self.checkpoint()
+        last, gone = shutil.copy(best, best.with_name("last.ckpt")), best.with_name("gone.ckpt")
+        flags = ["--iw_samples", "2", "--accelerator", "cpu"]
+        for checkpoints, code in [([best, last], None), ([best, gone, last], "evaluate.py: error: not evaluated: .*")]:
+            argv = mock.patch.object(sys, "argv", ["evaluate.py", *map(str, checkpoints), *flags])
+            with argv, printed_lines() as lines, contextlib.redirect_stderr(io.StringIO()) as errors:
+                try:
+                    evaluate.main()
+                except SystemExit as end:
+                    self.assertRegex(end.code, code)
+                    self.assertIn(f"error: {gone} cannot be read", errors.getvalue())
+            results = json.loads((self.folder / "run" / "evaluation" / "evaluation.json").read_text())
+            cell = rf"{results['test_bpd']:.4f} \+- 0\.\d{{4}}  {results['elbo']:.2f} \+- "
+            self.assertRegex(lines[-3], "^checkpoint  +test bpd  +ELBO, nats  +log p.x., nats  +log p.x., bpd  +active")
+            self.assertRegex(lines[-2], rf"^{best}  {cell}.*  \d of 3$")
+            self.assertRegex(lines[-1], rf"^{last}  {cell}")
+        for flag in ["--out", "--latents"]:
+            argv = mock.patch.object(sys, "argv", ["evaluate.py", str(best), str(last), flag, "x.npz"])
+            with argv, contextlib.redirect_stderr(io.StringIO()) as errors, self.assertRaises(SystemExit) as end:
+                evaluate.main()
+            self.assertEqual(end.exception.code, 2)
+            self.assertIn(f"{flag} is for one checkpoint", errors.getvalue())
+
+    def test_an_evaluation_needs_no_checkpoint_that_the_training_started_from(self):
+        path, _ = self.checkpoint()
+        checkpoint = read_checkpoint(path)
+        checkpoint[RUN]["flags"].update(init_from="/gone.ckpt", init_from_sha256="0")
+        torch.save(checkpoint, path)
+        self.assertEqual(self.evaluate(path)[0]["epoch"], 3)
+
+    def test_pictures_that_are_interrupted_are_missing(self):
+        checkpoint, _ = self.checkpoint()
+        with mock.patch.object(latent_space, "save_pictures", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, self.evaluate, checkpoint)
+        results = json.loads((self.folder / "run" / "evaluation" / "evaluation.json").read_text())
+        self.assertEqual(results["missing"], ["pictures", "log_likelihood"])
+        self.assertTrue(self.lines[-1].startswith("Interrupted before pictures and log_likelihood; "))
 
     def test_numbers_and_pictures_that_take_seconds_come_first_and_are_kept_if_the_rest_is_interrupted(self):
         checkpoint, _ = self.checkpoint(z_dim=2)
@@ -122,7 +235,7 @@ class TestEvaluate(SeededTest):
             ("log_likelihood", 0, KeyboardInterrupt),
             (f"quadrature_{slow[0]}", 1, Terminated),
         ]:
-            interrupted = mock.patch.object(evaluate, function, side_effect=end)
+            interrupted = mock.patch.object(likelihoods, function, side_effect=end)
             still = mock.patch.object(evaluate, "estimate_seconds", return_value=3000.0)
             shutil.rmtree(folder)
             with self.subTest(function), interrupted, still, self.assertRaises(end):
@@ -138,7 +251,7 @@ class TestEvaluate(SeededTest):
         again, _ = self.evaluate(checkpoint)
         self.assertEqual({**again, "seconds": 0}, {**complete, "seconds": 0})
         interrupted = mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt)
-        exact = mock.patch.object(evaluate, "quadrature_log_likelihood", side_effect=KeyboardInterrupt)
+        exact = mock.patch.object(evaluate, "by_quadrature", side_effect=KeyboardInterrupt)
         still = mock.patch.object(evaluate, "estimate_seconds", return_value=0.0)
         for interrupt in [interrupted, exact]:  # the complete evaluation of the same weights is kept
             with interrupt, still, self.assertRaises(KeyboardInterrupt):
@@ -146,7 +259,7 @@ class TestEvaluate(SeededTest):
             self.assertEqual(json.loads((folder / "evaluation.json").read_text()), again)
 
     def test_the_mean_so_far_is_printed_every_tenth_of_the_way(self):
-        with mock.patch.object(evaluate, "BATCH_SIZE", 10):
+        with mock.patch.object(likelihoods, "BATCH_SIZE", 10):
             self.evaluate(self.checkpoint()[0])
         shown = [line for line in self.lines if "%" in line]
         self.assertEqual([line.split()[2] for line in shown], [f"{number}0%" for number in range(1, 10)])

@@ -10,7 +10,7 @@ import torch
 
 from harness import checkpoints, run, tensorboard
 from harness.flags import RUNTIME_FLAGS
-from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load
+from tests.helpers import Killed, NamedRunTest, assert_left_the_same, load, metrics, results
 from train_pl import VAE
 
 
@@ -87,6 +87,26 @@ class TestKilled(ResumedRunTest):
         for epoch in [1, 3]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.assert_resumes(after=3, **flags, num_workers=1)
+
+    def test_a_killed_run_resumes_if_it_stops_early(self):
+        """It is killed before the epoch after which it stops, then after its last checkpoint and before its results."""
+        values = [0.5, 0.3, 0.4, 0.4, 0.2]
+        flags = dict(epochs=5, patience=2)
+
+        def log_val_bpd(model):
+            model.log("val_bpd", values[model.current_epoch])
+
+        with mock.patch.object(VAE, "on_validation_epoch_end", log_val_bpd):
+            self.stop_at(VAE, "on_train_epoch_start", 3, **flags)
+            self.stop_at(VAE, "test_step", 4, **flags)
+            output = self.assert_resumes(after=4, **flags)
+            self.assertIn("stopped early, after 4 of 5 epochs\n", output)
+            found = results(self.run_folder())
+            self.assertEqual((found["epochs"], found["best_epoch"], len(metrics(self.run_folder()))), (4, 2, 5))
+            self.assertIn("is finished", self.train(**flags)[1])
+            self.train(**{**flags, "epochs": 6})  # which would have stopped after the same epoch
+        found = results(self.run_folder())
+        self.assertEqual((found["epochs"], found["hyperparameters"]["epochs"]), (4, 6))
 
 
 class TestCheckpoints(ResumedRunTest):

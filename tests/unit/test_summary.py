@@ -62,13 +62,15 @@ class TestSummary(SeededTest):
             ("b", 0.3, {"dataset": "/y/renamed.npz", "dataset_sha256": "a" * 64}),
             ("c", 0.4, {"dataset": "/x/own.npz", "dataset_sha256": "c" * 64}),
             ("d", 0.5, {"dataset": "mnist"}),
+            ("e", 0.6, {"dataset": "mnist", "init_from": "/x/best.ckpt", "init_from_sha256": "e" * 64}),
         ]:
-            self.add_run(name, bpd, **flags)
+            self.add_run(name, bpd, **{**flags, "init_from": flags.get("init_from")})
         with mock.patch.dict(sys.modules, train_pl=None):
             lines = self.summary("")
-        self.assertRegex(lines[1], r"dataset mnist +1 +0\.5000")
-        self.assertRegex(lines[2], r"dataset own\.npz \(aaaaaaaa\) +2 +0\.2000")
-        self.assertRegex(lines[3], r"dataset own\.npz \(cccccccc\) +1 +0\.4000")
+        self.assertRegex(lines[1], r"dataset mnist, init_from None +1 +0\.5000")
+        self.assertRegex(lines[2], r"dataset mnist, init_from best.ckpt \(eeeeeeee\) +1 +0\.6000")
+        self.assertRegex(lines[3], r"dataset own\.npz \(aaaaaaaa\), init_from None +2 +0\.2000")
+        self.assertRegex(lines[4], r"dataset own\.npz \(cccccccc\), init_from None +1 +0\.4000")
 
     def test_a_flag_that_an_older_version_lacks_had_its_default(self):
         self.add_run("old", 0.2)

@@ -5,6 +5,7 @@ tests/unit/test_train_pl.py`.
 
 import contextlib
 import copy
+import hashlib
 import io
 import itertools
 import math
@@ -12,11 +13,15 @@ import os
 import types
 from unittest import mock
 
+import pytorch_lightning as pl
 import torch
+import yaml
 
 import bmnist
 import train_pl
 from harness import processes, report, trainer
+from harness.errors import UserError
+from harness.folder import RunError
 from tests.helpers import (
     NamedRunTest,
     SeededTest,
@@ -24,6 +29,7 @@ from tests.helpers import (
     assert_left_the_same,
     load,
     metrics,
+    printed_lines,
     results,
     scalars_and_images,
     small_loaders,
@@ -232,6 +238,53 @@ class TestTraining(TrainingTest):
             _, output = self.train(progress_bar=True)
         self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")
         self.assertNotIn("epoch   1/1", output)
+
+
+class TestInitFrom(NamedRunTest):
+    def test_a_run_starts_from_the_weights_of_a_checkpoint(self):
+        """The checkpoint may be a bare state_dict. Its checksum is kept, and it is another run with another file."""
+        first, _ = self.train(run_name="first", epochs=2, lr=0.01)
+        path = self.folder / "first" / "checkpoints" / "best.ckpt"
+        torch.save(load(self.folder / "first", "best")["state_dict"], self.folder / "weights.pt")
+        for name, source in [("run", path), ("bare", self.folder / "weights.pt")]:
+            _, output = self.train(run_name=name, epochs=1, lr=1e-6, init_from=source)
+            self.assertIn(f"MLP with the weights of {source} on", output)
+            values = [float(metrics(self.folder / name)[epoch]["val_bpd"]) for epoch in [0, 1]]
+            for value in values:
+                self.assertAlmostEqual(value, results(self.folder / "first")["best_val_bpd"], delta=0.01)
+        flags = yaml.safe_load((self.folder / "run" / "hparams.yaml").read_text())
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.assertEqual((flags["init_from"], flags["init_from_sha256"]), (str(path), sha256))
+        self.assertIn("is finished", self.train(epochs=1, lr=1e-6, init_from=path)[1])
+        with self.assertRaisesRegex(RunError, "other hyperparameters .*init_from"):
+            self.train(epochs=1, lr=1e-6, init_from=self.folder / "weights.pt")
+
+    def test_weights_that_do_not_fit_are_refused_before_the_run_has_a_folder(self):
+        self.train(run_name="first", epochs=1)
+        path = self.folder / "first" / "checkpoints" / "best.ckpt"
+        (self.folder / "text.ckpt").write_text("no checkpoint")
+        for flags, words in [
+            ({"init_from": path, "z_dim": 4}, "best.ckpt does not fit VAE .*it was trained with z_dim 3$"),
+            ({"init_from": path, "model": "CNN"}, "it was trained with model_name MLP$"),
+            ({"init_from": path, "init": "he"}, "--init he is for an MLP without --init_from"),
+            ({"init_from": self.folder / "text.ckpt"}, "text.ckpt is no checkpoint"),
+            ({"init_from": self.folder / "gone.ckpt"}, "--init_from .*gone.ckpt cannot be read"),
+        ]:
+            with self.subTest(words), self.assertRaisesRegex(UserError, words):
+                self.train(**flags)
+            self.assertFalse(self.run_folder().exists())
+
+
+class TestCallbacks(NamedRunTest):
+    def test_your_own_callbacks_are_called(self):
+        class Stop(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                trainer.should_stop = trainer.current_epoch == 1
+
+        with printed_lines() as lines:
+            train_vae(self.namespace(accelerator="cpu"), callbacks=[Stop()])
+        self.assertIn("stopped early, after 2 of 6 epochs", lines)
+        self.assertEqual(results(self.run_folder())["epochs"], 2)
 
 
 class TestSchedules(NamedRunTest):

@@ -141,16 +141,27 @@ class TestTerms(SeededTest):
 
 
 class TestVAE(SeededTest):
-    def test_predict_gives_the_posterior_of_labelled_and_of_plain_images(self):
+    def test_predict_gives_the_latents_of_labelled_and_of_plain_images_in_any_precision(self):
         loader = small_loaders(argparse.Namespace(batch_size=20))[2]
         images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
         self.enter(process_settings())  # fewer warnings
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         model = VAE("MLP", [32], 4, 5, 1e-3)
-        expected = model.encoder(images.dataset[:][0])
-        for data in [loader, images]:
-            found = map(torch.cat, zip(*trainer.predict(model, data)))
-            torch.testing.assert_close(tuple(found), tuple(part.detach() for part in expected))
+        model.iw_samples = 50
+        with torch.no_grad():
+            mean, log_std = model.encoder(images.dataset[:][0])
+        options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        for data, precision in [(loader, "32-true"), (images, "32-true"), (loader, "bf16-mixed"), (loader, "64-true")]:
+            with self.subTest(precision):
+                parts = pl.Trainer(**options, precision=precision).predict(model, data)
+                found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                self.assertEqual("label" in found, data is loader)
+                if data is loader:
+                    self.assertTrue(torch.equal(found["label"], loader.dataset.labels))
+                tolerance = 0.02 if precision == "bf16-mixed" else 1e-5
+                torch.testing.assert_close(found["mean"].float(), mean, rtol=0, atol=tolerance)
+                torch.testing.assert_close(found["log_std"].float(), log_std, rtol=0, atol=tolerance)
+                self.assertLess(found["elbo"].mean(), found["log_likelihood"].mean())
+                self.assertGreater(found["elbo"].mean() + 20, found["log_likelihood"].mean())
 
     def test_an_unknown_kind_of_network_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "'MLP' or 'CNN'"):
