@@ -55,7 +55,8 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
     num_pixels, parts = dataset.images[0].numel(), batches(dataset)
     chunk_size = fit_batch(CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"], num_pixels)
     form = None if progress_bar else "{desc}  {percentage:3.0f}%{postfix}"
-    bar = tqdm(parts, "log p(x)", leave=progress_bar, bar_format=form, disable=not is_screen(sys.stderr))
+    is_shown = is_screen(sys.stderr) and (progress_bar or sys.stderr.isatty())  # a notebook would keep each state
+    bar = tqdm(parts, "log p(x)", leave=progress_bar, bar_format=form, disable=not is_shown)
     log_ps = []
     for number, indices in enumerate(bar, start=1):
         imgs = dataset[indices][0].to(model.device)

@@ -286,6 +286,11 @@ class TestCallbacks(NamedRunTest):
         self.assertIn("stopped early, after 2 of 6 epochs", lines)
         self.assertEqual(results(self.run_folder())["epochs"], 2)
 
+    def test_what_is_no_callback_is_refused_before_the_run_has_a_folder(self):
+        with self.assertRaisesRegex(UserError, "callbacks must be a list of pytorch_lightning.Callback, got "):
+            train_vae(self.namespace(accelerator="cpu"), callbacks=[object()])
+        self.assertFalse(self.run_folder().exists())
+
 
 class TestSchedules(NamedRunTest):
     def test_the_learning_rate_is_constant_or_falls_along_half_a_cosine(self):
