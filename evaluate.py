@@ -115,7 +115,8 @@ def evaluate_checkpoint(path, args):
         save_latents(latents, **values)
     legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
     name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
-    facts = {"run": run.resolve().name, "legend": legend, "dataset": name}
+    title = run.resolve().name if path.parent.name == "checkpoints" else path.stem
+    facts = {"run": title, "legend": legend, "dataset": name}
 
     def save_explorer():
         explore(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})

@@ -80,9 +80,10 @@ class TestDocs(SeededTest):
                     self.assertEqual((*namespace[variable].shape,), shape, line)
         return namespace
 
-    def test_each_page_with_python_has_a_test_here(self):
+    def test_each_page_with_python_has_a_test_here_or_needs_a_changed_package(self):
         pages = [page.name for page in PAGES if blocks_of(page)]
-        self.assertEqual(pages, ["README.md", "evaluation.md", "kl.md", "runs.md"])
+        self.assertEqual(pages, ["README.md", "conditional.md", "evaluation.md", "kl.md", "runs.md"])
+        self.assertIn('"conditional.md"', (REPOSITORY / "tests/programs/test_change_it.py").read_text())
 
     def test_shapes_in_comments_are_found(self):
         self.assertEqual(shapes("a, b = f(c)  # each [2, z_dim]: good"), [("a", (2, 3)), ("b", (2, 3))])
