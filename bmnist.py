@@ -1,19 +1,27 @@
 """
-MNIST and its relatives as binary images in memory: binarisation, splits, loaders. `python bmnist.py --data_dir DIR`
-downloads and checks the files ahead of time (the compute nodes of a cluster often have no network).
+MNIST, its relatives and your own images as binary images in memory: binarisation, splits, loaders. As a program,
+`python bmnist.py --data_dir DIR` downloads and checks MNIST's files ahead of time (the compute nodes of a cluster often
+have no network), and `python bmnist.py --dataset images.npz` checks your own file and saves a picture of its images.
 """
 
 import operator
 import os
+from argparse import Namespace
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.utils import save_image
 
 from harness.errors import DataError, exit_on_error, print_line  # noqa: F401 (bmnist.DataError)
-from harness.flags import Flag, Parser
-from sources import BINARIZATIONS, DATA_FLAGS, KINDS, NUM_VAL, TRAIN_SIZES, is_file, load_images, load_mnist
+from harness.files import atomic_write
+from harness.flags import Parser
+from sources import BINARIZATIONS, DATA_FLAGS, NUM_VAL, TRAIN_SIZES, describe, describe_classes, is_file, load_images
+from sources.mnist_files import KINDS, load_mnist
+
+BLOCK = 2**20  # pixels sampled at a time, which bounds the memory for masks and random numbers
 
 
 class BinaryImages(Dataset):
@@ -50,22 +58,28 @@ class BinaryImages(Dataset):
 class SampledImages(BinaryImages):
     """
     Images whose pixels are sampled from Bernoulli(intensity / 255), as in most of the literature (Salakhutdinov &
-    Murray 2008). The attribute `images` contains the samples, as intensities 0 and 255; the given images stay as they
-    are. The seed is that of the first samples, see redraw.
+    Murray 2008). The attribute `images` contains the samples, as intensities 0 and 255, one byte per pixel beside the
+    given images, which are neither copied nor changed. The seed is that of the first samples, see redraw.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0):
-        super().__init__(images.clone(), labels)
-        self.grey = images.flatten().gt(0).logical_and_(images.flatten() < 255).nonzero().squeeze(1)
-        self.intensities = images.flatten()[self.grey]  # the other pixels never change
+        self.intensities = images.contiguous()
+        super().__init__(self.intensities.clone(), labels)
         self.redraw(seed)
 
     def redraw(self, seed: int):
         """Samples all pixels again, in place; the same seed gives the same pixels on the same kind of device."""
         generator = torch.Generator(self.images.device).manual_seed(seed)
         # Of 255 equally likely numbers, `intensity` are below it.
-        numbers = torch.empty_like(self.intensities).random_(0, 255, generator=generator)
-        self.images.view(-1)[self.grey] = torch.where(numbers < self.intensities, 255, 0).to(torch.uint8)
+        if self.images.device.type != "cpu":  # a number for every pixel: a GPU would wait for the size of a mask
+            self.images.random_(0, 255, generator=generator).lt_(self.intensities).mul_(255)
+            return
+        blocks = zip(self.intensities.view(-1).split(BLOCK), self.images.view(-1).split(BLOCK))
+        for intensities, samples in (map(Tensor.numpy, block) for block in blocks):  # NumPy's masks are faster
+            is_grey = (intensities > 0) & (intensities < 255)  # the other pixels never change
+            intensities = intensities[is_grey]
+            numbers = torch.empty(len(intensities), dtype=torch.uint8).random_(0, 255, generator=generator).numpy()
+            samples[is_grey] = (numbers < intensities) * np.uint8(255)
 
 
 class ImageLoader(DataLoader):
@@ -198,17 +212,33 @@ def load_data(args, download: bool = True, sampler: Callable | None = None) -> t
     return loaders
 
 
+def save_grid(path: str | os.PathLike, dataset: BinaryImages):
+    """Saves 32 images, evenly spread over a data set, as a PNG file, each with its binary version to its right."""
+    images = dataset.images[torch.arange(32) * (len(dataset) - 1) // 31]
+    pairs = torch.stack([images.unsqueeze(1) / 255, binarize(images)], dim=1).flatten(0, 1)
+    with atomic_write(path) as unfinished:
+        save_image(pairs, unfinished, format="png", nrow=8, pad_value=0.5)
+
+
 def main():
-    flags = {"data_dir": DATA_FLAGS["data"]["data_dir"], "dataset": Flag("mnist", "MNIST or a relative", [*KINDS])}
-    parser = Parser("Downloads MNIST or a relative, checks it and prints its splits.", {"data": flags})
-    args = parser.parse_args()
+    flags = {name: DATA_FLAGS["data"][name] for name in ["dataset", "data_dir"]}
+    parser = Parser("Checks images before a training and prints their splits. Downloads MNIST.", {"data": flags})
     with exit_on_error(parser):
-        loaders, name = bmnist(args.data_dir, kind=args.dataset), KINDS[args.dataset].__name__
-        folder = os.path.join(os.path.expanduser(args.data_dir), name, "raw")
-        print_line(f"{name} in {folder}: all four files verified")
+        args = Parser("", DATA_FLAGS).complete(parser.parse_args())  # with the defaults of the other flags
+        loaders = load_data(Namespace(**vars(args), batch_size=1, devices=1, num_nodes=1))
+        if kind := KINDS.get(args.dataset):
+            folder = os.path.join(os.path.expanduser(args.data_dir), kind.__name__, "raw")
+            print_line(f"{kind.__name__} in {folder}: all four files verified")
+        else:
+            print_line(describe(args, loaders))
         for split, loader in zip(["train", "validation", "test"], loaders):
             images = loader.dataset.images
-            print_line(f"{split:10}  {len(images):6,} images  ink {binarize(images).mean().item():.2%}")
+            print_line(f"{split:10}  {len(images):6,} images  ink {(images > 127).sum().item() / images.numel():.2%}")
+        if not kind:
+            print_line(f"labels      {describe_classes(loaders)}")
+            path = f"{os.path.basename(args.dataset).removesuffix('.npz')}_grid.png"
+            save_grid(path, loaders[0].dataset)
+            print_line(f"32 training images, each with its binary version to its right: {path}")
 
 
 if __name__ == "__main__":

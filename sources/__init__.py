@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 
+import torch
 from torch import Tensor
 
 from harness.errors import DataError
@@ -89,3 +90,11 @@ def describe(args: argparse.Namespace, loaders: tuple) -> str:
     if is_file(args.dataset):
         text += f" of {'x'.join(map(str, train.images.shape[1:]))}, {loaders[0].reading}"
     return text
+
+
+def describe_classes(loaders: tuple) -> str:
+    """How many classes the labels of all data sets have, and which numbers, for people."""
+    classes = torch.cat([loader.dataset.labels for loader in loaders]).unique().tolist()
+    if classes[0] < 0:
+        return "none, so the latent space has no colours"
+    return f"{len(classes)} classes, from {classes[0]} to {classes[-1]}"

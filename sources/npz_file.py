@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import zipfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +71,8 @@ def load_file(path: str, sha256: str | None = None) -> OwnImages:
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as content:
-                known, names = [name for name in content.files if name in NAMES], ", ".join(content.files)
-                arrays = {name: np.ascontiguousarray(content[name]) for name in known}
+                names = content.files
+                arrays = {name: np.ascontiguousarray(content[name]) for name in names if name in NAMES}
         except MemoryError as error:
             raise DataError(f"the memory is too small for {path}, or it is damaged ({error!r})") from error
         except Exception as error:  # a damaged file may raise anything
@@ -84,14 +85,17 @@ def load_file(path: str, sha256: str | None = None) -> OwnImages:
         raise DataError(f"{path} is invalid: {error}") from error
 
 
-def read_arrays(given: dict, names: str) -> OwnImages:
+def read_arrays(given: dict, names: list) -> OwnImages:
     """
-    The OwnImages of arrays by name; names are those of all arrays of the file, for people. Raises a ValueError that
-    says what is wrong with them.
+    Turns arrays into OwnImages. Raises a ValueError that says what is wrong with them.
+    Inputs:
+        given - Dict of the arrays by name. It is emptied, so that each array can be freed when it has been read.
+        names - Names of all arrays of the file.
     """
     arrays, notes = {NAMES[name]: array for name, array in given.items()}, []
     if len(arrays) < len(given):
         raise ValueError(f"it has both kinds of names, {' and '.join(sorted(given))}: leave one of them out")
+    given.clear()
     for part, minimum in [("train", MIN_IMAGES), ("test", MIN_IMAGES), ("val", 1)]:
         images, labels = f"{part}_images", f"{part}_labels"
         if images in arrays:
@@ -99,9 +103,10 @@ def read_arrays(given: dict, names: str) -> OwnImages:
             array = arrays.get(labels, np.full(len(arrays[images]), -1))
             arrays[labels] = flat_labels(array, f"its {labels}", len(arrays[images]), notes)
         elif part != "val":
-            raise ValueError(
-                f"it lacks {images} (or x_{part}), images of shape [N,H,W]; it has {names or 'no arrays'}"[:300]
-            )
+            found = listed(names, 200) or "no arrays"
+            raise ValueError(f"it lacks {images} (or x_{part}), images of shape [N,H,W]; it has {found}")
+        else:
+            arrays.pop(labels, None)
     sizes = [arrays[name].shape[1:] for name in arrays if name.endswith("images")]
     if len({*sizes}) > 1:
         both = " and of ".join(f"{height}x{width}" for height, width in dict.fromkeys(sizes))
@@ -109,10 +114,18 @@ def read_arrays(given: dict, names: str) -> OwnImages:
     if len({labels.max() < 0 for name, labels in arrays.items() if name.endswith("labels")}) > 1:
         raise ValueError("it has labels of some parts alone: give labels of every part, or none")
     num_val = len(arrays["val_images"]) if "val_images" in arrays else None
+    not_used = listed([name for name in names if NAMES.get(name) not in arrays], 60)
     for kind in ["images", "labels"] if num_val else []:
-        arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays[f"val_{kind}"]])
+        arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays.pop(f"val_{kind}")])
     tensors = [torch.from_numpy(arrays[name]) for name in PARTS]
-    return OwnImages(*tensors, num_val, "".join(f", {note}" for note in dict.fromkeys(notes)))
+    reading = "".join(f", {note}" for note in dict.fromkeys(notes))
+    return OwnImages(*tensors, num_val, reading + (f" (not used: {not_used})" if not_used else ""))
+
+
+def listed(names: list, length: int) -> str:
+    """Names on one line, of which those after `length` characters are left out."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in ", ".join(names))
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray:
@@ -133,10 +146,10 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
         raise ValueError(f"{name} has {len(images)} images, and must have {minimum} or more")
     low, high = images.min(), images.max()
     if images.dtype == bool:
-        images = images.astype(np.uint8) * 255
+        images = images.view(np.uint8) * np.uint8(255)
         notes.append("bool read as black and white")
     elif images.dtype.kind == "f" and low >= 0 and high <= 1:
-        images = (images * 255).round().astype(np.uint8)
+        images = in_blocks(images, lambda block: (block * 255).round())
         notes.append("floats from 0 to 1 read as intensities")
     elif images.dtype.kind not in "iuf" or not 0 <= low <= high <= 255:
         possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
@@ -144,15 +157,15 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
     elif high == 1:
         raise ValueError(f"{name} has the values 0 and 1 alone: store {name.split()[-1]} == 1, or 255 times it")
     elif images.dtype.kind == "f":
-        images = images.round()
+        images = in_blocks(images, np.round)
     images = images.astype(np.uint8, copy=False)
     if channels:
         images = np.moveaxis(images, channels[0], -1)
         if images.shape[-1] == 3:
             weights = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
-            images = np.concatenate([(block @ weights).round().astype(np.uint8) for block in blocks(images)])
+            images = in_blocks(images, lambda block: (block @ weights).round())
             notes.append("RGB turned to grey")
-        images = images.reshape(images.shape[:3]).astype(np.uint8)
+        images = images.reshape(images.shape[:3])
     if images.max() <= 127:
         values = f"its values go from {low} to {high}"
         raise ValueError(f"no pixel of {name} is above 127 ({values}): intensities go from 0 to 255, white being 255")
@@ -168,9 +181,13 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
     return np.ascontiguousarray(images)
 
 
-def blocks(images):
-    """Some 1,000 images at a time, so that the memory for intermediate floats is bounded."""
-    return np.array_split(images, len(images) // 1000 + 1)
+def in_blocks(images: np.ndarray, function: Callable) -> np.ndarray:
+    """Applies a function to some images at a time, so that the memory for floats is bounded. Returns them as uint8."""
+    blocks = np.array_split(images, images.size // 2**22 + 1)
+    result = np.empty((len(images), *function(blocks[0][:1]).shape[1:]), np.uint8)
+    for block, part in zip(blocks, np.array_split(result, len(blocks))):
+        part[:] = function(block)
+    return result
 
 
 def flat_labels(labels: np.ndarray, name: str, number: int, notes: list) -> np.ndarray:

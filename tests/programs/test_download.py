@@ -1,11 +1,22 @@
-"""Several processes that download a stand-in for MNIST: `python -m unittest tests/programs/test_download.py`."""
+"""bmnist.py as a program, and several processes that download: `python -m unittest tests/programs/test_download.py`."""
 
 import contextlib
 import threading
 
+import numpy as np
+from PIL import Image
+
 from sources import mnist_files
 from tests.helpers import REPOSITORY, CommandTest
-from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
+from tests.helpers.fake_data import (
+    known_files,
+    known_resources,
+    mirror,
+    own_images,
+    small_mnist,
+    stand_in_code,
+    write_npz,
+)
 
 
 class TestDownload(CommandTest):
@@ -58,3 +69,47 @@ class TestDownload(CommandTest):
         stdout, stderr = self.start_program().communicate(timeout=120)
         self.assertEqual((stdout.splitlines()[-1], stderr), ("60", ""))
         self.assert_complete()
+
+
+class TestCheck(CommandTest):
+    def check(self, dataset):
+        """Exit code, stdout and stderr of the program."""
+        return self.run_command("bmnist.py", "--dataset", dataset)
+
+    def files(self):
+        """The names in the test's folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def test_your_own_file_is_checked_and_shown(self):
+        """A second check replaces the picture."""
+        labels = dict(train_labels=np.arange(200) // 50, test_labels=np.arange(100) % 4)
+        write_npz(self.folder, train_images=np.stack([own_images(200)] * 3, axis=-1), **labels)
+        for _ in range(2):
+            code, stdout, stderr = self.check("own.npz")
+            self.assertEqual((code, stderr), (0, ""))
+            head, train, val, test, classes, picture = stdout.splitlines()
+            reading = "180 training images of 20x14, the 20 after them validate, RGB turned to grey"
+            self.assertEqual(head, f"own.npz, {reading}")
+            self.assertRegex(train, r"^train          180 images  ink \d+\.\d\d%$")
+            self.assertRegex(val, r"^validation      20 images  ink ")
+            self.assertRegex(test, r"^test           100 images  ink ")
+            self.assertEqual(classes, "labels      4 classes, from 0 to 3")
+            self.assertTrue(picture.endswith(": own_grid.png"), picture)
+            self.assertEqual(self.files(), ["own.npz", "own_grid.png"])
+            with Image.open(self.folder / "own_grid.png") as grid:
+                self.assertEqual((grid.format, grid.size), ("PNG", (8 * 16 + 2, 8 * 22 + 2)))
+
+    def test_an_error_is_one_line_and_leaves_no_file(self):
+        write_npz(self.folder, "few.npz", train_images=own_images(9))
+        write_npz(self.folder)
+        (self.folder / "own_grid.png").mkdir()
+        before = self.files()
+        for dataset, code, words in [
+            ("cifar", 2, "--dataset must be one of mnist, fashion, kmnist, rendered, or the path of an .npz file"),
+            ("few.npz", 1, "few.npz is invalid: its train_images has 9 images"),
+            ("nothing.npz", 1, "nothing.npz cannot be read (No such file or directory): give"),
+            ("own.npz", 1, "cannot write own_grid.png"),
+        ]:
+            with self.subTest(dataset):
+                self.assert_one_line(self.check(dataset), code, "bmnist.py: error: ", words)
+                self.assertEqual(self.files(), before)

@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import io
+import subprocess
 import sys
+import unittest
 from collections import Counter
 from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler, default_collate, random_split
 
 import bmnist
 from sources.npz_file import OwnImages
 from sources.rendered_digits import rendered_digits
-from tests.helpers import SeededTest
+from tests.helpers import REPOSITORY, SeededTest
 
 NUM_TRAIN, NUM_TEST = 60_000, 10_000  # MNIST's
 
@@ -107,6 +110,36 @@ class TestImages(SeededTest):
         self.assertAlmostEqual((draws.mean(dim=0).flatten() - intensities).mean().item(), 0, delta=0.002)
         torch.testing.assert_close(torch.corrcoef(draws[:, 0, 7, 8:].T), torch.eye(8), atol=0.08, rtol=0)
         self.assertTrue(torch.equal(images, before))
+
+    def test_blocks_of_pixels_change_no_sample(self):
+        """The random numbers of all grey pixels come in order, whatever the size of a block is."""
+        images, samples = torch.randint(0, 256, (7, 5, 3), dtype=torch.uint8), []
+        for block in [2**20, 8]:
+            with mock.patch.object(bmnist, "BLOCK", block):
+                samples.append(bmnist.SampledImages(images, torch.arange(7), seed=3).images)
+        grey = images[(images > 0) & (images < 255)]
+        numbers = torch.empty_like(grey).random_(0, 255, generator=torch.Generator().manual_seed(3))
+        expected = images.clone()
+        expected[(images > 0) & (images < 255)] = torch.where(numbers < grey, 255, 0).to(torch.uint8)
+        self.assertTrue(torch.equal(samples[0], expected) and torch.equal(samples[1], expected))
+
+    @unittest.skipUnless(sys.platform == "linux", "the peak of a process is read from Linux's /proc")
+    def test_stochastic_photographs_take_less_than_4_bytes_per_pixel(self):
+        """This includes the given images and the peak while the pixels are sampled, in a process of its own."""
+        code = (
+            "import re, torch, bmnist\n"
+            "def peak():\n"  # resource's maximum would be that of the tests, which started the process
+            "    return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+            "images = torch.full((8_000, 64, 64), 100, dtype=torch.uint8)\n"
+            "before = peak()\n"
+            "bmnist.SampledImages(images, torch.arange(8_000)).redraw(1)\n"
+            "print(1 + (peak() - before) / images.numel())\n"
+        )
+        command, options = [sys.executable, "-c", code], dict(cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run(command, **options, timeout=300)
+        self.assertEqual(done.stderr, "")
+        self.assertGreater(float(done.stdout), 1.5)  # the samples were counted
+        self.assertLess(float(done.stdout), 4)
 
     def test_the_data_sets_work_with_torchs_classes(self):
         """Subset, ConcatDataset and torch's own DataLoader accept them, like torchvision's MNIST."""
@@ -205,12 +238,24 @@ class TestLoadData(SeededTest):
                 self.assertEqual(loaders[0].reading, f"{which}, read well" if dataset == "own.npz" else "")
 
 
+class TestGrid(SeededTest):
+    def test_pairs_of_evenly_spread_images(self):
+        """Each image is followed by its binary version, 4 pairs per row: of sorted images, every class is there."""
+        images = torch.arange(249, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 4, 3)  # 32 of them: 0, 8, 16 ...
+        bmnist.save_grid(self.folder / "grid.png", bmnist.BinaryImages(images, torch.arange(249)))
+        picture = np.asarray(Image.open(self.folder / "grid.png"))[..., 0]
+        self.assertEqual(picture.shape, (8 * 6 + 2, 8 * 5 + 2))
+        shown = picture[2::6, 2::5].reshape(32, 2)
+        self.assertEqual(shown[:, 0].tolist(), list(range(0, 249, 8)))
+        self.assertEqual(shown[:, 1].tolist(), [0] * 16 + [255] * 16)
+
+
 class TestProgram(SeededTest):
     def main(self, **load):
         """What the program prints on a terminal that knows only ASCII, and its exit code or last line."""
         output, code = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True), None
         argv = mock.patch.object(sys, "argv", ["bmnist.py", "--data_dir", "здесь", "--dataset", "kmnist"])
-        with argv, mock.patch.object(bmnist, "bmnist", **load), contextlib.redirect_stdout(output):
+        with argv, mock.patch.object(bmnist, "load_data", **load), contextlib.redirect_stdout(output):
             try:
                 bmnist.main()
             except SystemExit as end:

@@ -98,6 +98,19 @@ class TestLoadFile(SeededTest):
                 is_labelled = {"train_labels", "y_train"} & arrays.keys() and "several" not in reading
                 self.assertEqual(found.train_labels.tolist(), classes.tolist() if is_labelled else [-1] * 200)
 
+    def test_arrays_that_are_not_used_are_named(self):
+        """In few characters of one line. Labels of validation images without the images are not used, either."""
+        for arrays, reading in [
+            (dict(mean=np.zeros(3), val_labels=np.array(["a"])), " (not used: mean, val_labels)"),
+            (
+                {"a\nb": np.zeros(3), "train_images": own_images(200) > 127},
+                ", bool read as black and white (not used: a?b)",
+            ),
+            (dict.fromkeys(["x" * 50, "y" * 50], np.zeros(3)), f" (not used: {'x' * 50}, {'y' * 8}...)"),
+        ]:
+            with self.subTest(reading):
+                self.assertEqual(load_file(str(write_npz(self.folder, **arrays))).reading, reading)
+
     def test_its_own_validation_images_come_last(self):
         val, classes = own_images(250)[200:], np.arange(200) % 3
         labels = dict(train_labels=classes, val_labels=classes[:50, None], test_labels=classes[:100])
