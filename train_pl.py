@@ -297,7 +297,8 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
 
     def load(args, **options):
         loaders = load_data(args, **options)
-        make_vae(args, loaders[0].dataset.images.shape[1:])  # if --init_from does not fit, before the run has a folder
+        if args.init_from:  # if it does not fit, this is an error before the run has a folder
+            make_vae(args, loaders[0].dataset.images.shape[1:])
         return loaders
 
     with Run(args, make_parser().defaults, experiment(args), [generate, *schedules(args), *callbacks]) as run:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmnist
-import evaluate
+import likelihoods
 import train_torch
 import utils
 from harness import devices
@@ -99,14 +99,14 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
         tensors = torch.zeros(6, 28, 28, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
         test_set = bmnist.BinaryImages(*(self.fake(tensor, cpu) for tensor in tensors))
 
-        def likelihoods(device, model, imgs):
+        def numbers(device, model, imgs):
             coarse = functools.partial(utils.quadrature_log_likelihood, step=1.0)
-            with mock.patch.object(evaluate, "quadrature_log_likelihood", coarse):
-                found = [*evaluate.posteriors(model, test_set), evaluate.log_likelihoods(model, test_set, iw_samples=5)]
-                found.append(evaluate.by_quadrature(model, test_set))
+            with mock.patch.object(likelihoods, "quadrature_log_likelihood", coarse):
+                found = [*likelihoods.posteriors(model, test_set), likelihoods.by_quadrature(model, test_set)]
+            found.append(likelihoods.log_likelihoods(model, test_set, iw_samples=5))
             self.assertEqual(({values.device for values in found}, model.device), ({cpu}, device))
 
-        self.check(likelihoods, VAE)
+        self.check(numbers, VAE)
 
 
 class TestPickDevice(SeededTest):
@@ -249,8 +249,8 @@ class TestMemoryOfAnEvaluation(SeededTest):
                 raise error
             return torch.zeros(len(imgs))
 
-        self.enter(mock.patch.multiple(evaluate, log_likelihood=log_likelihood, BATCH_SIZE=10))
-        self.enter(mock.patch.dict(evaluate.CHUNK_SIZE, cpu=64))
+        self.enter(mock.patch.multiple(likelihoods, log_likelihood=log_likelihood, BATCH_SIZE=10))
+        self.enter(mock.patch.dict(likelihoods.CHUNK_SIZE, cpu=64))
         for error, most, expected in [
             (torch.OutOfMemoryError("CUDA out of memory"), 20, [64, 32, 16, 16, 16, 16, 16]),
             (cpu_error, 20, [64, 32, 16, 16, 16, 16, 16]),
@@ -260,13 +260,13 @@ class TestMemoryOfAnEvaluation(SeededTest):
             sizes = []
             fails = self.assertRaises(RuntimeError) if len(expected) < 5 else contextlib.nullcontext()
             with self.subTest(error=error, most=most), printed_lines(), fails as caught, torch.no_grad():
-                evaluate.log_likelihoods(model, test_set, 5)
+                likelihoods.log_likelihoods(model, test_set, 5)
             self.assertEqual((sizes, caught and str(caught.exception)), (expected, caught and str(error)))
 
     def test_larger_images_take_no_more_memory_than_those_of_mnist(self):
         for num_images, height, width, expected in [(8, 28, 28, 8), (8, 7, 7, 8), (8, 56, 56, 2), (8, 280, 2800, 1)]:
             with self.subTest(height=height, width=width):
-                self.assertEqual(evaluate.fit_batch(num_images, height * width), expected)
+                self.assertEqual(likelihoods.fit_batch(num_images, height * width), expected)
 
 
 class TestCPU(SeededTest):
