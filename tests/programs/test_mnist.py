@@ -1,8 +1,14 @@
 """Programs on MNIST itself, if ../shared/data or ../data has it: `python -m unittest tests/programs/test_mnist.py`."""
 
+import re
 import unittest
 
-from tests.helpers import MNIST_DIR, NO_MNIST, NO_NETWORK, CommandTest
+import torch
+
+from bmnist import bmnist
+from likelihoods import posteriors, statistics
+from tests.helpers import MNIST_DIR, NO_MNIST, NO_NETWORK, REPOSITORY, CommandTest
+from train_pl import VAE
 
 
 @unittest.skipUnless(MNIST_DIR, NO_MNIST)
@@ -26,3 +32,19 @@ class TestMNIST(CommandTest):
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--model", "CNN", "--epochs", "1")
         self.assertTrue(0.99 < results["first_step_bpd"] < 1.1)
         self.assertLess(results["test_bpd"], 0.32)
+
+    def test_the_trained_weights_in_the_repository_have_the_figures_of_both_tables(self):
+        dataset = bmnist(MNIST_DIR)[2].dataset
+        readme = (REPOSITORY / "README.md").read_text()
+        for name in ["mlp_2", "mlp_20", "cnn_20"]:
+            with self.subTest(name), torch.no_grad():
+                model = VAE.load_from_checkpoint(REPOSITORY / "pretrained" / f"{name}.ckpt").eval()
+                torch.manual_seed(0)
+                elbos, _, _ = posteriors(model, dataset)
+                numbers = statistics("elbo", elbos, dataset, "bpd")
+                row = re.search(rf"\| `{name}.ckpt` .*", (REPOSITORY / "pretrained" / "README.md").read_text())[0]
+                bpd, elbo = (float(number) for number in re.findall(r"\| (-?[\d.]+) \+- ", row)[:2])
+                self.assertAlmostEqual(numbers["bpd"], bpd, delta=0.0002)
+                self.assertAlmostEqual(numbers["elbo"], elbo, delta=0.1)
+                for cell in re.findall(r"-?[\d.]+ \+- [\d.]+", row):
+                    self.assertTrue(f"| {cell} |" in readme, cell)
