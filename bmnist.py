@@ -222,7 +222,7 @@ def save_grid(path: str | os.PathLike, dataset: BinaryImages):
 
 def main():
     flags = {name: DATA_FLAGS["data"][name] for name in ["dataset", "data_dir"]}
-    parser = Parser("Checks images before a training and prints their splits. Downloads MNIST.", {"data": flags})
+    parser = Parser("Checks images and prints their splits; saves NAME_grid.png of your own.", {"data": flags})
     with exit_on_error(parser):
         args = Parser("", DATA_FLAGS).complete(parser.parse_args())  # with the defaults of the other flags
         loaders = load_data(Namespace(**vars(args), batch_size=1, devices=1, num_nodes=1))
@@ -233,7 +233,10 @@ def main():
             print_line(describe(args, loaders))
         for split, loader in zip(["train", "validation", "test"], loaders):
             images = loader.dataset.images
-            print_line(f"{split:10}  {len(images):6,} images  ink {(images > 127).sum().item() / images.numel():.2%}")
+            ink = (images > 127).sum().item() / images.numel()
+            print_line(f"{split:10}  {len(images):6,} images  ink {ink:.2%}")
+        if ink > 0.5:
+            print_line("note: most pixels are 1: if these are dark drawings on white, store 255 - images")
         if not kind:
             print_line(f"labels      {describe_classes(loaders)}")
             path = f"{os.path.basename(args.dataset).removesuffix('.npz')}_grid.png"

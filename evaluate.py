@@ -86,7 +86,7 @@ def evaluate_checkpoint(path, args):
     start, run = time.perf_counter(), run_folder(path)
     model, dataset, flags, epoch = load(path, run, args)
     folder = folder_of_results(args, path, run)
-    prepare(folder, path)
+    prepare(folder, path, flags.dataset)
     latents = Path(args.latents).expanduser() if args.latents else None
     if latents:
         check_latents(latents)
@@ -264,10 +264,10 @@ def flags_of_training(checkpoint, path, run, args):
     return flags
 
 
-def prepare(folder, path):
+def prepare(folder, path, dataset):
     """
-    Makes the folder of a checkpoint's results, and says so if they replace those of another one. Raises a UserError if
-    it cannot be written or contains files of others.
+    Makes the folder of the results, and says so if they replace those of another checkpoint or of other data. Raises a
+    UserError if it cannot be written or contains files of others.
     """
     try:
         there = [name for name in [RESULTS, EXPLORER, *latent_space.FILES] if os.path.lexists(folder / name)]
@@ -281,8 +281,9 @@ def prepare(folder, path):
             "folder with --out"
         )
     check_writable(folder, "--out")
-    if (older := earlier_results(folder).get("checkpoint", str(path))) != str(path):
-        warn(f"note: {folder} had the evaluation of {older}, which that of {path} replaces")
+    older = earlier_results(folder)
+    if (about := [older.get("checkpoint"), older.get("dataset")]) not in [[None, None], [str(path), dataset]]:
+        warn(f"note: {folder} had the evaluation of {' on '.join(map(str, about))}, which is replaced")
 
 
 def check_writable(folder, flag):
@@ -297,7 +298,7 @@ def check_writable(folder, flag):
 
 def make_parser() -> Parser:
     """The parser of the flags of `python evaluate.py`."""
-    return Parser("Evaluates checkpoints of train_pl.py on their test sets.", FLAGS)
+    return Parser("Evaluates checkpoints of train_pl.py.", FLAGS)
 
 
 def print_beginning(results: dict, split: str, folder: Path, seconds: float):
@@ -339,11 +340,13 @@ def print_numbers(numbers: dict, split: str):
 
 def table(evaluations: dict[str, dict], split: str) -> list[str]:
     """Lines of text: a row for each checkpoint, a dict from its path to its results."""
-    rows = [["checkpoint", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
+    rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
     for path, results in evaluations.items():
         quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
         cells = [with_error(results, name, digits) for name, digits in quantities.items()]
-        rows.append([path, *cells, f"{results['active_units']} of {results['z_dim']}"])
+        rows.append(
+            [path, os.path.basename(results["dataset"]), *cells, f"{results['active_units']} of {results['z_dim']}"]
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -370,7 +373,7 @@ def evaluate_all(paths: list[str], flags: dict):
 
 def main():
     parser = make_parser()
-    parser.add_argument("checkpoint", nargs="+", help="The checkpoint: of a run, RUN/checkpoints/best.ckpt; or several")
+    parser.add_argument("checkpoint", nargs="+", help="One or more checkpoints, such as RUN/checkpoints/best.ckpt")
     flags = vars(parser.parse_args())
     paths = flags.pop("checkpoint")
     with exit_on_error(parser):

@@ -370,7 +370,7 @@ FLAGS = {
         "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
         "num_filters": Flag(32, "CNN: channels of the layers next to the image; the others have twice that", minimum=1),
         "init": Flag("pytorch", "MLP: initial weights; with He's, deeper ones learn faster", ["pytorch", "he"]),
-        "init_from": Flag(None, "Checkpoint whose weights the training starts from; by default it starts from --init"),
+        "init_from": Flag(None, "Checkpoint whose weights the training starts from, instead of --init"),
     },
     "training": {
         "lr": Flag(1e-3, "Learning rate of Adam", above=0),

@@ -40,7 +40,7 @@ def known_dataset(value):
 DATA_FLAGS = {
     "data": {
         "dataset": Flag("mnist", f"Images: {NAMES}", parse=known_dataset),
-        "data_dir": Flag("../data/", "Directory of MNIST, which is in MNIST/raw; downloaded where missing"),
+        "data_dir": Flag("../data/", "Directory that contains MNIST/raw; what is missing there is downloaded"),
         "binarization": Flag("threshold", "Pixels: intensity above 0.5, or sampled for every epoch", BINARIZATIONS),
         "train_size": Flag(TRAIN_SIZES[0], "Number of training images; the 5,000 after them validate", TRAIN_SIZES),
         "num_workers": Flag(0, "Worker processes per loader; the images are in memory, so 0 is the fastest", minimum=0),

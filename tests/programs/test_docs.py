@@ -110,7 +110,7 @@ class TestDocs(SeededTest):
         self.assertAlmostEqual(ratio.item(), 1, places=4)
 
     def test_the_page_on_runs_runs(self):
-        (self.folder / "pictures").mkdir()
+        (self.folder / "my_pictures").mkdir()
         images = rendered_mnist(1_200, 1)[0].numpy()
         for number, image in enumerate(images):
             saved = Image.fromarray(image)
@@ -120,7 +120,7 @@ class TestDocs(SeededTest):
                 saved = Image.fromarray(image.astype(np.uint16) * 257)
             else:
                 saved = Image.merge("LA", [Image.new("L", saved.size), Image.fromarray(255 - image)])
-            saved.save(f"pictures/{number:04}.png")
+            saved.save(f"my_pictures/{number:04}.png")
         names = self.run_page("docs/runs.md")
         read = load_file("images.npz")
         self.assertEqual([part.shape for part in read[:4:2]], [(1_080, 28, 28), (120, 28, 28)])

@@ -179,9 +179,11 @@ class TestEvaluate(SeededTest):
         self.assertEqual(self.evaluate(best)[1].name, "evaluation")
         with contextlib.redirect_stderr(io.StringIO()) as notes:
             self.evaluate(last, out=folder)
-        self.assertEqual(
-            notes.getvalue(), f"note: {folder} had the evaluation of {best}, which that of {last} replaces\n"
-        )
+            self.evaluate(last, out=folder, dataset="mnist")
+            self.evaluate(last, out=folder, dataset="mnist")
+        former = [f"{best} on rendered", f"{last} on rendered"]
+        expected = [f"note: {folder} had the evaluation of {name}, which is replaced" for name in former]
+        self.assertEqual(notes.getvalue().splitlines(), expected)
 
     def test_several_checkpoints_end_in_one_table_and_one_that_fails_does_not_stop_the_others(self):
         best, _ = self.checkpoint()
@@ -196,8 +198,10 @@ class TestEvaluate(SeededTest):
                     self.assertRegex(end.code, code)
                     self.assertIn(f"error: {gone} cannot be read", errors.getvalue())
             results = json.loads((self.folder / "run" / "evaluation" / "evaluation.json").read_text())
-            cell = rf"{results['test_bpd']:.4f} \+- 0\.\d{{4}}  {results['elbo']:.2f} \+- "
-            self.assertRegex(lines[-3], "^checkpoint  +test bpd  +ELBO, nats  +log p.x., nats  +log p.x., bpd  +active")
+            cell = rf"rendered  {results['test_bpd']:.4f} \+- 0\.\d{{4}}  {results['elbo']:.2f} \+- "
+            self.assertRegex(
+                lines[-3], "^checkpoint  +data      test bpd  +ELBO, nats  +log p.x., nats  +log p.x., bpd "
+            )
             self.assertRegex(lines[-2], rf"^{best}  {cell}.*  \d of 3$")
             self.assertRegex(lines[-1], rf"^{last}  {cell}")
         for flag in ["--out", "--latents"]:
