@@ -7,7 +7,6 @@ Test bpd, log p(x), active units, and pictures of the latent space, for any chec
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -21,7 +20,17 @@ import torch
 from bmnist import load_data
 from harness.checkpoints import RUN, CheckpointError, build_model, read_checkpoint
 from harness.devices import pick_device, use_fast_layout
-from harness.errors import FlagError, Terminated, UserError, best_effort, exit_on_error, print_line, warn
+from harness.errors import (
+    FlagError,
+    Terminated,
+    UserError,
+    best_effort,
+    exit_on_error,
+    is_out_of_memory,
+    one_line,
+    print_line,
+    warn,
+)
 from harness.files import write_text
 from harness.flags import Flag, Parser, plain_value
 from harness.settings import process_settings
@@ -29,10 +38,14 @@ from likelihoods import (
     by_quadrature,
     check_latents,
     estimate_seconds,
+    has_latents,
     log_likelihoods,
+    num_samples,
     posteriors,
+    print_numbers,
     save_latents,
     statistics,
+    table,
 )
 from pictures.explorer import write_explorer
 from sources import DATASET_CHECKSUM, KINDS, find_file
@@ -78,18 +91,19 @@ def evaluate(checkpoint: str | Path, **flags) -> tuple[dict, Path]:
     """
     args = make_parser().complete(argparse.Namespace(**flags))
     with process_settings(), torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-        return evaluate_checkpoint(Path(checkpoint).expanduser(), args)
+        return evaluate_checkpoint(Path(os.path.expanduser(checkpoint)), args)
 
 
 def evaluate_checkpoint(path, args):
     """As `evaluate`, for the path of a checkpoint and a Namespace of every flag."""
     start, run = time.perf_counter(), run_folder(path)
-    model, dataset, flags, epoch = load(path, run, args)
-    folder = folder_of_results(args, path, run)
-    prepare(folder, path, flags.dataset)
-    latents = Path(args.latents).expanduser() if args.latents else None
+    latents = Path(os.path.expanduser(args.latents)) if args.latents else None
     if latents:
         check_latents(latents)
+    model, dataset, flags, epoch = load(path, run, args)
+    folder = folder_of_results(args, path, run)
+    prepare(folder, path, flags.dataset, args.split)
+    if latents:
         check_writable(latents.parent, "--latents")
     results = {
         "checkpoint": str(path),
@@ -109,9 +123,8 @@ def evaluate_checkpoint(path, args):
     results.update(statistics("elbo", elbos, dataset, names_in_bpd["elbo"]))
     results["active_units"] = int(active_units(means).sum())
     print_numbers(results, args.split)
-    imgs, labels = dataset[torch.arange(len(dataset))]
-    values = {"mean": means, "log_std": log_stds, "label": labels, "elbo": elbos}
-    if latents and not latents.exists():  # an earlier file is kept until the new one is complete
+    values = {"mean": means, "log_std": log_stds, "label": dataset.labels, "elbo": elbos}
+    if latents and not has_latents(latents, means):  # an earlier file of the same latents may be complete
         save_latents(latents, **values)
     legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
     name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
@@ -119,43 +132,46 @@ def evaluate_checkpoint(path, args):
     facts = {"run": title, "legend": legend, "dataset": name}
 
     def save_explorer():
+        imgs, labels = dataset[torch.arange(len(dataset))]
         explore(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})
 
     def save_pictures():
+        imgs, labels = dataset[torch.arange(len(dataset))]
         latent_space.save_pictures(folder, model, imgs, labels, means, legend)
         save_explorer()
 
     def compute_log_likelihoods():
         torch.manual_seed(0)  # the numbers do not depend on the pictures
-        return log_likelihoods(model, dataset, args.iw_samples, args.progress_bar)
+        values["log_likelihood"] = log_likelihoods(model, dataset, args.iw_samples, args.progress_bar)
+        add("log_likelihood", values["log_likelihood"])
+        if latents:
+            save_latents(latents, **values)
+            print_line(f"latents of {len(dataset):,} {args.split} images in {latents}")
+        if args.split == "test" and (folder / EXPLORER).exists():
+            save_explorer()  # which shows log p(x), too
 
-    steps = {"pictures": save_pictures, "log_likelihood": compute_log_likelihoods}
-    if args.split != "test":
-        del steps["pictures"]
+    def add(name, found):
+        numbers = statistics(name, found, dataset, names_in_bpd.get(name, ""))
+        results.update(numbers)
+        print_numbers({"iw_samples": args.iw_samples, **numbers}, args.split)
+
+    steps = {"pictures": save_pictures} if args.split == "test" else {}
+    steps["log_likelihood"] = compute_log_likelihoods
     if results["z_dim"] == 2:
-        steps["log_likelihood_by_quadrature"] = functools.partial(by_quadrature, model, dataset)
+        by_grid = "log_likelihood_by_quadrature"
+        steps[by_grid] = lambda: add(by_grid, by_quadrature(model, dataset))
     keeps = has_complete(folder, results)
     if not keeps:
         save(results, folder, start, missing=[*steps])
-    for name in [*steps]:
-        try:
-            found = steps[name]()
-        except (KeyboardInterrupt, Terminated):
-            print_line(f"\nInterrupted before {' and '.join(steps)}; what was finished is in {folder}")
-            raise
-        del steps[name]
-        if found is not None:
-            values[name], numbers = found, statistics(name, found, dataset, names_in_bpd.get(name, ""))
-            results.update(numbers)
-            print_numbers({"iw_samples": args.iw_samples, **numbers}, args.split)
-        if not (steps and keeps):
-            save(results, folder, start, missing=[*steps])
-        if name == "log_likelihood" and (folder / EXPLORER).exists():  # which shows it, too
-            save_explorer()
-    if latents:
-        values.pop("log_likelihood_by_quadrature", None)
-        save_latents(latents, **values)
-        print_line(f"latents of {len(dataset):,} {args.split} images in {latents}")
+    try:
+        for name in [*steps]:
+            steps[name]()
+            del steps[name]
+            if not (steps and keeps):
+                save(results, folder, start, missing=[*steps])
+    except (KeyboardInterrupt, Terminated):
+        print_line(f"\nInterrupted before {' and '.join(steps)}; what was finished is in {folder}")
+        raise
     print_line(f"evaluation in {folder}, {results['seconds']} s")
     return results, folder
 
@@ -183,7 +199,7 @@ def folder_of_results(args, path, run):
     of the run, such as best.ckpt, it is kept, and the folder's name ends with the name of this one, such as last.
     """
     if args.out:
-        return Path(args.out).expanduser()
+        return Path(os.path.expanduser(args.out))
     folder = run / ("evaluation" if args.split == "test" else f"evaluation_{args.split}")
     is_of_another = os.path.basename(earlier_results(folder).get("checkpoint", path.name)) != path.name
     return folder.with_name(f"{folder.name}_{path.stem}") if is_of_another else folder
@@ -200,7 +216,8 @@ def earlier_results(folder):
 def has_complete(folder, results):
     """Whether a folder has a complete evaluation of the same weights: one with the same quick numbers."""
     older = earlier_results(folder)
-    return "missing" not in older and {**older, **results, "iw_samples": older.get("iw_samples")} == older
+    kept = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}  # the path may be written in several ways
+    return "missing" not in older and {**older, **results, **kept} == older
 
 
 def save(results, folder, start, missing):
@@ -211,12 +228,18 @@ def save(results, folder, start, missing):
 
 
 def explore(folder, model, imgs, means, labels, no_explorer, facts):
-    """Writes the latent-space explorer, see write_explorer, unless no_explorer is True."""
-    with best_effort(f"writing {folder / EXPLORER}"):
-        (folder / EXPLORER).unlink(missing_ok=True)  # of an earlier evaluation
-        if not no_explorer:
+    """Writes the latent-space explorer, see write_explorer, or removes that of an earlier evaluation."""
+    path = folder / EXPLORER
+    if no_explorer:
+        path.unlink(missing_ok=True)
+        return
+    with best_effort(f"writing {path}"):
+        try:
             plane = latent_space.plane(means, labels, facts["legend"])
-            write_explorer(folder / EXPLORER, model.encoder, model.decoder, imgs, means, plane, facts)
+            write_explorer(path, model.encoder, model.decoder, imgs, means, plane, facts)
+        except Exception:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def build_vae(checkpoint, path, args):
@@ -264,10 +287,10 @@ def flags_of_training(checkpoint, path, run, args):
     return flags
 
 
-def prepare(folder, path, dataset):
+def prepare(folder, path, dataset, split):
     """
-    Makes the folder of the results, and says so if they replace those of another checkpoint or of other data. Raises a
-    UserError if it cannot be written or contains files of others.
+    Makes the folder of the results, and says so if they replace those of another checkpoint, data set or split. Raises
+    a UserError if it cannot be written or contains files of others.
     """
     try:
         there = [name for name in [RESULTS, EXPLORER, *latent_space.FILES] if os.path.lexists(folder / name)]
@@ -282,8 +305,10 @@ def prepare(folder, path, dataset):
         )
     check_writable(folder, "--out")
     older = earlier_results(folder)
-    if (about := [older.get("checkpoint"), older.get("dataset")]) not in [[None, None], [str(path), dataset]]:
-        warn(f"note: {folder} had the evaluation of {' on '.join(map(str, about))}, which is replaced")
+    of_the_same = str(older.get("dataset")) == dataset and f"{split}_images" in older
+    if older and not (of_the_same and Path(str(older.get("checkpoint"))).resolve() == path.resolve()):
+        about = f"{older.get('checkpoint')} on {older.get('dataset')}"
+        warn(f"note: {folder} had another evaluation, that of {about}, which is replaced")
 
 
 def check_writable(folder, flag):
@@ -313,44 +338,6 @@ def print_beginning(results: dict, split: str, folder: Path, seconds: float):
     )
 
 
-def num_samples(numbers):
-    """The number of samples per image, as a string."""
-    return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
-
-
-def with_error(numbers, name, digits, width=0):
-    """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
-    return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
-
-
-def print_numbers(numbers: dict, split: str):
-    """Prints those numbers of evaluation.json that are there."""
-    for label, name, unit, how in [
-        (f"{split} bpd", f"{split}_bpd", "", ""),
-        ("ELBO", "elbo", " nats", ""),
-        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {num_samples(numbers)}"),
-        ("log p(x)", "log_likelihood_bpd", " bpd", ""),
-        ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
-    ]:
-        if name in numbers:
-            print_line(f"{label:12}  {with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
-    if "active_units" in numbers:
-        print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
-
-
-def table(evaluations: dict[str, dict], split: str) -> list[str]:
-    """Lines of text: a row for each checkpoint, a dict from its path to its results."""
-    rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
-    for path, results in evaluations.items():
-        quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
-        cells = [with_error(results, name, digits) for name, digits in quantities.items()]
-        rows.append(
-            [path, os.path.basename(results["dataset"]), *cells, f"{results['active_units']} of {results['z_dim']}"]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
 def evaluate_all(paths: list[str], flags: dict):
     """
     Evaluates checkpoints in turn and prints a table of them. One that cannot be evaluated is a line on stderr, and at
@@ -359,15 +346,21 @@ def evaluate_all(paths: list[str], flags: dict):
     make_parser().complete(argparse.Namespace(**flags))
     if given := [name for name in ["out", "latents"] if flags[name]]:
         raise FlagError(f"--{given[0]} is for one checkpoint: leave it out, or evaluate one at a time")
-    evaluations = {}
-    for path in dict.fromkeys(paths):
-        try:
-            evaluations[path], _ = evaluate(path, **flags)
-        except UserError as error:
-            warn(f"error: {error}")
-        print_line("")
-    print_line("\n".join(table(evaluations, flags["split"])))
-    if failed := [path for path in dict.fromkeys(paths) if path not in evaluations]:
+    evaluations, paths, failed = {}, list({os.path.realpath(path): path for path in paths}.values()), []
+    try:
+        for path in paths:
+            try:
+                evaluations[path], _ = evaluate(path, **flags)
+            except Exception as error:
+                if not isinstance(error, UserError) and not is_out_of_memory(error):
+                    raise
+                warn(f"error: {one_line(error)}")
+                failed.append(path)
+            print_line("")
+    finally:  # after Ctrl-C, too
+        if evaluations:
+            print_line("\n".join(table(evaluations, flags["split"])))
+    if failed:
         raise UserError(f"not evaluated: {', '.join(failed)}")
 
 

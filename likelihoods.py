@@ -1,6 +1,7 @@
-"""What evaluate.py computes for each image: the posterior, the ELBO and log p(x); and the file of --latents."""
+"""What evaluate.py computes for each image, the posterior, the ELBO and log p(x), and how it is saved and printed."""
 
 import math
+import os
 import sys
 import time
 import zipfile
@@ -52,30 +53,43 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
         model, dataset - The VAE, and a data set of N images.
         iw_samples, progress_bar - See evaluate.
     """
-    num_pixels, parts = dataset.images[0].numel(), batches(dataset)
-    chunk_size = fit_batch(CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"], num_pixels)
-    form = None if progress_bar else "{desc}  {percentage:3.0f}%{postfix}"
+    number_of_batches, log_ps = len(batches(dataset)), []
     is_shown = is_screen(sys.stderr) and (progress_bar or sys.stderr.isatty())  # a notebook would keep each state
-    bar = tqdm(parts, "log p(x)", leave=progress_bar, bar_format=form, disable=not is_shown)
-    log_ps = []
-    for number, indices in enumerate(bar, start=1):
-        imgs = dataset[indices][0].to(model.device)
-        while len(log_ps) < number:
+    bar = tqdm(
+        log_likelihoods_of_batches(model, dataset, iw_samples),
+        "log p(x)",
+        number_of_batches,
+        leave=progress_bar,
+        bar_format=None if progress_bar else "{desc}  {percentage:3.0f}%{postfix}",
+        disable=not is_shown,
+    )
+    for number, log_p in enumerate(bar, start=1):
+        log_ps.append(log_p)
+        is_tenth = 10 * number // number_of_batches > 10 * (number - 1) // number_of_batches
+        if is_shown or (is_tenth and 1 < number < number_of_batches):
+            so_far = torch.cat(log_ps)
+            text = f"{so_far.mean().item():.2f} +- {so_far.std().item() / math.sqrt(len(so_far)):.2f} nats"
+            if is_shown:
+                bar.set_postfix_str(text, refresh=False)
+            else:
+                print_line(f"log p(x)  {number / number_of_batches:4.0%}  {text}")
+    return torch.cat(log_ps)
+
+
+def log_likelihoods_of_batches(model, dataset, iw_samples):
+    """Yields the log p(x) of each batch. If memory is short, fewer samples are decoded at once from then on."""
+    chunk_size = CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"]
+    chunk_size = fit_batch(chunk_size, dataset.images[0].numel())
+    for indices in batches(dataset):
+        imgs, log_p = dataset[indices][0].to(model.device), None
+        while log_p is None:
             try:
-                log_ps.append(log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size).cpu())
+                log_p = log_likelihood(imgs, model.encoder, model.decoder, iw_samples, chunk_size).cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or chunk_size <= len(imgs):
                     raise
                 chunk_size //= 2
-        is_tenth = 10 * number // len(parts) > 10 * (number - 1) // len(parts) and 1 < number < len(parts)
-        if is_tenth or not bar.disable:
-            so_far = torch.cat(log_ps)
-            text = f"{so_far.mean().item():.2f} +- {so_far.std().item() / math.sqrt(len(so_far)):.2f} nats"
-            if bar.disable:
-                print_line(f"log p(x)  {number / len(parts):4.0%}  {text}")
-            else:
-                bar.set_postfix_str(text, refresh=False)
-    return torch.cat(log_ps)
+        yield log_p
 
 
 def by_quadrature(model: VAE, dataset: BinaryImages, limit: float = 6.0) -> Tensor:
@@ -87,13 +101,12 @@ def by_quadrature(model: VAE, dataset: BinaryImages, limit: float = 6.0) -> Tens
 
 def estimate_seconds(model: VAE, dataset: BinaryImages, iw_samples: int) -> float:
     """About how long log p(x) takes, in seconds, by the time of one batch with at most 100 samples."""
-    parts, samples, times = batches(dataset), min(100, iw_samples), []
-    imgs = dataset[parts[0]][0].to(model.device)
+    samples, times = min(100, iw_samples), []
     for _ in range(2):  # the first time, everything is slower
         start = time.perf_counter()
-        log_likelihood(imgs, model.encoder, model.decoder, samples).cpu()
+        next(log_likelihoods_of_batches(model, dataset, samples))
         times.append(time.perf_counter() - start)
-    seconds = min(times) * iw_samples / samples * len(parts)
+    seconds = min(times) * iw_samples / samples * len(batches(dataset))
     if model.hparams.z_dim == 2:
         start = time.perf_counter()
         by_quadrature(model, dataset, limit=0.4)  # of 6, along each axis
@@ -131,14 +144,23 @@ def check_latents(path: Path):
     """
     if path.suffix != ".npz":
         raise FlagError(f"--latents must be the path of an .npz file, got {path}")
-    if path.exists():
-        try:
-            with zipfile.ZipFile(path) as file:
-                is_ours = {"mean.npy", "log_std.npy", "elbo.npy"} <= {*file.namelist()}
-        except (OSError, zipfile.BadZipFile):
-            is_ours = False
-        if not is_ours:
-            raise FlagError(f"--latents {path} is another file, which is not overwritten: choose another name")
+    try:
+        with zipfile.ZipFile(path) as file:
+            is_ours = {"mean.npy", "log_std.npy", "elbo.npy"} <= {*file.namelist()}
+    except FileNotFoundError:
+        return
+    except (OSError, zipfile.BadZipFile):
+        is_ours = False
+    if not is_ours:
+        raise FlagError(f"--latents {path} is not a file of latents and is not replaced: choose another name")
+
+
+def has_latents(path: Path, means: Tensor) -> bool:
+    """Whether the file of latents at a path is there and has these means [N,D] of the posteriors."""
+    try:
+        return np.array_equal(np.load(path)["mean"], means.numpy())
+    except (OSError, ValueError):
+        return False
 
 
 def save_latents(path: Path, **tensors: Tensor):
@@ -154,3 +176,40 @@ def save_latents(path: Path, **tensors: Tensor):
         arrays["label"] = tensors["label"].numpy()
     with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
+
+
+def num_samples(numbers):
+    """The number of samples per image, as a string."""
+    return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
+
+
+def with_error(numbers, name, digits, width=0):
+    """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
+    return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
+
+
+def print_numbers(numbers: dict, split: str):
+    """Prints those numbers of evaluation.json that are there."""
+    for label, name, unit, how in [
+        (f"{split} bpd", f"{split}_bpd", "", ""),
+        ("ELBO", "elbo", " nats", ""),
+        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {num_samples(numbers)}"),
+        ("log p(x)", "log_likelihood_bpd", " bpd", ""),
+        ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
+    ]:
+        if name in numbers:
+            print_line(f"{label:12}  {with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
+    if "active_units" in numbers:
+        print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
+
+
+def table(evaluations: dict[str, dict], split: str) -> list[str]:
+    """Lines of text: a row for each checkpoint, a dict from its path to its results."""
+    rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
+    for path, results in evaluations.items():
+        quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
+        cells = [with_error(results, name, digits) for name, digits in quantities.items()]
+        active = f"{results['active_units']} of {results['z_dim']}"
+        rows.append([path, os.path.basename(results["dataset"]), *cells, active])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

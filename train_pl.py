@@ -291,6 +291,7 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
         test_result - What trainer.test returns: a list with one dict, {"test_bpd": ...}.
     """
     args = complete_flags(args)
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks or ())
     if not all(isinstance(callback, pl.Callback) for callback in callbacks):
         raise FlagError(f"callbacks must be a list of pytorch_lightning.Callback, got {callbacks}")
     generate = GenerateCallback(save_to_disk=True)

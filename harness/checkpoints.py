@@ -210,7 +210,7 @@ def complete_init_from(args):
     checksum. Raises a UserError if it cannot be read.
     """
     vars(args).pop(INIT_CHECKSUM, None)  # of another run's flags
-    if args.init_from:
+    if args.init_from is not None:
         args.init_from = os.path.abspath(os.path.expanduser(args.init_from))
         try:
             setattr(args, INIT_CHECKSUM, hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest())
@@ -343,9 +343,9 @@ class CheckpointFiles(TorchCheckpointIO):
         self.wait_for(os.fspath(path))
         checkpoint = self.read.pop(path, None) or read_run_checkpoint(path)
         states = checkpoint["callbacks"]
-        for key in [key for key, state in states.items() if "best_model_path" in state]:
-            if os.path.basename(states[key]["best_model_path"]) in ["", BEST, LAST]:
-                del states[key]  # the ModelCheckpoints that older versions had
+        if "should_stop" not in checkpoint[RUN]:  # of an older version, which had ModelCheckpoints of its own
+            for key in [key for key, state in states.items() if "best_model_path" in state]:
+                del states[key]
         return checkpoint
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from harness import checkpoints, devices, graphs, processes, report, slurm
@@ -113,7 +114,7 @@ class Run:
             requeue = [slurm.RequeueOnTimeLimit()] if slurm.job_id() else []
             stack.enter_context(sigterm_raises())
             self.report = report.EpochReport(self.experiment, self.flags, print_lines=not shows_bar(self.args))
-            callbacks = [*requeue, *self.callbacks, self.report, checkpoints.BestAndLast(self.report)]
+            callbacks = [*requeue, self.report, *self.callbacks, checkpoints.BestAndLast(self.report)]
             root_dir = os.path.join(self.log_dir, self.name or "")
             self.trainer = make_trainer(self.args, root_dir, callbacks)
             stack.enter_context(processes.process_group(self.trainer))
@@ -211,6 +212,9 @@ class Run:
         if self.trainer.world_size > 1:
             self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
         self.report.device = self.device_name
+        for callback in self.callbacks:  # where they cannot replace the run's own checkpoints
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = os.path.join(self.folder, "more_checkpoints")
         self.trainer.logger = EpochLogger(self.folder, first_epoch=0 if self.is_new else self.place.epoch + 1)
         self.stack.callback(self.trainer.logger.close)  # its thread would live on after an error ahead of fit
         self.trainer.logger.set_up_dashboard(self.flags, self.experiment)

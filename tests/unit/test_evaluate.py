@@ -154,13 +154,28 @@ class TestEvaluate(SeededTest):
         np.savez(self.folder / "images.npz", train_images=1)
         (self.folder / "text.npz").write_text("mine")
         for name, words in [
-            ("images.npz", "--latents .*images.npz is another file"),
-            ("text.npz", "--latents .*text.npz is another file"),
+            ("images.npz", "--latents .*images.npz is not a file of latents"),
+            ("text.npz", "--latents .*text.npz is not a file of latents"),
             ("latents.csv", "--latents must be the path of an .npz file, got .*latents.csv"),
-            ("text.npz/latents.npz", "cannot write to .*text.npz .*: choose another folder with --latents"),
+            ("text.npz/latents.npz", "--latents .*text.npz/latents.npz is not a file of latents"),
+            (300 * "x" + ".npz", "--latents .* is not a file of latents"),
         ]:
             with self.subTest(name), self.assertRaisesRegex(UserError, words):
                 self.evaluate(checkpoint, latents=self.folder / name)
+
+    def test_latents_of_another_model_are_replaced_at_once_and_pictures_of_the_test_set_are_kept_by_another_split(self):
+        path, out = self.folder / "latents.npz", self.folder / "out"
+        self.evaluate(self.checkpoint()[0], latents=path, out=out)
+        page, means = (out / "explorer.html").read_bytes(), np.load(path)["mean"]
+        other, _ = self.checkpoint(seed=7)
+        with contextlib.redirect_stderr(io.StringIO()) as notes:
+            self.evaluate(other, split="validation", out=out)
+        self.assertIn("had another evaluation", notes.getvalue())
+        self.assertEqual((out / "explorer.html").read_bytes(), page)
+        with mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, self.evaluate, other, latents=path)
+        self.assertNotIn("log_likelihood", np.load(path))
+        self.assertFalse(np.array_equal(np.load(path)["mean"], means))
 
     def test_images_without_labels_have_latents_without_labels(self):
         dataset = small_loaders(argparse.Namespace(batch_size=20))[2].dataset
@@ -182,7 +197,7 @@ class TestEvaluate(SeededTest):
             self.evaluate(last, out=folder, dataset="mnist")
             self.evaluate(last, out=folder, dataset="mnist")
         former = [f"{best} on rendered", f"{last} on rendered"]
-        expected = [f"note: {folder} had the evaluation of {name}, which is replaced" for name in former]
+        expected = [f"note: {folder} had another evaluation, that of {name}, which is replaced" for name in former]
         self.assertEqual(notes.getvalue().splitlines(), expected)
 
     def test_several_checkpoints_end_in_one_table_and_one_that_fails_does_not_stop_the_others(self):
@@ -191,12 +206,10 @@ class TestEvaluate(SeededTest):
         flags = ["--iw_samples", "2", "--accelerator", "cpu"]
         for checkpoints, code in [([best, last], None), ([best, gone, last], "evaluate.py: error: not evaluated: .*")]:
             argv = mock.patch.object(sys, "argv", ["evaluate.py", *map(str, checkpoints), *flags])
-            with argv, printed_lines() as lines, contextlib.redirect_stderr(io.StringIO()) as errors:
-                try:
-                    evaluate.main()
-                except SystemExit as end:
-                    self.assertRegex(end.code, code)
-                    self.assertIn(f"error: {gone} cannot be read", errors.getvalue())
+            ends = contextlib.nullcontext() if code is None else self.assertRaisesRegex(SystemExit, code)
+            with argv, printed_lines() as lines, contextlib.redirect_stderr(io.StringIO()) as errors, ends:
+                evaluate.main()
+            self.assertEqual(f"error: {gone} cannot be read" in errors.getvalue(), code is not None)
             results = json.loads((self.folder / "run" / "evaluation" / "evaluation.json").read_text())
             cell = rf"rendered  {results['test_bpd']:.4f} \+- 0\.\d{{4}}  {results['elbo']:.2f} \+- "
             self.assertRegex(
@@ -316,7 +329,8 @@ class TestEvaluate(SeededTest):
         page = self.folder / "run" / "evaluation" / "explorer.html"
         with mock.patch.object(evaluate, "write_explorer", wraps=explorer.write_explorer) as write:
             results, _ = self.evaluate(checkpoint)
-        self.assertEqual(write.call_args.args[-1], {**results, "run": "run", "legend": "digit"})
+        facts, expected = write.call_args.args[-1], {**results, "run": "run", "legend": "digit"}
+        self.assertEqual([facts.get(name) for name in explorer.FACTS], [expected[name] for name in explorer.FACTS])
         self.assertNotIn(str(self.folder), page.read_text())
         with mock.patch.object(explorer, "MAX_WEIGHTS", 9), contextlib.redirect_stderr(io.StringIO()) as error:
             self.evaluate(checkpoint)
@@ -334,7 +348,8 @@ class TestEvaluate(SeededTest):
             (dict(), ("rendered", "there", False)),
             (dict(dataset="mnist", data_dir="here"), ("mnist", "here", True)),
         ]:
-            self.evaluate(checkpoint, **flags)
+            with contextlib.redirect_stderr(io.StringIO()):  # the second evaluation replaces the first one
+                self.evaluate(checkpoint, **flags)
             (args,), options = self.load_data.call_args
             self.assertEqual((args.dataset, args.data_dir, options["download"]), expected)
             self.assertEqual(args.binarization, "stochastic")

@@ -146,6 +146,7 @@ class TestCheckpoints(ResumedRunTest):
         self.stop_at(VAE, "on_train_epoch_start", 2)
         for name in ["last", "best", "previous"]:
             checkpoint = load(self.run_folder(), name)
+            del checkpoint["run"]["should_stop"]
             checkpoint["callbacks"].update(
                 {"EpochReport": checkpoint.pop("run")},
                 **{

@@ -16,6 +16,7 @@ from unittest import mock
 import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 import bmnist
 import train_pl
@@ -285,6 +286,24 @@ class TestCallbacks(NamedRunTest):
             train_vae(self.namespace(accelerator="cpu"), callbacks=[Stop()])
         self.assertIn("stopped early, after 2 of 6 epochs", lines)
         self.assertEqual(results(self.run_folder())["epochs"], 2)
+
+    def test_your_own_checkpoints_do_not_replace_those_of_the_run_and_a_resumed_run_continues_them(self):
+        def mine():
+            return ModelCheckpoint(monitor="train_bpd", mode="max", filename="best", save_last=True)
+
+        def train(epochs):
+            with printed_lines():
+                train_vae(self.namespace(accelerator="cpu", lr=0.01, epochs=epochs), callbacks=mine())
+
+        train(2)
+        train(3)
+        own, more = (self.run_folder() / name for name in ["checkpoints", "more_checkpoints"])
+        self.assertEqual(sorted(os.listdir(own)), ["best.ckpt", "last.ckpt", "previous.ckpt"])
+        self.assertEqual(sorted(os.listdir(more)), ["best.ckpt", "last.ckpt", "previous.ckpt"])
+        self.assertEqual(load(self.run_folder(), "best")["epoch"] + 1, results(self.run_folder())["best_epoch"])
+        self.assertEqual([row["epoch"] for row in load(self.run_folder(), "last")["run"]["history"]], [0, 1, 2, 3])
+        history = torch.load(more / "last.ckpt", weights_only=True)["run"]["history"]
+        self.assertEqual([row["epoch"] for row in history], [0, 1, 2, 3])
 
     def test_what_is_no_callback_is_refused_before_the_run_has_a_folder(self):
         with self.assertRaisesRegex(UserError, "callbacks must be a list of pytorch_lightning.Callback, got "):
