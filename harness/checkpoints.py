@@ -211,11 +211,11 @@ def complete_init_from(args):
     """
     vars(args).pop(INIT_CHECKSUM, None)  # of another run's flags
     if args.init_from is not None:
-        args.init_from = os.path.abspath(os.path.expanduser(args.init_from))
+        given, args.init_from = args.init_from, os.path.abspath(os.path.expanduser(args.init_from))
         try:
             setattr(args, INIT_CHECKSUM, hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest())
         except OSError as error:
-            raise UserError(f"--init_from {args.init_from} cannot be read ({error.strerror})") from error
+            raise UserError(f"--init_from {given!r} cannot be read ({error.strerror})") from error
 
 
 def read_run_checkpoint(path):

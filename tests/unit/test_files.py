@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from harness.errors import MAKE_ROOM, DiskFullError, UserError
+from harness.errors import MAKE_ROOM, DiskFullError, Terminated, UserError
 from harness.files import LOCK, NO_LOCKS, UNFINISHED, atomic_write, folder_lock, read_results
 from tests.helpers import Killed, SeededTest
 
@@ -37,16 +37,16 @@ class TestAtomicWrite(SeededTest):
         self.assertEqual(self.contents(), {"file": "new", "new": "new"})
 
     def test_an_error_or_the_end_of_the_process_leaves_the_file_that_was_there(self):
-        """After an error the unfinished file is removed at once; after a kill, when the run resumes."""
+        """After an error, Ctrl-C or SIGTERM the unfinished file is removed at once; after a kill, by the next run."""
         for raised, expected in [
             (OSError(5, "No disk"), UserError),
-            *((kind(), kind) for kind in [ValueError, Killed]),
+            *((kind(), kind) for kind in [ValueError, KeyboardInterrupt, Terminated, Killed]),
         ]:
             with self.subTest(repr(raised)):
                 with self.assertRaises(expected), atomic_write(self.path, keep_as=self.before) as unfinished:
                     Path(unfinished).write_text("hal")
                     raise raised
-                left = {} if isinstance(raised, Exception) else {f"file{UNFINISHED}": "hal"}
+                left = {} if not isinstance(raised, Killed) else {f"file{UNFINISHED}": "hal"}
                 self.assertEqual(self.contents(), {"file": "old", **left})
         self.write("new")  # over what was left unfinished
         self.assertEqual(self.contents(), {"file": "new"})
