@@ -344,7 +344,8 @@ class CheckpointFiles(TorchCheckpointIO):
         checkpoint = self.read.pop(path, None) or read_run_checkpoint(path)
         states = checkpoint["callbacks"]
         if "should_stop" not in checkpoint[RUN]:  # of an older version, which had ModelCheckpoints of its own
-            for key in [key for key, state in states.items() if "best_model_path" in state]:
+            own = [key for key, state in states.items() if "best_model_path" in state]
+            for key in [key for key in own if os.path.basename(states[key]["best_model_path"]) in ["", BEST, LAST]]:
                 del states[key]
         return checkpoint
 

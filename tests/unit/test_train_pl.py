@@ -269,7 +269,7 @@ class TestInitFrom(NamedRunTest):
             ({"init_from": path, "model": "CNN"}, "it was trained with model_name MLP$"),
             ({"init_from": path, "init": "he"}, "--init he is for an MLP without --init_from"),
             ({"init_from": self.folder / "text.ckpt"}, "text.ckpt is no checkpoint"),
-            ({"init_from": self.folder / "gone.ckpt"}, "--init_from .*gone.ckpt cannot be read"),
+            ({"init_from": self.folder / "gone.ckpt"}, "--init_from .*gone.ckpt. cannot be read"),
         ]:
             with self.subTest(words), self.assertRaisesRegex(UserError, words):
                 self.train(**flags)
