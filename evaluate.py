@@ -40,12 +40,9 @@ from likelihoods import (
     estimate_seconds,
     has_latents,
     log_likelihoods,
-    num_samples,
     posteriors,
-    print_numbers,
     save_latents,
     statistics,
-    table,
 )
 from pictures.explorer import write_explorer
 from sources import DATASET_CHECKSUM, KINDS, find_file
@@ -131,12 +128,12 @@ def evaluate_checkpoint(path, args):
     title = run.resolve().name if path.parent.name == "checkpoints" else path.stem
     facts = {"run": title, "legend": legend, "dataset": name}
 
+    imgs, labels = dataset[torch.arange(len(dataset) if args.split == "test" else 0)]  # those of the pictures
+
     def save_explorer():
-        imgs, labels = dataset[torch.arange(len(dataset))]
         explore(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})
 
     def save_pictures():
-        imgs, labels = dataset[torch.arange(len(dataset))]
         latent_space.save_pictures(folder, model, imgs, labels, means, legend)
         save_explorer()
 
@@ -336,6 +333,43 @@ def print_beginning(results: dict, split: str, folder: Path, seconds: float):
         f"{r.model}, {r.z_dim} latent{'s' * (r.z_dim != 1)}, {after}, on {images}, on {r.device}, into {folder}: "
         f"log p(x) with {num_samples(results)} takes about {time_needed}"
     )
+
+
+def num_samples(numbers):
+    """The number of samples per image, as a string."""
+    return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
+
+
+def with_error(numbers, name, digits, width=0):
+    """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
+    return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
+
+
+def print_numbers(numbers: dict, split: str):
+    """Prints those numbers of evaluation.json that are there."""
+    for label, name, unit, how in [
+        (f"{split} bpd", f"{split}_bpd", "", ""),
+        ("ELBO", "elbo", " nats", ""),
+        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {num_samples(numbers)}"),
+        ("log p(x)", "log_likelihood_bpd", " bpd", ""),
+        ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
+    ]:
+        if name in numbers:
+            print_line(f"{label:12}  {with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
+    if "active_units" in numbers:
+        print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
+
+
+def table(evaluations: dict[str, dict], split: str) -> list[str]:
+    """Lines of text: a row for each checkpoint, a dict from its path to its results."""
+    rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
+    for path, results in evaluations.items():
+        quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
+        cells = [with_error(results, name, digits) for name, digits in quantities.items()]
+        active = f"{results['active_units']} of {results['z_dim']}"
+        rows.append([path, os.path.basename(results["dataset"]), *cells, active])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def evaluate_all(paths: list[str], flags: dict):

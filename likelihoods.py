@@ -1,7 +1,6 @@
-"""What evaluate.py computes for each image, the posterior, the ELBO and log p(x), and how it is saved and printed."""
+"""What evaluate.py computes for each image, the posterior, the ELBO and log p(x), and their file."""
 
 import math
-import os
 import sys
 import time
 import zipfile
@@ -176,40 +175,3 @@ def save_latents(path: Path, **tensors: Tensor):
         arrays["label"] = tensors["label"].numpy()
     with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
-
-
-def num_samples(numbers):
-    """The number of samples per image, as a string."""
-    return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
-
-
-def with_error(numbers, name, digits, width=0):
-    """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
-    return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
-
-
-def print_numbers(numbers: dict, split: str):
-    """Prints those numbers of evaluation.json that are there."""
-    for label, name, unit, how in [
-        (f"{split} bpd", f"{split}_bpd", "", ""),
-        ("ELBO", "elbo", " nats", ""),
-        ("log p(x)", "log_likelihood", " nats", f", importance-weighted, {num_samples(numbers)}"),
-        ("log p(x)", "log_likelihood_bpd", " bpd", ""),
-        ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
-    ]:
-        if name in numbers:
-            print_line(f"{label:12}  {with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
-    if "active_units" in numbers:
-        print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
-
-
-def table(evaluations: dict[str, dict], split: str) -> list[str]:
-    """Lines of text: a row for each checkpoint, a dict from its path to its results."""
-    rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
-    for path, results in evaluations.items():
-        quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
-        cells = [with_error(results, name, digits) for name, digits in quantities.items()]
-        active = f"{results['active_units']} of {results['z_dim']}"
-        rows.append([path, os.path.basename(results["dataset"]), *cells, active])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

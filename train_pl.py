@@ -17,9 +17,9 @@ from torchvision.utils import make_grid, save_image
 import utils
 from bmnist import load_data
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
-from harness.checkpoints import build_model, complete_init_from, load_model, read_checkpoint
+from harness.checkpoints import build_model, load_model, read_checkpoint
 from harness.errors import FlagError, best_effort, exit_on_error
-from harness.flags import Flag, Parser, check_run_flags, run_flags
+from harness.flags import Flag, Parser, check_run_flags, complete_file, run_flags
 from harness.run import Experiment, Run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from pictures.tensorboard import save_picture
@@ -400,7 +400,7 @@ def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     args = make_parser().complete(args)
     check_run_flags(args)
     complete_dataset(args)
-    complete_init_from(args)
+    complete_file(args, "init_from")
     if args.init == "he" and (args.model != "MLP" or args.init_from):
         raise FlagError("--init he is for an MLP without --init_from: leave it out, or use --model MLP")
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):

@@ -1,7 +1,6 @@
 """Checkpoints are data: written atomically, and read without running anything that a file may bring along."""
 
 import contextlib
-import hashlib
 import inspect
 import io
 import math
@@ -27,7 +26,6 @@ from harness.files import atomic_write
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.
 RUN, OLD_CALLBACK = "run", "EpochReport"
-INIT_CHECKSUM = "init_from_sha256"  # a flag that no one gives, see flags.CHECKSUM
 # What a run resumes from; checkpoints of other programs may lack any of them.
 PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
 # What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
@@ -202,20 +200,6 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
         if names:
             rank_zero_warn(f"of the module's weights, {path} {kind}: {', '.join(names)}")
     return model.to(next((value.device for value in state_dict.values() if torch.is_tensor(value)), "cpu"))
-
-
-def complete_init_from(args):
-    """
-    Completes the flags by what identifies the checkpoint of the flag init_from: its absolute path and its SHA-256
-    checksum. Raises a UserError if it cannot be read.
-    """
-    vars(args).pop(INIT_CHECKSUM, None)  # of another run's flags
-    if args.init_from is not None:
-        given, args.init_from = args.init_from, os.path.abspath(os.path.expanduser(args.init_from))
-        try:
-            setattr(args, INIT_CHECKSUM, hashlib.sha256(Path(args.init_from).read_bytes()).hexdigest())
-        except OSError as error:
-            raise UserError(f"--init_from {given!r} cannot be read ({error.strerror})") from error
 
 
 def read_run_checkpoint(path):

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -50,6 +52,14 @@ def write_text(path: str | os.PathLike, text: str, sync: bool = False):
     """Writes a text file, see atomic_write."""
     with atomic_write(path, sync=sync) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         file.write(text)
+
+
+def checksum(file) -> str:
+    """The SHA-256 checksum of an open file, which is read in blocks: it may be larger than the memory."""
+    digest = hashlib.sha256()
+    for block in iter(functools.partial(file.read, 2**20), b""):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_results(folder: str, metric: str) -> dict:

@@ -9,7 +9,8 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from harness.errors import FlagError, warn
+from harness.errors import FlagError, UserError, warn
+from harness.files import checksum
 
 # Flags that say where and how a run is computed, not what: with another value the same run resumes.
 RUNTIME_FLAGS = {
@@ -84,6 +85,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def complete_file(args: argparse.Namespace, name: str, opened: Callable | None = None):
+    """
+    Completes a flag that gives a file by what identifies it: its absolute path, and its checksum as NAME_sha256.
+    Inputs:
+        args - Namespace of the flags.
+        name - Name of the flag. Its value is None if no file is given.
+        opened - Function from a path to the context of an open file; by default Python's.
+    Raises:
+        UserError - if the file cannot be read.
+    """
+    vars(args).pop(f"{name}{CHECKSUM}", None)  # of another run's flags
+    given = vars(args)[name]
+    if given is not None:
+        path = os.path.abspath(os.path.expanduser(given))
+        try:
+            with opened(path) if opened else open(path, "rb") as file:
+                vars(args).update({name: path, f"{name}{CHECKSUM}": checksum(file)})
+        except OSError as error:
+            raise UserError(f"--{name} {given!r} cannot be read ({error.strerror})") from error
 
 
 def argparse_type(flag: Flag) -> dict:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from harness.errors import DataError
-from harness.flags import Flag
+from harness.files import checksum
+from harness.flags import Flag, complete_file
 from sources.mnist_files import KINDS, load_mnist
-from sources.npz_file import OwnImages, checksum, load_file, opened
+from sources.npz_file import OwnImages, load_file, opened
 from sources.rendered_digits import rendered_mnist
 
 TRAIN_SIZES = [45_000, 55_000]  # the assignment's, and all of MNIST's images but those of the validation set
@@ -53,11 +54,10 @@ def complete_dataset(args: argparse.Namespace):
     Completes the flags by what identifies your own file: its absolute path, and the SHA-256 checksum of its content.
     Raises a DataError if it cannot be read.
     """
-    vars(args).pop(DATASET_CHECKSUM, None)  # of another run's flags
     if is_file(args.dataset):
-        args.dataset = os.path.abspath(os.path.expanduser(args.dataset))
-        with opened(args.dataset) as file:
-            setattr(args, DATASET_CHECKSUM, checksum(file))
+        complete_file(args, "dataset", opened)
+    else:
+        vars(args).pop(DATASET_CHECKSUM, None)  # of another run's flags
 
 
 def find_file(paths, sha256: str):

@@ -1,8 +1,6 @@
 """Your own images in an .npz file: read and validated."""
 
 import contextlib
-import functools
-import hashlib
 import os
 import zipfile
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import DataError
+from harness.files import checksum
 
 MIN_IMAGES = 100  # of the training and the test images
 KERAS = {"x": "images", "y": "labels"}  # x_train, y_train ..., as in its mnist.npz
@@ -29,14 +28,6 @@ def opened(path):
             yield file
     except OSError as error:
         raise DataError(f"--dataset {path} cannot be read ({error.strerror}): give the path of an .npz file") from error
-
-
-def checksum(file) -> str:
-    """The SHA-256 checksum of an open file, which is read in blocks: it may be larger than the memory."""
-    digest = hashlib.sha256()
-    for block in iter(functools.partial(file.read, 2**20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class OwnImages(NamedTuple):

@@ -1,5 +1,6 @@
 """Tests of pretrained/: `python -m unittest tests/unit/test_pretrained.py`."""
 
+import os
 import re
 import unittest
 
@@ -30,6 +31,23 @@ class TestPretrained(SeededTest):
                 self.assertNotIn("/", str(checkpoint["run"]) + str(checkpoint["hyper_parameters"]))
                 rows = re.findall(rf"^\| `{file.name}` \| .*? \| (\d+) \|", (FOLDER / "README.md").read_text(), re.M)
                 self.assertEqual(rows, [str(checkpoint["epoch"] + 1)])
+
+    def test_the_python_of_the_page_runs_and_makes_such_a_file_of_a_checkpoint(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        os.symlink(FOLDER, "pretrained")
+        path = self.folder / "VAE_logs" / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt"
+        path.parent.mkdir(parents=True)
+        checkpoint = read_checkpoint(FOLDER / "mlp_2.ckpt")
+        checkpoint["run"]["flags"].update(log_dir="/mine", data_dir="/mine")
+        torch.save({**checkpoint, "optimizer_states": [1], "loops": {}}, path)
+        for block in re.findall(
+            r"^```python\n(.*?)^```$", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE
+        ):
+            exec(block, {})
+        made, expected = read_checkpoint("weights.ckpt"), read_checkpoint(FOLDER / "mlp_2.ckpt")
+        self.assertEqual((sorted(made), made["run"]), (PARTS, expected["run"]))
+        torch.testing.assert_close(made["state_dict"], expected["state_dict"], rtol=0, atol=0)
 
     def test_each_file_is_a_trained_model(self):
         digits = rendered_mnist(1, 200)
