@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 
 import torch
 from torch import Tensor
