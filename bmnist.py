@@ -18,7 +18,16 @@ from torchvision.utils import save_image
 from harness.errors import DataError, exit_on_error, print_line  # noqa: F401 (bmnist.DataError)
 from harness.files import atomic_write
 from harness.flags import Parser
-from sources import BINARIZATIONS, DATA_FLAGS, NUM_VAL, TRAIN_SIZES, describe, describe_classes, is_file, load_images
+from sources import (
+    BINARIZATIONS,
+    DATA_FLAGS,
+    NUM_VAL,
+    TRAIN_SIZES,
+    describe_classes,
+    describe_data,
+    is_own_file,
+    load_images,
+)
 from sources.mnist_files import KINDS, load_mnist
 
 BLOCK = 2**20  # pixels sampled at a time, which bounds the memory for masks and random numbers
@@ -55,19 +64,19 @@ class BinaryImages(Dataset):
         vars(self).update({name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
-class SampledImages(BinaryImages):
+class StochasticBinaryImages(BinaryImages):
     """
     Images whose pixels are sampled from Bernoulli(intensity / 255), as in most of the literature (Salakhutdinov &
     Murray 2008). The attribute `images` contains the samples, as intensities 0 and 255, one byte per pixel beside the
-    given images, which are neither copied nor changed. The seed is that of the first samples, see redraw.
+    given images, which are neither copied nor changed. The seed is that of the first samples, see resample.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0):
         self.intensities = images.contiguous()
         super().__init__(self.intensities.clone(), labels)
-        self.redraw(seed)
+        self.resample(seed)
 
-    def redraw(self, seed: int):
+    def resample(self, seed: int):
         """Samples all pixels again, in place; the same seed gives the same pixels on the same kind of device."""
         generator = torch.Generator(self.images.device).manual_seed(seed)
         # Of 255 equally likely numbers, `intensity` are below it.
@@ -85,14 +94,14 @@ class SampledImages(BinaryImages):
 class ImageLoader(DataLoader):
     """
     A DataLoader of BinaryImages that indexes each minibatch at once: dataset[order[i : i + batch_size]]. With worker
-    processes, a collate_fn, drop_last or a batch_sampler it does what any DataLoader does. If `redraws` is True, pixels
-    are sampled again for each pass: with the seed from the sampler's `draw_seed()`, or from torch's random numbers.
+    processes, a collate_fn, drop_last or a batch_sampler it does what any DataLoader does. If `resamples` is
+    True, pixels are sampled again for each pass, with the seed from the sampler's `resampling_seed()` or from torch.
     """
 
     reading = ""  # how your own file was read, for a run's first line
 
-    def __init__(self, dataset: BinaryImages, batch_size: int = 1, redraws: bool = False, **options):
-        self.redraws = redraws
+    def __init__(self, dataset: BinaryImages, batch_size: int = 1, resamples: bool = False, **options):
+        self.resamples = resamples
         super().__init__(dataset, batch_size, **options)
 
     @property
@@ -106,14 +115,14 @@ class ImageLoader(DataLoader):
         order = self.sampler.order() if hasattr(self.sampler, "order") else torch.tensor(list(self.sampler))
         return order.to(self.dataset.images.device)
 
-    def redraw(self):
-        """Begins a pass: samples the pixels again, if `redraws` is True."""
-        if self.redraws:
-            draw_seed = getattr(self.sampler, "draw_seed", None)
-            self.dataset.redraw(draw_seed() if draw_seed else torch.randint(2**62, ()).item())
+    def resample(self):
+        """Begins a pass: samples the pixels again, if `resamples` is True."""
+        if self.resamples:
+            resampling_seed = getattr(self.sampler, "resampling_seed", None)
+            self.dataset.resample(resampling_seed() if resampling_seed else torch.randint(2**62, ()).item())
 
     def __iter__(self):
-        self.redraw()
+        self.resample()
         if not self.indexes_at_once:
             return super().__iter__()
         # As a DataLoader does for its workers in each pass, so the random numbers that follow do not depend on them.
@@ -167,7 +176,7 @@ def data_loaders(
     loaders = []
     for images, labels in [train_part, val_part, (test_images, test_labels)]:
         is_train = not loaders
-        dataset = SampledImages(images, labels) if is_sampled else BinaryImages(images, labels)
+        dataset = StochasticBinaryImages(images, labels) if is_sampled else BinaryImages(images, labels)
         options = {"shuffle": is_train} if sampler is None else {"sampler": sampler(dataset, is_train)}
         loaders.append(ImageLoader(dataset, batch_size, is_sampled and is_train, num_workers=num_workers, **options))
     return tuple(loaders)
@@ -201,7 +210,7 @@ def load_data(args, download: bool = True, sampler: Callable | None = None) -> t
     val_images validate; without them, and with another number of training images than MNIST's 60,000, the last tenth.
     """
     data, batch_size = load_images(args, download), args.batch_size // (args.devices * args.num_nodes)  # per process
-    is_own = is_file(args.dataset)
+    is_own = is_own_file(args.dataset)
     num_val = data.num_val if is_own else None
     train_size = None if is_own and (num_val or len(data[0]) != 60_000) else args.train_size
     loaders = data_loaders(*data[:4], batch_size, args.num_workers, args.binarization, train_size, sampler, num_val)
@@ -230,7 +239,7 @@ def main():
             folder = os.path.join(os.path.expanduser(args.data_dir), kind.__name__, "raw")
             print_line(f"{kind.__name__} in {folder}: all four files verified")
         else:
-            print_line(describe(args, loaders))
+            print_line(describe_data(args, loaders))
         for split, loader in zip(["train", "validation", "test"], loaders):
             images = loader.dataset.images
             ink = (images > 127).sum().item() / images.numel()

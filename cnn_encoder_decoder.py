@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 
-def halved(size, times):
+def size_after_strides(size, times):
     """The size (H, W) that so many convolutions of stride 2 leave of an image's: each halves it, rounded up."""
     return tuple(-(-side // 2**times) for side in size)
 
@@ -35,7 +35,7 @@ class CNNEncoder(nn.Module):
             nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1, stride=2),  # 7x7 => 4x4
             nn.GELU(),
             nn.Flatten(),
-            nn.Linear(2 * c * math.prod(halved(img_size, 3)), 2 * z_dim),
+            nn.Linear(2 * c * math.prod(size_after_strides(img_size, 3)), 2 * z_dim),
         )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,26 +62,26 @@ class CNNDecoder(nn.Module):
         """
         super().__init__()
         c = num_filters
-        smallest = halved(img_size, 3)
+        smallest = size_after_strides(img_size, 3)
 
-        def doubled(num_in, num_out, times):
-            """A layer to the size that is halved so many times; a transposed convolution by itself ends at odd ones."""
-            even = tuple(1 - side % 2 for side in halved(img_size, times))
+        def upsample(num_in, num_out, times):
+            """Transposed convolution to the size after `times` convolutions; output_padding makes even sizes."""
+            even = tuple(1 - side % 2 for side in size_after_strides(img_size, times))
             return nn.ConvTranspose2d(num_in, num_out, kernel_size=3, padding=1, stride=2, output_padding=even)
 
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * c * math.prod(smallest)),
             nn.GELU(),
             nn.Unflatten(-1, (2 * c, *smallest)),
-            doubled(2 * c, 2 * c, times=2),  # 4x4 => 7x7
+            upsample(2 * c, 2 * c, times=2),  # 4x4 => 7x7
             nn.GELU(),
             nn.Conv2d(2 * c, 2 * c, kernel_size=3, padding=1),
             nn.GELU(),
-            doubled(2 * c, c, times=1),  # 7x7 => 14x14
+            upsample(2 * c, c, times=1),  # 7x7 => 14x14
             nn.GELU(),
             nn.Conv2d(c, c, kernel_size=3, padding=1),
             nn.GELU(),
-            doubled(c, num_input_channels, times=0),  # 14x14 => 28x28
+            upsample(c, num_input_channels, times=0),  # 14x14 => 28x28
         )
         # A random bias, the same for all pixels, would make the untrained decoder prefer black or white.
         nn.init.zeros_(self.net[-1].bias)

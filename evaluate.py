@@ -35,18 +35,18 @@ from harness.files import write_text
 from harness.flags import Flag, Parser, plain_value
 from harness.settings import process_settings
 from likelihoods import (
-    by_quadrature,
-    check_latents,
+    check_latents_path,
     estimate_seconds,
     has_latents,
     log_likelihoods,
     posteriors,
+    quadrature_log_likelihoods,
     save_latents,
     statistics,
 )
 from pictures.explorer import write_explorer
 from sources import DATASET_CHECKSUM, KINDS, find_file
-from sources.places import find_data_dir, places_of_file, run_folder
+from sources.locations import file_locations, find_data_dir, run_folder
 from train_pl import FLAGS as TRAINING_FLAGS
 from train_pl import VAE, complete_flags
 from utils import active_units
@@ -96,10 +96,10 @@ def evaluate_checkpoint(path, args):
     start, run = time.perf_counter(), run_folder(path)
     latents = Path(os.path.expanduser(args.latents)) if args.latents else None
     if latents:
-        check_latents(latents)
-    model, dataset, flags, epoch = load(path, run, args)
+        check_latents_path(latents)
+    model, dataset, flags, epoch = load_model_and_data(path, run, args)
     folder = folder_of_results(args, path, run)
-    prepare(folder, path, flags.dataset, args.split)
+    prepare_folder(folder, path, flags.dataset, args.split)
     if latents:
         check_writable(latents.parent, "--latents")
     results = {
@@ -131,7 +131,7 @@ def evaluate_checkpoint(path, args):
     imgs, labels = dataset[torch.arange(len(dataset) if args.split == "test" else 0)]  # those of the pictures
 
     def save_explorer():
-        explore(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})
+        update_explorer(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})
 
     def save_pictures():
         latent_space.save_pictures(folder, model, imgs, labels, means, legend)
@@ -156,16 +156,16 @@ def evaluate_checkpoint(path, args):
     steps["log_likelihood"] = compute_log_likelihoods
     if results["z_dim"] == 2:
         by_grid = "log_likelihood_by_quadrature"
-        steps[by_grid] = lambda: add(by_grid, by_quadrature(model, dataset))
-    keeps = has_complete(folder, results)
+        steps[by_grid] = lambda: add(by_grid, quadrature_log_likelihoods(model, dataset))
+    keeps = has_complete_results(folder, results)
     if not keeps:
-        save(results, folder, start, missing=[*steps])
+        save_results(results, folder, start, missing=[*steps])
     try:
         for name in [*steps]:
             steps[name]()
             del steps[name]
             if not (steps and keeps):
-                save(results, folder, start, missing=[*steps])
+                save_results(results, folder, start, missing=[*steps])
     except (KeyboardInterrupt, Terminated):
         print_line(f"\nInterrupted before {' and '.join(steps)}; what was finished is in {folder}")
         raise
@@ -173,7 +173,7 @@ def evaluate_checkpoint(path, args):
     return results, folder
 
 
-def load(path, run, args):
+def load_model_and_data(path, run, args):
     """The VAE of a checkpoint, the images to evaluate, the flags of the training and its epoch, counted from 0."""
     checkpoint = read_checkpoint(path)
     model = use_fast_layout(build_vae(checkpoint, path, args).to(pick_device(args.accelerator)).eval())
@@ -198,11 +198,11 @@ def folder_of_results(args, path, run):
     if args.out:
         return Path(os.path.expanduser(args.out))
     folder = run / ("evaluation" if args.split == "test" else f"evaluation_{args.split}")
-    is_of_another = os.path.basename(earlier_results(folder).get("checkpoint", path.name)) != path.name
+    is_of_another = os.path.basename(read_earlier_results(folder).get("checkpoint", path.name)) != path.name
     return folder.with_name(f"{folder.name}_{path.stem}") if is_of_another else folder
 
 
-def earlier_results(folder):
+def read_earlier_results(folder):
     """What the evaluation.json in a folder contains, or an empty dict."""
     with contextlib.suppress(OSError, ValueError):
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
@@ -210,21 +210,21 @@ def earlier_results(folder):
     return {}
 
 
-def has_complete(folder, results):
+def has_complete_results(folder, results):
     """Whether a folder has a complete evaluation of the same weights: one with the same quick numbers."""
-    older = earlier_results(folder)
+    older = read_earlier_results(folder)
     kept = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}  # the path may be written in several ways
     return "missing" not in older and {**older, **results, **kept} == older
 
 
-def save(results, folder, start, missing):
+def save_results(results, folder, start, missing):
     """Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json."""
     results.pop("missing", None)
     results.update({"missing": missing} if missing else {}, seconds=round(time.perf_counter() - start, 1))
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def explore(folder, model, imgs, means, labels, no_explorer, facts):
+def update_explorer(folder, model, imgs, means, labels, no_explorer, facts):
     """Writes the latent-space explorer, see write_explorer, or removes that of an earlier evaluation."""
     path = folder / EXPLORER
     if no_explorer:
@@ -270,7 +270,7 @@ def flags_of_training(checkpoint, path, run, args):
         if args.dataset:
             flags["dataset"] = args.dataset
         elif DATASET_CHECKSUM in saved:
-            places = places_of_file(run, kept, flags["dataset"])
+            places = file_locations(run, kept, flags["dataset"])
             flags["dataset"] = find_file(places, saved[DATASET_CHECKSUM]) or places[-1]
             if not os.path.exists(flags["dataset"]):
                 raise UserError(f"{places[-1]}, what it was trained on, is gone: give --dataset with where it is now")
@@ -284,7 +284,7 @@ def flags_of_training(checkpoint, path, run, args):
     return flags
 
 
-def prepare(folder, path, dataset, split):
+def prepare_folder(folder, path, dataset, split):
     """
     Makes the folder of the results, and says so if they replace those of another checkpoint, data set or split. Raises
     a UserError if it cannot be written or contains files of others.
@@ -301,7 +301,7 @@ def prepare(folder, path, dataset, split):
             "folder with --out"
         )
     check_writable(folder, "--out")
-    older = earlier_results(folder)
+    older = read_earlier_results(folder)
     of_the_same = str(older.get("dataset")) == dataset and f"{split}_images" in older
     if older and not (of_the_same and Path(str(older.get("checkpoint"))).resolve() == path.resolve()):
         about = f"{older.get('checkpoint')} on {older.get('dataset')}"
@@ -340,7 +340,7 @@ def num_samples(numbers):
     return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
 
 
-def with_error(numbers, name, digits, width=0):
+def format_with_error(numbers, name, digits, width=0):
     """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
     return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
 
@@ -355,17 +355,17 @@ def print_numbers(numbers: dict, split: str):
         ("log p(x)", "log_likelihood_by_quadrature", " nats", ", by quadrature"),
     ]:
         if name in numbers:
-            print_line(f"{label:12}  {with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
+            print_line(f"{label:12}  {format_with_error(numbers, name, 2 if unit == ' nats' else 4, 8)}{unit}{how}")
     if "active_units" in numbers:
         print_line(f"active units  {numbers['active_units']:8} of {numbers['z_dim']}")
 
 
-def table(evaluations: dict[str, dict], split: str) -> list[str]:
+def format_table(evaluations: dict[str, dict], split: str) -> list[str]:
     """Lines of text: a row for each checkpoint, a dict from its path to its results."""
     rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
     for path, results in evaluations.items():
         quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
-        cells = [with_error(results, name, digits) for name, digits in quantities.items()]
+        cells = [format_with_error(results, name, digits) for name, digits in quantities.items()]
         active = f"{results['active_units']} of {results['z_dim']}"
         rows.append([path, os.path.basename(results["dataset"]), *cells, active])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -393,7 +393,7 @@ def evaluate_all(paths: list[str], flags: dict):
             print_line("")
     finally:  # after Ctrl-C, too
         if evaluations:
-            print_line("\n".join(table(evaluations, flags["split"])))
+            print_line("\n".join(format_table(evaluations, flags["split"])))
     if failed:
         raise UserError(f"not evaluated: {', '.join(failed)}")
 

@@ -12,20 +12,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bmnist import BinaryImages
-from harness.errors import FlagError, is_out_of_memory, is_screen, print_line
+from harness.errors import FlagError, is_out_of_memory, print_line, supports_progress_bar
 from harness.files import atomic_write
 from train_pl import VAE
 from utils import elbo_to_bpd, log_likelihood, quadrature_log_likelihood
 
-# Numbers of images of MNIST's size in a batch; of larger images there are fewer, see fit_batch.
+# Numbers of images of MNIST's size in a batch; of larger images there are fewer, see scale_batch_size.
 BATCH_SIZE = 100  # images
 CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # decoded samples, as many as fit into the caches of a CPU; a GPU needs more
 QUADRATURE_SIZE = 2048  # decoded points of the quadrature
 
 
-def batches(dataset):
+def batch_indices(dataset):
     """The indices of a data set's images, a tensor for each batch."""
-    return torch.arange(len(dataset)).split(fit_batch(BATCH_SIZE, dataset.images[0].numel()))
+    return torch.arange(len(dataset)).split(scale_batch_size(BATCH_SIZE, dataset.images[0].numel()))
 
 
 def posteriors(model: VAE, dataset: BinaryImages) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def posteriors(model: VAE, dataset: BinaryImages) -> tuple[Tensor, Tensor, Tenso
         means, log_stds - Tensors of shape [N,D]. All three are on the CPU.
     """
     parts = []
-    for indices in batches(dataset):
+    for indices in batch_indices(dataset):
         terms = model.terms(dataset[indices][0].to(model.device))
         parts.append([tensor.cpu() for tensor in [-(terms.L_rec + terms.L_reg), terms.mean, terms.log_std]])
     return tuple(map(torch.cat, zip(*parts)))
@@ -52,8 +52,10 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
         model, dataset - The VAE, and a data set of N images.
         iw_samples, progress_bar - See evaluate.
     """
-    number_of_batches, log_ps = len(batches(dataset)), []
-    is_shown = is_screen(sys.stderr) and (progress_bar or sys.stderr.isatty())  # a notebook would keep each state
+    number_of_batches, log_ps = len(batch_indices(dataset)), []
+    is_shown = supports_progress_bar(sys.stderr) and (
+        progress_bar or sys.stderr.isatty()
+    )  # a notebook would keep each state
     bar = tqdm(
         log_likelihoods_of_batches(model, dataset, iw_samples),
         "log p(x)",
@@ -78,8 +80,8 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
 def log_likelihoods_of_batches(model, dataset, iw_samples):
     """Yields the log p(x) of each batch. If memory is short, fewer samples are decoded at once from then on."""
     chunk_size = CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"]
-    chunk_size = fit_batch(chunk_size, dataset.images[0].numel())
-    for indices in batches(dataset):
+    chunk_size = scale_batch_size(chunk_size, dataset.images[0].numel())
+    for indices in batch_indices(dataset):
         imgs, log_p = dataset[indices][0].to(model.device), None
         while log_p is None:
             try:
@@ -91,10 +93,10 @@ def log_likelihoods_of_batches(model, dataset, iw_samples):
         yield log_p
 
 
-def by_quadrature(model: VAE, dataset: BinaryImages, limit: float = 6.0) -> Tensor:
+def quadrature_log_likelihoods(model: VAE, dataset: BinaryImages, limit: float = 6.0) -> Tensor:
     """log p(x) of all images by quadrature, for 2 latents, tensor of shape [N] in nats, on the CPU."""
     imgs = dataset[torch.arange(len(dataset))][0].to(model.device)
-    size = fit_batch(QUADRATURE_SIZE, dataset.images[0].numel())
+    size = scale_batch_size(QUADRATURE_SIZE, dataset.images[0].numel())
     return quadrature_log_likelihood(imgs, model.decoder, limit=limit, chunk_size=size).cpu()
 
 
@@ -105,15 +107,15 @@ def estimate_seconds(model: VAE, dataset: BinaryImages, iw_samples: int) -> floa
         start = time.perf_counter()
         next(log_likelihoods_of_batches(model, dataset, samples))
         times.append(time.perf_counter() - start)
-    seconds = min(times) * iw_samples / samples * len(batches(dataset))
+    seconds = min(times) * iw_samples / samples * len(batch_indices(dataset))
     if model.hparams.z_dim == 2:
         start = time.perf_counter()
-        by_quadrature(model, dataset, limit=0.4)  # of 6, along each axis
+        quadrature_log_likelihoods(model, dataset, limit=0.4)  # of 6, along each axis
         seconds += (time.perf_counter() - start) * (6 / 0.4) ** 2
     return seconds
 
 
-def fit_batch(num_images, num_pixels):
+def scale_batch_size(num_images, num_pixels):
     """Number of images of num_pixels with as many pixels in all as num_images of MNIST's; at most that, at least 1."""
     return max(min(num_images, num_images * 28 * 28 // num_pixels), 1)
 
@@ -137,7 +139,7 @@ def statistics(name: str, values: Tensor, dataset: BinaryImages, name_in_bpd: st
     return numbers
 
 
-def check_latents(path: Path):
+def check_latents_path(path: Path):
     """
     Refuses, with a FlagError, a path that save_latents must not write: of another file, or without .npz at its end.
     """

@@ -36,7 +36,7 @@ def run_folders(folders):
     """The sorted folders of runs among folders and those below them, by links too, each one once."""
     seen, runs = set(), []
     for top in folders:
-        for folder, below, files in os.walk(top, onerror=tell, followlinks=True):
+        for folder, below, files in os.walk(top, onerror=warn_unreadable, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:
                 below.clear()  # a link may lead to where it is
@@ -46,13 +46,13 @@ def run_folders(folders):
     return sorted(runs)
 
 
-def tell(error):
+def warn_unreadable(error):
     """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
     if not isinstance(error, NotADirectoryError):
         warn(f"warning: {error.filename} is left out: {error.strerror}")
 
 
-def by_setting(results: list[dict]) -> dict[str, list[dict]]:
+def group_by_setting(results: list[dict]) -> dict[str, list[dict]]:
     """
     Groups runs that differ in nothing but the seed.
     Inputs:
@@ -78,7 +78,7 @@ def by_setting(results: list[dict]) -> dict[str, list[dict]]:
     groups = {}
     rows = zip(results, *(values[name] for name in varied))
     for run, *setting in sorted(rows, key=lambda row: sort_key(row[1:])):
-        name = ", ".join(f"{name} {as_typed(value)}" for name, value in zip(varied, setting)) or "all runs"
+        name = ", ".join(f"{name} {format_value(value)}" for name, value in zip(varied, setting)) or "all runs"
         groups.setdefault(name, []).append(run)
     return groups
 
@@ -105,12 +105,12 @@ def sort_key(value):
     return type(value).__name__, value if isinstance(value, (int, float, str)) else str(value)
 
 
-def as_typed(value):
+def format_value(value):
     """A flag's value as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def table(groups: dict[str, list[dict]]) -> list[str]:
+def format_table(groups: dict[str, list[dict]]) -> list[str]:
     """Lines of text: test and best validation bpd of each setting, mean and standard deviation over its runs."""
     width = max(len("setting"), *map(len, groups))
     lines = [f"{'setting':{width}}  runs  test bpd            best validation bpd"]
@@ -134,8 +134,8 @@ def main():
         finished, unfinished = read_runs(args.folders)
         if not finished:
             raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
-        groups = by_setting(finished)
-        print_line("\n".join(table(groups)))
+        groups = group_by_setting(finished)
+        print_line("\n".join(format_table(groups)))
         if unfinished:
             print_line(f"not finished: {', '.join(unfinished)}")
         try:

@@ -23,11 +23,11 @@ from harness.flags import Flag, Parser, check_run_flags, complete_file, run_flag
 from harness.run import Experiment, Run
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder, he_init
 from pictures.tensorboard import save_picture
-from sources import DATA_FLAGS, complete_dataset, describe
-from sources.places import places_of_data
+from sources import DATA_FLAGS, complete_dataset, describe_data
+from sources.locations import data_locations
 
 # TensorBoard shows training and validation in one chart, of this title, for these names of VAE.quantities.
-TITLES = {
+CHART_TITLES = {
     "reconstruction_loss": "reconstruction loss, nats",
     "regularization_loss": "regularization loss (KL divergence), nats",
     "ELBO": "negative ELBO, nats",
@@ -150,14 +150,14 @@ class VAE(pl.LightningModule):
         """
         z = torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)
         with utils.eval_mode(self.decoder):
-            x_mean = torch.sigmoid(utils.full_precision(self.decoder(utils.as_input(z, self.decoder))))
+            x_mean = torch.sigmoid(utils.full_precision(self.decoder(utils.match_dtype(z, self.decoder))))
         return torch.bernoulli(x_mean), x_mean
 
     @torch.no_grad()
     def reconstruct(self, imgs: torch.Tensor) -> torch.Tensor:
         """Means [B,C,H,W] of the pixels that the decoder makes of the posterior means of images [B,C,H,W]."""
         with utils.eval_mode(self):
-            means, _ = self.encoder(utils.as_input(imgs, self.encoder))
+            means, _ = self.encoder(utils.match_dtype(imgs, self.encoder))
             return torch.sigmoid(utils.full_precision(self.decoder(means)))
 
     load_from_checkpoint = classmethod(load_model)  # Lightning's, on the CPU by default; it runs no code of a file
@@ -302,7 +302,7 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
             make_vae(args, loaders[0].dataset.images.shape[1:])
         return loaders
 
-    with Run(args, make_parser().defaults, experiment(args), [generate, *schedules(args), *callbacks]) as run:
+    with Run(args, make_parser().defaults, make_experiment(args), [generate, *make_callbacks(args), *callbacks]) as run:
         if not run.is_finished:
             train_loader, val_loader, test_loader = run.start(load)
             generate.imgs, _ = val_loader.dataset[torch.arange(min(32, len(val_loader.dataset)))]
@@ -317,7 +317,7 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
     return run.test_result
 
 
-def experiment(args: argparse.Namespace) -> Experiment:
+def make_experiment(args: argparse.Namespace) -> Experiment:
     """What a Run is told about the VAE that these flags train."""
     title = f"{args.model}, {args.z_dim} latents, {Path(args.dataset).name}"
     title += f", trained with beta {args.beta:g}" if args.beta != 1 else ""
@@ -329,22 +329,22 @@ def experiment(args: argparse.Namespace) -> Experiment:
     return Experiment(
         metric="bpd",
         metric_label="bpd",
-        describe=lambda loaders: f"{args.model}{start} on {describe(args, loaders)}",
-        quantities={**TITLES, **OBJECTIVES[args.objective]},
+        describe=lambda loaders: f"{args.model}{start} on {describe_data(args, loaders)}",
+        quantities={**CHART_TITLES, **OBJECTIVES[args.objective]},
         identifying=("model", "z_dim", "hidden_dims", "lr", "seed"),
         figures={
             "bpd_curves.png": lambda path, run: figures.training_curves(path, run, "bpd", title),
             "samples_over_training.png": figures.samples_over_training,
             **({"vae_manifold.png": manifold} if args.z_dim == 2 else {}),
         },
-        keep=lambda folder: places_of_data(vars(args), folder),
+        keep=lambda folder: data_locations(vars(args), folder),
         if_not_finite=f"try a lower --lr than {args.lr:g}",
         memory_flags=("batch_size", "train_samples"),
         fixed_epochs="over which its learning rate falls" if args.lr_schedule == "cosine" else "",
     )
 
 
-def schedules(args):
+def make_callbacks(args):
     """The callbacks that the flags lr_schedule, beta, beta_warmup and patience ask for."""
     lr = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
     beta = [BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else []

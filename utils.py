@@ -74,7 +74,7 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def as_input(tensor: Tensor, network: nn.Module) -> Tensor:
+def match_dtype(tensor: Tensor, network: nn.Module) -> Tensor:
     """A tensor in the precision of a network's parameters, which takes no other."""
     return tensor.to(next((param.dtype for param in network.parameters()), tensor.dtype))
 
@@ -111,7 +111,7 @@ def decode(decoder: nn.Module, z: Tensor, imgs: Tensor, max_pixels: int = 2**23)
         logits = decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         return logits, bernoulli_loss(logits, imgs.unsqueeze(1))
 
-    z = as_input(z, decoder)
+    z = match_dtype(z, decoder)
     parts = z.split(max(max_pixels // imgs.numel(), 1), dim=1)
     if len(parts) == 1:
         return decode_part(z)
@@ -248,7 +248,7 @@ def visualize_manifold(decoder: nn.Module, grid_size: int = 20) -> Tensor:
         img_grid - Tensor of shape [3, H', W'], the means of the pixels (between 0 and 1) as one image grid.
     """
     with eval_mode(decoder):
-        logits = decoder(as_input(manifold_latents(grid_size).to(decoder.device), decoder))
+        logits = decoder(match_dtype(manifold_latents(grid_size).to(decoder.device), decoder))
     return make_grid(torch.sigmoid(full_precision(logits)), nrow=grid_size)
 
 
@@ -271,7 +271,7 @@ class EpochMeans:
     reading a number in every step would make a GPU wait.
     """
 
-    in_place = True  # a step adds to a tensor in place, which the harness wants to know
+    updates_in_place = True  # a step adds to a tensor in place, which the harness wants to know
 
     def __init__(self):
         self.reset()

@@ -53,7 +53,7 @@ def main():
     epochs = Epochs(profiler)
     with (
         tempfile.TemporaryDirectory() as log_dir,
-        mock.patch.object(train_pl, "schedules", lambda args: [epochs]),
+        mock.patch.object(train_pl, "make_callbacks", lambda args: [epochs]),
         mock.patch.object(trainer, "NoProfiler", lambda: profiler),
     ):
         train_pl.train_vae(argparse.Namespace(log_dir=log_dir, **vars(args)))

@@ -20,16 +20,16 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils._pytree import tree_map_only
 
-from harness.errors import UserError, is_out_of_memory, place_of, warn
+from harness.errors import UserError, is_out_of_memory, location_of, warn
 from harness.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # Where EpochReport keeps what belongs to the run; older checkpoints have it as the state of a callback.
-RUN, OLD_CALLBACK = "run", "EpochReport"
+RUN, LEGACY_CALLBACK = "run", "EpochReport"
 # What a run resumes from; checkpoints of other programs may lack any of them.
-PARTS_OF_A_RUN = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
+REQUIRED_PARTS = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, RUN: dict}
 # What torch.compile, DistributedDataParallel, Fabric and FullyShardedDataParallel put before the names of weights.
-WRAPPERS = r"\b(_orig_mod|module|_forward_module|_fsdp_wrapped_module)\."
+WRAPPER_PREFIXES = r"\b(_orig_mod|module|_forward_module|_fsdp_wrapped_module)\."
 
 
 class CheckpointError(UserError):
@@ -88,8 +88,8 @@ def read_checkpoint(path, map_location="cpu") -> dict:
         keys = f", with the keys {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, dict) else ""
         problem = f"is a file of another program{keys[:200]}, not a checkpoint of train_pl.py or of Lightning"
         raise CheckpointError(f"{path} {problem}: save model.state_dict()")
-    if OLD_CALLBACK in checkpoint.get("callbacks", {}):
-        checkpoint[RUN] = checkpoint["callbacks"].pop(OLD_CALLBACK)
+    if LEGACY_CALLBACK in checkpoint.get("callbacks", {}):
+        checkpoint[RUN] = checkpoint["callbacks"].pop(LEGACY_CALLBACK)
     return checkpoint
 
 
@@ -140,14 +140,14 @@ def load_model(
     return build_model(model_class, checkpoint, checkpoint_path, strict, **hyperparameters)
 
 
-def own_names(state_dict: dict, names) -> dict:
+def strip_wrapper_prefixes(state_dict: dict, names) -> dict:
     """
     A state_dict by a module's own names of its weights: without the prefixes that torch.compile and others add, and,
     if it was saved as part of a larger module, without that part's name and the other parts.
     """
 
     def own_name(name):
-        while name not in names and (wrapper := re.search(WRAPPERS, name)):
+        while name not in names and (wrapper := re.search(WRAPPER_PREFIXES, name)):
             name = name[: wrapper.start()] + name[wrapper.end() :]
         return name
 
@@ -188,10 +188,10 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
     try:
         model = model_class(**given)
         model.on_load_checkpoint(checkpoint)
-        weights = own_names(state_dict, model.state_dict())
+        weights = strip_wrapper_prefixes(state_dict, model.state_dict())
         keys = model.load_state_dict(weights, strict=model.strict_loading if strict is None else strict)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        reason = f"{short_reason(error)}{place_of(error)}"  # it may be the class that is wrong, not the file
+        reason = f"{short_reason(error)}{location_of(error)}"  # it may be the class that is wrong, not the file
         own = checkpoint.get("hyper_parameters", {})
         changed = [f"{name} {own[name]}" for name in hyperparameters if name in own and own[name] != given[name]]
         own = f"; it was trained with {', '.join(changed)}" if changed else ""
@@ -205,7 +205,7 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
 def read_run_checkpoint(path):
     """Reads a checkpoint that a run can resume from. Raises a CheckpointError for others, too."""
     checkpoint = read_checkpoint(path)
-    lacking = [part for part, kind in PARTS_OF_A_RUN.items() if not isinstance(checkpoint.get(part), kind)]
+    lacking = [part for part, kind in REQUIRED_PARTS.items() if not isinstance(checkpoint.get(part), kind)]
     if lacking:
         raise CheckpointError(
             f"{path} is no checkpoint to continue a run from: it lacks {', '.join(lacking)} (it is of another program, "
@@ -253,7 +253,7 @@ def newest_checkpoint(folder, metric):
     return os.path.join(folder, LAST), checkpoints[newest]
 
 
-def flags_of_run(folder):
+def flags_in_checkpoints(folder):
     """The flags of the run whose checkpoints are in a folder, or None if none of them can be read."""
     for name in [LAST, PREVIOUS, BEST]:
         with contextlib.suppress(UserError):
@@ -261,7 +261,7 @@ def flags_of_run(folder):
     return None
 
 
-class BestAndLast(Checkpoint):
+class BestAndLastCheckpoint(Checkpoint):
     """
     Writes best.ckpt, that of the lowest validation metric, and last.ckpt, that of the last epoch.
     Inputs:
@@ -282,7 +282,7 @@ class BestAndLast(Checkpoint):
             trainer.strategy.checkpoint_io.copy(best, last)
 
 
-class CheckpointFiles(TorchCheckpointIO):
+class BackgroundCheckpointIO(TorchCheckpointIO):
     """
     Writes each checkpoint atomically, in the background, keeps the last but one, and reads without running anything.
 
@@ -298,7 +298,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         path = os.fspath(path)
         self.wait_for(path)
-        self.submit(path, write_checkpoint, copied(checkpoint), path)
+        self.submit(path, write_checkpoint, copy_to_cpu(checkpoint), path)
 
     def copy(self, source, path):
         """Writes the copy of a checkpoint that was just saved."""
@@ -336,7 +336,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 def write_checkpoint(checkpoint, path):
     """Writes a checkpoint atomically; the last.ckpt of before is kept as previous.ckpt."""
-    with place_for(path) as unfinished:
+    with atomic_checkpoint(path) as unfinished:
         try:
             torch.save(checkpoint, unfinished)  # by name: Ctrl-C in a Python file's write would be a RuntimeError
         except RuntimeError:
@@ -351,11 +351,11 @@ def copy_checkpoint(source, path, after):
     no link, so that damage to one of the files leaves the other.
     """
     after.result()
-    with place_for(path) as unfinished:
+    with atomic_checkpoint(path) as unfinished:
         shutil.copyfile(source, unfinished)
 
 
-def place_for(path):
+def atomic_checkpoint(path):
     """The context in which a checkpoint is written, see atomic_write."""
     folder, name = os.path.split(path)
     try:
@@ -365,7 +365,7 @@ def place_for(path):
     return atomic_write(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
 
 
-def copied(checkpoint):
+def copy_to_cpu(checkpoint):
     """A checkpoint in dicts and lists of its own, which training does not change; its tensors are on the CPU."""
     # Lightning's apply_to_collection would take three times as long, 2 to 4 ms more in each epoch.
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)

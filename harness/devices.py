@@ -33,7 +33,7 @@ def pick_device(accelerator: str, num_processes: int = 1) -> str:
         return "cpu"
     if torch.backends.mps.is_available():
         return "mps"
-    problem = problem_of_cuda(local_rank() if num_processes > 1 else 0)
+    problem = why_cuda_is_unusable(local_rank() if num_processes > 1 else 0)
     if problem is None:
         return "cuda"
     if accelerator == "gpu":
@@ -48,7 +48,7 @@ def local_rank():
     return next((int(os.environ[name]) for name in ["LOCAL_RANK", "SLURM_LOCALID"] if os.environ.get(name)), 0)
 
 
-def problem_of_cuda(number):
+def why_cuda_is_unusable(number):
     """
     Why this torch cannot use the NVIDIA GPU of that number, which it tries: one line; empty if there is no GPU at all,
     None if it can be used.
@@ -64,8 +64,8 @@ def problem_of_cuda(number):
         return "".join(
             f"torch {torch.__version__} cannot use {name} {problem}"
             if problem
-            else f"this machine has {name}, but no GPU is visible to this process: {how_to_see_gpus(has_driver)}"
-            for name in names_of_gpus()[:1]
+            else f"this machine has {name}, but no GPU is visible to this process: {gpu_visibility_hint(has_driver)}"
+            for name in nvidia_gpu_names()[:1]
         )
     number %= num_gpus
     try:
@@ -81,7 +81,7 @@ def problem_of_cuda(number):
     return None
 
 
-def how_to_see_gpus(has_driver):
+def gpu_visibility_hint(has_driver):
     """What to do if this machine has GPUs, but this process sees none; has_driver is False if torch found no driver."""
     visible, granted = (
         os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -107,7 +107,7 @@ def check_number_of_gpus(devices, per_task):
         raise UserError(f"--devices {devices} needs as many GPUs, and this process sees {visible}: {remedy}")
 
 
-def names_of_gpus():
+def nvidia_gpu_names():
     """The names of NVIDIA's GPUs in this machine, from its driver for Linux."""
     names = []
     for path in sorted(GPUS_OF_THE_DRIVER.glob("*/information")):
@@ -183,7 +183,7 @@ def use_fast_layout(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def match_layout(optimizers):
+def match_optimizer_layout(optimizers):
     """Lays the state of optimizers out in memory as their parameters are: fused Adam takes both in that order."""
     for optimizer in optimizers:
         for param, state in optimizer.state.items():

@@ -13,7 +13,7 @@ import threading
 import traceback
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
-MAKE_ROOM = "make room and give the same command again"
+FREE_SPACE_HINT = "make room and give the same command again"
 OUT_OF_MEMORY = (  # what Python and torch say then
     "OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|integer multiplication overflow|"
     "Overflow when unpacking long|out of memory|ALLOC_FAILED"
@@ -70,7 +70,7 @@ def exit_on_error(parser: argparse.ArgumentParser):
         raise
     except Exception as error:
         if is_disk_full(error):
-            sys.exit(f"{parser.prog}: error: {error}; {MAKE_ROOM}")
+            sys.exit(f"{parser.prog}: error: {error}; {FREE_SPACE_HINT}")
         if is_out_of_memory(error):
             sys.exit(f"{parser.prog}: error: the memory is too small ({one_line(error)})")
         raise
@@ -115,7 +115,7 @@ def warn(text: str, num_processes: int = 1):
         print(text, file=sys.stderr, flush=True)
 
 
-def is_screen(stream):
+def supports_progress_bar(stream):
     """Whether stdout or stderr is a terminal or a notebook, where a progress bar can be drawn."""
     return stream is not None and (stream.isatty() or hasattr(sys, "ps1"))
 
@@ -131,7 +131,7 @@ def best_effort(what: str):
     except Exception as error:
         if is_disk_full(error):
             raise
-        warn(f"warning: {what} failed, the rest goes on ({one_line(error)}{place_of(error)})")
+        warn(f"warning: {what} failed, the rest goes on ({one_line(error)}{location_of(error)})")
 
 
 def is_disk_full(error):
@@ -144,7 +144,7 @@ def is_out_of_memory(error):
     return re.search(OUT_OF_MEMORY, repr(error)) is not None
 
 
-def place_of(error: BaseException) -> str:
+def location_of(error: BaseException) -> str:
     """Where an error comes from, as ", FILE, line N": the last line outside of libraries and this folder, if any."""
     frames = [] if isinstance(error, UserError) else traceback.extract_tb(error.__traceback__)
     others = (sysconfig.get_path("stdlib") + os.sep, os.path.dirname(__file__) + os.sep, "<frozen")

@@ -11,12 +11,12 @@ import warnings
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from harness.errors import MAKE_ROOM, DiskFullError, UserError, is_disk_full, warn
+from harness.errors import FREE_SPACE_HINT, DiskFullError, UserError, is_disk_full, warn
 
 UNFINISHED = ".unfinished"  # the end of a file's name as long as it is being written; of no file of anybody else's
 LOCK = ".lock"  # the file that keeps a folder to one process
 # What file systems without locks say: NFS without its lock service, Lustre without flock, and others.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
+LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike, keep_as: str | None = None, sync: bool
         if not isinstance(error, OSError):
             raise
         problem = f"cannot write {path} ({error.strerror or error})"
-        raise (DiskFullError(f"{problem}; {MAKE_ROOM}") if is_disk_full(error) else UserError(problem)) from error
+        raise (DiskFullError(f"{problem}; {FREE_SPACE_HINT}") if is_disk_full(error) else UserError(problem)) from error
 
 
 def write_text(path: str | os.PathLike, text: str, sync: bool = False):
@@ -98,7 +98,7 @@ def folder_lock(folder: str | os.PathLike, timeout: float):
                 warnings.filterwarnings("error", message="flock not supported")
                 lock.acquire()
         except (OSError, NotImplementedError, UserWarning) as error:
-            if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in LOCKS_UNSUPPORTED:
                 raise
             # A file with host and process in it, which only its own host can tell from one that was left behind.
             lock = SoftFileLock(f"{path}.soft", timeout=timeout)

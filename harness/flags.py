@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         for title, group in (flags or {}).items():
             arguments = self.add_argument_group(title)
             for name, flag in group.items():
-                arguments.add_argument(f"--{name}", default=flag.default, help=flag.help, **argparse_type(flag))
+                arguments.add_argument(f"--{name}", default=flag.default, help=flag.help, **argparse_options(flag))
 
     @property
     def defaults(self) -> dict:
@@ -87,13 +87,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def complete_file(args: argparse.Namespace, name: str, opened: Callable | None = None):
+def complete_file(args: argparse.Namespace, name: str, open_file: Callable | None = None):
     """
     Completes a flag that gives a file by what identifies it: its absolute path, and its checksum as NAME_sha256.
     Inputs:
         args - Namespace of the flags.
         name - Name of the flag. Its value is None if no file is given.
-        opened - Function from a path to the context of an open file; by default Python's.
+        open_file - Function from a path to the context of an open file; by default Python's.
     Raises:
         UserError - if the file cannot be read.
     """
@@ -102,13 +102,13 @@ def complete_file(args: argparse.Namespace, name: str, opened: Callable | None =
     if given is not None:
         path = os.path.abspath(os.path.expanduser(given))
         try:
-            with opened(path) if opened else open(path, "rb") as file:
+            with open_file(path) if open_file else open(path, "rb") as file:
                 vars(args).update({name: path, f"{name}{CHECKSUM}": checksum(file)})
         except OSError as error:
             raise UserError(f"--{name} {given!r} cannot be read ({error.strerror})") from error
 
 
-def argparse_type(flag: Flag) -> dict:
+def argparse_options(flag: Flag) -> dict:
     """What argparse's add_argument is told about a flag."""
     if isinstance(flag.default, bool):
         return {"action": "store_true"}
@@ -175,7 +175,7 @@ def validate(value, flag: Flag):
     return kind(value)
 
 
-def auto_or_number(value):
+def parse_threads(value):
     """The value of --threads. Raises a ValueError that says what it must be."""
     if value == "auto":
         return value
@@ -201,7 +201,7 @@ def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
             "devices": Flag(1, "Number of GPUs, or of processes on a CPU, per node", minimum=1),
             "num_nodes": Flag(1, "Number of nodes", minimum=1),
             "precision": Flag("32", "Of the networks: float32, or bfloat16 where it is safe", ["32", "bf16"]),
-            "threads": Flag("auto", "Threads of a CPU: a number, or auto, at most 8", parse=auto_or_number),
+            "threads": Flag("auto", "Threads of a CPU: a number, or auto, at most 8", parse=parse_threads),
             "no_cuda_graph": Flag(False, "On a GPU, train without CUDA graphs, in ordinary steps"),
         },
     }

@@ -14,7 +14,7 @@ from harness.files import UNFINISHED, folder_lock, read_results, write_text
 from harness.flags import CHECKSUM, RUNTIME_FLAGS
 
 LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
-OUR_FLAGS = {"epochs", "run_name", "log_dir"}  # distinguish the hparams.yaml of a run from others
+IDENTIFYING_FLAGS = {"epochs", "run_name", "log_dir"}  # distinguish the hparams.yaml of a run from others
 LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run
 
 
@@ -44,17 +44,17 @@ def folder_errors(folder):
         raise RunError(f"{problem}; choose another --log_dir or --run_name") from error
 
 
-def finished_results(folder, flags, defaults, experiment, tell=None):
+def finished_results(folder, flags, defaults, experiment, report_line=None):
     """
     What the results.json of a finished run contains; None if the run is unfinished or new. Changes nothing. Raises a
     RunError if the folder is another one's: other hyperparameters, or no run at all.
     Inputs:
         folder - The run's folder.
         flags, defaults, experiment - See Run.
-        tell - Function of a line, which is called for what is damaged; None: nothing is said of it.
+        report_line - Function of a line, which is called for what is damaged; None: nothing is said of it.
     """
     with folder_errors(folder):
-        existing = flags_of_run(folder, tell)
+        existing = read_flags(folder, report_line)
     if existing is None:
         return None
     existing = {**defaults, **existing}
@@ -83,14 +83,14 @@ def finished_results(folder, flags, defaults, experiment, tell=None):
         except FileNotFoundError:
             return None
         except ValueError:
-            if tell:
+            if report_line:
                 path = os.path.join(folder, "results.json")
-                tell(f"warning: {path} is damaged; it is regenerated from the run's checkpoints")
+                report_line(f"warning: {path} is damaged; it is regenerated from the run's checkpoints")
             return None
     return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None  # of fewer, it goes on
 
 
-def flags_of_run(folder, tell):
+def read_flags(folder, report_line):
     """
     The flags of the run in a folder, as its hparams.yaml or, if that is damaged, its checkpoints have them; None
     if the folder is not there or can be used. Raises a RunError if it is another one's.
@@ -103,18 +103,18 @@ def flags_of_run(folder, tell):
         with open(path, encoding="utf-8") as file:
             flags = yaml.safe_load(file)
     except FileNotFoundError:
-        if all(map(may_be_there, os.scandir(folder))):
+        if all(map(is_allowed_in_new_folder, os.scandir(folder))):
             return None
         flags = None
         problem = f"{folder} is there already, but holds no run: choose another --run_name"
     except (yaml.YAMLError, UnicodeDecodeError):
         flags = None
-    if isinstance(flags, dict) and flags.keys() >= OUR_FLAGS:
+    if isinstance(flags, dict) and flags.keys() >= IDENTIFYING_FLAGS:
         return flags
-    kept = checkpoints.flags_of_run(os.path.join(folder, "checkpoints"))
+    kept = checkpoints.flags_in_checkpoints(os.path.join(folder, "checkpoints"))
     if kept is not None:
-        if tell:
-            tell(f"warning: {path} is damaged or gone; it is regenerated from the run's checkpoints")
+        if report_line:
+            report_line(f"warning: {path} is damaged or gone; it is regenerated from the run's checkpoints")
         return kept
     if not isinstance(flags, dict) and os.path.exists(path):
         problem = (
@@ -124,7 +124,7 @@ def flags_of_run(folder, tell):
     raise RunError(problem)
 
 
-def may_be_there(entry):
+def is_allowed_in_new_folder(entry):
     """Whether a folder can become a run's that has this os.DirEntry: a log, something hidden, an empty folder."""
     if entry.is_dir():
         return entry.name.startswith(".") or not os.listdir(entry)
@@ -148,7 +148,7 @@ def open_folder(log_dir, name, flags, defaults, experiment):
             folder = os.path.join(log_dir, name) if name else numbered_folder(log_dir)
             os.makedirs(folder, exist_ok=True)
             stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
-            if finished_results(folder, flags, defaults, experiment, tell=warn):
+            if finished_results(folder, flags, defaults, experiment, report_line=warn):
                 raise RunError(f"{folder} was finished by another process just now")
             path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
             kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}

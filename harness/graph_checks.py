@@ -33,8 +33,16 @@ SETTINGS = {  # of the Trainer; in the precisions no step is left out, as a scal
 _TORCH = "forward_pre forward backward_pre backward post_accumulate_grad optimizer_step_pre optimizer_step_post"
 TORCH_HOOKS = [f"_{name}_hooks" for name in _TORCH.split()]  # of modules, parameters and optimizers
 # Modules whose hooks are as right for many minibatches at once.
-TRUSTED = ("harness.", *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]))
-CHANGE_STEPS = (GradientAccumulationScheduler, StochasticWeightAveraging, LearningRateFinder, BatchSizeFinder)
+TRUSTED_MODULES = (
+    "harness.",
+    *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]),
+)
+STEP_CHANGING_CALLBACKS = (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    LearningRateFinder,
+    BatchSizeFinder,
+)
 PLAIN = (bool, int, float, str, bytes)  # may be another object each time, if it is equal
 RANDOM_NUMBERS = (random.Random, np.random.Generator, np.random.RandomState)
 # Changes by itself, or in place, as a graph changes it.
@@ -46,14 +54,14 @@ class CaptureError(RuntimeError):
     """The training does something that a CUDA graph cannot hold; the message says what."""
 
 
-def check(trainer, model, train_loader, val_loader):
+def check_training(trainer, model, train_loader, val_loader):
     """Raises a CaptureError if graphs would not do all that ordinary training does."""
     for name, possible in SETTINGS.items():
         found = getattr(trainer, name)
         if not any(found == value and type(found) is type(value) for value in possible):  # 1 is one minibatch, 1.0 all
             raise CaptureError(f"the Trainer's {name} is {found}; graphs need {' or '.join(map(str, possible))}")
     for part in [model, *trainer.callbacks]:
-        if isinstance(part, CHANGE_STEPS):
+        if isinstance(part, STEP_CHANGING_CALLBACKS):
             raise CaptureError(f"{type(part).__name__} changes how the steps are made")
         for hook in step_hooks(part):
             raise CaptureError(f"{type(part).__name__} has {hook}, which is called for every minibatch")
@@ -68,15 +76,15 @@ def check(trainer, model, train_loader, val_loader):
 
 
 def step_hooks(part):
-    """Names of the hooks within an epoch that a module or a callback has, unless they are TRUSTED."""
+    """Names of the hooks within an epoch that a module or a callback has, unless they are TRUSTED_MODULES."""
     parent = pl.LightningModule if isinstance(part, pl.LightningModule) else pl.Callback
     hooks = [hook for hook in STEP_HOOKS if hasattr(parent, hook) and is_overridden(hook, part)]
     if getattr(part, "_every_n_train_steps", 0) or getattr(part, "_train_time_interval", None):  # of ModelCheckpoint
         return hooks
-    return [hook for hook in hooks if not getattr(getattr(part, hook), "__module__", "").startswith(TRUSTED)]
+    return [hook for hook in hooks if not getattr(getattr(part, hook), "__module__", "").startswith(TRUSTED_MODULES)]
 
 
-def check_parts(model, optimizer):
+def check_modules(model, optimizer):
     """Raises a CaptureError if a graph cannot hold what a module and its optimizer are made of at this moment."""
     for part in [*model.modules(), *model.parameters(), optimizer]:
         if any(getattr(part, name, None) for name in TORCH_HOOKS):
@@ -105,7 +113,7 @@ def python_state(model):
             found[name] = pickle.dumps(value)
         elif hasattr(value, "__next__"):
             raise CaptureError(f"{name} is an iterator, which a step may advance")
-        elif id(value) not in seen and not isinstance(value, OPAQUE) and not getattr(value, "in_place", False):
+        elif id(value) not in seen and not isinstance(value, OPAQUE) and not getattr(value, "updates_in_place", False):
             seen.add(id(value))
             if isinstance(value, (list, tuple, set, deque)):
                 value = dict(enumerate(value))
@@ -114,7 +122,7 @@ def python_state(model):
     return found
 
 
-def changes(before, after):
+def describe_changes(before, after):
     """What has changed from one python_state to the next: reasons against a graph."""
     for name in {**before, **after}:
         old, new = before.get(name, before), after.get(name, after)
@@ -126,7 +134,7 @@ def changes(before, after):
             yield name if name == RANDOM else f"training_step changes {name} in Python, which a graph would not do"
 
 
-class Refusal:
+class Forbidden:
     """A stand-in, during a capture, for what a graph does not follow: each use of it is a CaptureError."""
 
     def __init__(self, name):
@@ -140,5 +148,8 @@ class Refusal:
 
 _OPERATORS = {f"__{name}__" for name in ["eq", "ne", "lt", "le", "gt", "ge", "hash", "str", "len", "iter", "call"]}
 for _name in _OPERATORS | ({*dir(int)} - {*dir(object)}):
-    setattr(Refusal, _name, Refusal.refuse)
-NO_TRAINER, NO_NUMBER = Refusal("self.trainer, as self.log and self.current_epoch do"), Refusal("batch_idx")
+    setattr(Forbidden, _name, Forbidden.refuse)
+FORBIDDEN_TRAINER, FORBIDDEN_BATCH_IDX = (
+    Forbidden("self.trainer, as self.log and self.current_epoch do"),
+    Forbidden("batch_idx"),
+)

@@ -15,11 +15,21 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from harness.errors import one_line, warn
-from harness.graph_checks import NO_NUMBER, NO_TRAINER, CaptureError, changes, check, check_parts, python_state
+from harness.graph_checks import (
+    FORBIDDEN_BATCH_IDX,
+    FORBIDDEN_TRAINER,
+    CaptureError,
+    check_modules,
+    check_training,
+    describe_changes,
+    python_state,
+)
 
-MINIBATCHES = 64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
+MINIBATCHES_PER_BLOCK = (
+    64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
+)
 VAL_PIXELS = 8192 * 28 * 28  # the most in a validation minibatch, whose images are all decoded at once
-FAILED = []  # graphs whose capture failed, kept alive: torch's allocator of pinned memory may still use them
+FAILED_GRAPHS = []  # graphs whose capture failed, kept alive: torch's allocator of pinned memory may still use them
 
 
 def has_graphs(device):
@@ -28,7 +38,7 @@ def has_graphs(device):
 
 
 @contextlib.contextmanager
-def graphed(trainer, model, train_loader, val_loader):
+def cuda_graphs(trainer, model, train_loader, val_loader):
     """
     A context in which a Trainer trains a module by CUDA graphs, if it can; if not, a line says why. Yields what to give
     to trainer.fit instead of the loaders, which are such as bmnist.ImageLoader. The module's training_step returns the
@@ -37,27 +47,27 @@ def graphed(trainer, model, train_loader, val_loader):
     loaders, device = (train_loader, val_loader), trainer.strategy.root_device
     with contextlib.ExitStack() as undo:
         try:
-            check(trainer, model, *loaders)
+            check_training(trainer, model, *loaders)
             undo.enter_context(side_stream(device))
             for loader in loaders:
                 undo.callback(loader.dataset.to, loader.dataset.images.device)
                 loader.dataset.to(device)
         except Exception as error:
             undo.close()
-            warn(f"note: training without CUDA graphs: {explain(error)}")
+            warn(f"note: training without CUDA graphs: {explain_error(error)}")
         else:
             steps, size = GraphedSteps(trainer, model, train_loader), val_loader.dataset.images[0].numel()
             large = max(val_loader.batch_size, VAL_PIXELS // size)
             trainer.strategy.training_step, model.automatic_optimization = steps.training_step, False
             undo.callback(delattr, trainer.strategy, "training_step")
             undo.callback(setattr, model, "automatic_optimization", True)
-            options = {name: getattr(val_loader, name) for name in ["sampler", "redraws", "generator"]}
+            options = {name: getattr(val_loader, name) for name in ["sampler", "resamples", "generator"]}
             val_loader = type(val_loader)(val_loader.dataset, large, **options)
-            loaders = IndexLoader(train_loader), val_loader
+            loaders = IndexBlockLoader(train_loader), val_loader
         yield loaders
 
 
-class IndexLoader:
+class IndexBlockLoader:
     """
     A loader of images whose batches are indices, int64 [N]: those of the first minibatch, then of many at a time. All
     else that it is asked for, such as its sampler, is the loader's.
@@ -70,16 +80,24 @@ class IndexLoader:
         return getattr(vars(self)["loader"], name)
 
     def __len__(self):
-        return 1 + math.ceil((len(self.loader) - 1) / MINIBATCHES)
+        return 1 + math.ceil((len(self.loader) - 1) / MINIBATCHES_PER_BLOCK)
 
     def __iter__(self):
-        self.loader.redraw()
+        self.loader.resample()
         first, *others = self.loader.order().split(self.batch_size)
-        return iter([first, *(torch.cat(others[i : i + MINIBATCHES]) for i in range(0, len(others), MINIBATCHES))])
+        return iter(
+            [
+                first,
+                *(
+                    torch.cat(others[i : i + MINIBATCHES_PER_BLOCK])
+                    for i in range(0, len(others), MINIBATCHES_PER_BLOCK)
+                ),
+            ]
+        )
 
 
 class GraphedSteps:
-    """The steps of a training, for the batches of an IndexLoader."""
+    """The steps of a training, for the batches of an IndexBlockLoader."""
 
     def __init__(self, trainer, model, loader):
         self.trainer, self.model, self.data_set, self.batch_size = trainer, model, loader.dataset, loader.batch_size
@@ -107,13 +125,13 @@ class GraphedSteps:
         try:
             before = python_state(self.model)
         except Exception as error:
-            why = explain(error)
+            why = explain_error(error)
         output = self.ordinary_step(indices)
         try:
-            why = why or next(changes(before, python_state(self.model)), None)
+            why = why or next(describe_changes(before, python_state(self.model)), None)
             why or self.capture(indices)
         except Exception as error:
-            why = explain(error)
+            why = explain_error(error)
         if why:  # by now the error is gone, and with it what it held of the GPU's memory
             self.use_graphs, self.graph = False, None
             gc.collect()
@@ -143,22 +161,22 @@ class GraphedSteps:
     def capture(self, indices):
         """Captures a step as the epoch's graph. Raises an error, of any kind, if that cannot be."""
         optimizer, trainer = self.trainer.optimizers[0], self.trainer
-        check_parts(self.model, optimizer)
+        check_modules(self.model, optimizer)
         self.indices, before = indices.clone(), [group["capturable"] for group in optimizer.param_groups]
         try:
-            self.model.trainer = NO_TRAINER
+            self.model.trainer = FORBIDDEN_TRAINER
             for group in optimizer.param_groups:
                 group["capturable"] = True
             # The new graph takes over the memory of the one before, which lives until then.
-            self.graph = capture(self.step_of_the_graph, self.graph)
+            self.graph = capture(self.graph_step, self.graph)
         finally:
             self.model.trainer = trainer
             for group, capturable in zip(optimizer.param_groups, before):
                 group["capturable"] = capturable
 
-    def step_of_the_graph(self):
+    def graph_step(self):
         """The step that is captured."""
-        self.step(self.data_set[self.indices], NO_NUMBER)
+        self.step(self.data_set[self.indices], FORBIDDEN_BATCH_IDX)
 
     def count_step(self):
         """
@@ -213,14 +231,14 @@ def capture(function, previous):
             with contextlib.suppress(RuntimeError):  # it has come to its end, after all
                 end(device, pool)
                 torch._C._cuda_releasePool(device, pool)
-                FAILED.append(graph)
+                FAILED_GRAPHS.append(graph)
         raise
     finally:
         gc.enable()
     return graph
 
 
-def explain(error):
+def explain_error(error):
     """Why there is no graph, in a few words."""
     while error.__context__ is not None:  # what ends a capture after an error raises one of its own
         error = error.__context__

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data.distributed import DistributedSampler
 
 from harness import slurm
-from harness.devices import match_layout
+from harness.devices import match_optimizer_layout
 
 # What torchrun sets in each process, besides what Lightning sets in those that it starts, as does who starts them by
 # hand (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
@@ -23,7 +23,7 @@ RENDEZVOUS_VARS = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
 STALE_VARS = RENDEZVOUS_VARS | {"LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}
 
 
-def environment(devices, num_nodes, run_name):
+def cluster_environment(devices, num_nodes, run_name):
     """
     Lightning's ClusterEnvironment for a run, by who starts its processes. Variables that others have left in the
     environment, an old shell or an interactive allocation, change nothing. Raises a ValueError that says what to give
@@ -32,9 +32,9 @@ def environment(devices, num_nodes, run_name):
         devices, num_nodes - Number of processes per node, and of nodes.
         run_name - The run's own name, or None.
     """
-    launcher, started, kind = "torchrun", started_by_torchrun(), TorchElasticEnvironment
+    launcher, started, kind = "torchrun", torchrun_processes(), TorchElasticEnvironment
     if started == (1, 1):
-        launcher, started, kind = "srun", slurm.tasks(), slurm.environment
+        launcher, started, kind = "srun", slurm.srun_tasks(), slurm.cluster_environment
     is_one_process = (num_nodes, devices) == (1, 1)
     if started != (1, 1) and not (is_one_process and launcher == "srun" and run_name):  # each task is a run of its own
         check_started(launcher, *started, wanted=(num_nodes, devices))
@@ -50,7 +50,7 @@ def environment(devices, num_nodes, run_name):
     return LightningEnvironment()
 
 
-def started_by_torchrun():
+def torchrun_processes():
     """Number of nodes, and of processes on each, that torchrun has started; 1, 1 if it has not started this one."""
     if not os.environ.keys() >= TORCHRUN:
         return 1, 1
@@ -160,7 +160,7 @@ def sampler(dataset, shuffle, trainer, seed):
         seed - The run's seed.
     """
     if shuffle:
-        seed = derived_seed(seed, dtype=np.uint32)
+        seed = derive_seed(seed, dtype=np.uint32)
         return EpochSampler(dataset, trainer.world_size, trainer.global_rank, seed=seed)
     return range(trainer.global_rank, len(dataset), trainer.world_size)
 
@@ -179,12 +179,12 @@ class EpochSampler(DistributedSampler):
     def __iter__(self):
         return iter(self.order().tolist())
 
-    def draw_seed(self):
+    def resampling_seed(self):
         """Seed of the images of this epoch, for a data set that samples them again for each."""
-        return derived_seed(self.seed, self.epoch)
+        return derive_seed(self.seed, self.epoch)
 
 
-def derived_seed(*numbers, dtype=np.uint64):
+def derive_seed(*numbers, dtype=np.uint64):
     """A seed from several numbers; other numbers, however close, give an unrelated one."""
     return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
 
@@ -196,7 +196,7 @@ class RunHooks(pl.Callback):
     - Every epoch, the validation before the first one, and the test begin with random numbers that depend on seed and
       epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
     - SIGTERM is left to the handler that it had before, slurm's too: Lightning's would end the training with code 0.
-    - The optimizer's state gets the layout of the weights, see devices.match_layout.
+    - The optimizer's state gets the layout of the weights, see devices.match_optimizer_layout.
     """
 
     def __init__(self, seed):
@@ -213,10 +213,10 @@ class RunHooks(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.restore_handler()
-        match_layout(trainer.optimizers)
+        match_optimizer_layout(trainer.optimizers)
 
     def on_train_epoch_start(self, trainer, pl_module):
-        torch.manual_seed(derived_seed(self.seed, trainer.current_epoch + 1))
+        torch.manual_seed(derive_seed(self.seed, trainer.current_epoch + 1))
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.state.fn == "validate":
@@ -224,7 +224,7 @@ class RunHooks(pl.Callback):
 
     def on_test_start(self, trainer, pl_module):
         self.restore_handler()
-        torch.manual_seed(derived_seed(self.seed))
+        torch.manual_seed(derive_seed(self.seed))
 
 
 class SharedNoise(TorchFunctionMode):

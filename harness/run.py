@@ -21,14 +21,14 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 from harness import checkpoints, devices, graphs, processes, report, slurm
 from harness.errors import (
-    MAKE_ROOM,
+    FREE_SPACE_HINT,
     DiskFullError,
     UserError,
     best_effort,
     is_disk_full,
     is_out_of_memory,
+    location_of,
     one_line,
-    place_of,
     print_line,
     sigterm_raises,
 )
@@ -37,7 +37,7 @@ from harness.flags import CHECKSUM
 from harness.folder import RunError, finished_results, open_folder
 from harness.settings import process_settings
 from harness.tensorboard import EpochLogger
-from harness.trainer import NO_WORKERS, check_shared_memory, check_shares, make_trainer, shows_bar
+from harness.trainer import NO_WORKERS_HINT, check_shared_memory, check_validation_size, has_progress_bar, make_trainer
 
 WORKERS_FAILED = r"DataLoader worker \(pid|shared memory|\bshm|[Tt]oo many open files|ancdata"  # what torch says then
 
@@ -113,14 +113,14 @@ class Run:
             stack.callback(random_numbers.__exit__, None, None, None)
             requeue = [slurm.RequeueOnTimeLimit()] if slurm.job_id() else []
             stack.enter_context(sigterm_raises())
-            self.report = report.EpochReport(self.experiment, self.flags, print_lines=not shows_bar(self.args))
-            callbacks = [*requeue, self.report, *self.callbacks, checkpoints.BestAndLast(self.report)]
+            self.report = report.EpochReport(self.experiment, self.flags, print_lines=not has_progress_bar(self.args))
+            callbacks = [*requeue, self.report, *self.callbacks, checkpoints.BestAndLastCheckpoint(self.report)]
             root_dir = os.path.join(self.log_dir, self.name or "")
             self.trainer = make_trainer(self.args, root_dir, callbacks)
             stack.enter_context(processes.process_group(self.trainer))
             if not self.trainer.is_global_zero:
                 warnings.simplefilter("ignore")  # rank 0 prints the same ones
-            stack.push(self.kill_others)
+            stack.push(self.kill_child_processes)
             self.find_results()
             self.stack = stack.pop_all()
         return self
@@ -139,7 +139,7 @@ class Run:
             self.test_result = [{f"test_{self.metric}": value}]
             self.make_figures()
 
-    def kill_others(self, kind, error, traceback):
+    def kill_child_processes(self, kind, error, traceback):
         """Kills the processes that this one has started, if an error ends it."""
         launcher = self.trainer.strategy.launcher
         if error is not None and hasattr(launcher, "procs"):
@@ -150,26 +150,28 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.stack.__exit__(kind, error, traceback)
-        if problem := self.explain(error):
+        if problem := self.explain_error(error):
             raise problem from error
 
-    def explain(self, error):
+    def explain_error(self, error):
         """The UserError that says what to do about an error, or None."""
         if isinstance(error, UserError):
             return None
         may_be_of_workers = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, FileNotFoundError)
         is_of_workers = may_be_of_workers and re.search(WORKERS_FAILED, str(error))
         if is_of_workers and self.flags.get("num_workers"):
-            reason = f"{one_line(error)}{place_of(error)}"
-            return RunError(f"the worker processes that load the images failed ({reason}): {NO_WORKERS}")
+            reason = f"{one_line(error)}{location_of(error)}"
+            return RunError(f"the worker processes that load the images failed ({reason}): {NO_WORKERS_HINT}")
         if is_out_of_memory(error):
             sizes = {name: self.flags[name] for name in self.experiment.memory_flags if self.flags[name] > 1}
             what = " and ".join(["this model", *(f"--{name} {size}" for name, size in sizes.items())])
             return RunError(
-                f"the memory is too small for {what} ({one_line(error)}{place_of(error)}): make one of them smaller"
+                f"the memory is too small for {what} ({one_line(error)}{location_of(error)}): make one of them smaller"
             )
         if is_disk_full(error):
-            return DiskFullError(f"cannot write to {error.filename or self.log_dir} ({error.strerror}); {MAKE_ROOM}")
+            return DiskFullError(
+                f"cannot write to {error.filename or self.log_dir} ({error.strerror}); {FREE_SPACE_HINT}"
+            )
         return None
 
     def print(self, text):
@@ -201,7 +203,7 @@ class Run:
             if self.flags[name] != processes.broadcast_or_exit(self.trainer, self.flags[name]):
                 flag = name.removesuffix(CHECKSUM)
                 raise RunError(f"--{flag} {self.flags[flag]} is another file here than in the first process")
-        processes.on_rank_zero(self.trainer, check_shares, len(loaders[1].dataset), self.trainer.world_size)
+        processes.on_rank_zero(self.trainer, check_validation_size, len(loaders[1].dataset), self.trainer.world_size)
         if self.flags.get("num_workers"):
             check_shared_memory(self.args.num_workers, loaders[0])
         # Only now that nothing else can be wrong.
@@ -270,7 +272,7 @@ class Run:
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
                 torch.set_float32_matmul_precision("high")  # TF32
             if graphs.has_graphs(self.device) and not self.args.no_cuda_graph and trainer.world_size == 1:
-                loaders = stack.enter_context(graphs.graphed(trainer, model, *loaders))
+                loaders = stack.enter_context(graphs.cuda_graphs(trainer, model, *loaders))
             trainer.log_every_n_steps = len(loaders[0])
             trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
         trainer.strategy.barrier()  # rank 0 has written the checkpoints that all read

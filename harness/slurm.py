@@ -28,7 +28,7 @@ MAX_GRACE = 600  # seconds from SIGTERM to SIGKILL, as in slurm/job.sh
 
 def is_interactive():
     """Whether somebody may sit at this process: it has a terminal, or is or was started by a notebook or a prompt."""
-    if hasattr(sys, "ps1") or any(map(KERNEL.search, commands_of_parents())):
+    if hasattr(sys, "ps1") or any(map(KERNEL.search, parent_commands())):
         return True
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
@@ -37,7 +37,7 @@ def is_interactive():
     return True
 
 
-def commands_of_parents():
+def parent_commands():
     """The command lines of the processes that have started this one, as far as Linux tells; a zero ends each word."""
     pid = os.getppid()
     with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ def run_name():
     return f"job_{job_id()}" if job_id() else None
 
 
-def tasks():
+def srun_tasks():
     """
     The number of nodes, and of tasks on each (0 if they differ), that srun has started, this process among them. What a
     job has asked for does not tell: a batch script is one process, and srun starts any part of the tasks.
@@ -72,7 +72,7 @@ def tasks():
     return int(os.environ["SLURM_STEP_NUM_NODES"]), int(per_node[1]) if per_node else 0
 
 
-def environment():
+def cluster_environment():
     """
     Lightning's environment for one run in all tasks of srun, without its way to requeue, which saves a checkpoint in
     the middle of a step, from which training could not continue exactly.
@@ -82,7 +82,7 @@ def environment():
     root = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
     os.environ.setdefault("MASTER_ADDR", root)
     os.environ.setdefault("MASTER_PORT", str(10000 + (10 * job + step) % 20000))
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks()[1])
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(srun_tasks()[1])
     return SLURMEnvironment(auto_requeue=False)
 
 
@@ -101,7 +101,7 @@ class RequeueOnTimeLimit(pl.Callback):
         self.has_advanced = False  # whether there is a checkpoint of an epoch since this job started, or restarted
         if threading.current_thread() is threading.main_thread():  # Run puts the handlers of before back
             signal.signal(signal.SIGUSR1, self.requeue)
-            signal.signal(signal.SIGTERM, self.announce_end)
+            signal.signal(signal.SIGTERM, self.handle_sigterm)
 
     def on_train_start(self, trainer, pl_module):
         self.first_epoch = trainer.current_epoch
@@ -116,7 +116,7 @@ class RequeueOnTimeLimit(pl.Callback):
         if self.is_ending and isinstance(exception, Exception):
             time.sleep(MAX_GRACE)
 
-    def announce_end(self, signum, frame):
+    def handle_sigterm(self, signum, frame):
         """A handler of SIGTERM; unlike with SIG_IGN, programs that this process starts do not ignore it as well."""
         self.is_ending = True
 

@@ -36,7 +36,7 @@ class EpochLogger(TensorBoardLogger):
         Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with test_METRIC, and
         to show training and validation of each quantity in one chart (its tab Custom Scalars); see run.Experiment.
         """
-        self.unless_it_fails(self.write_dashboard, flags, experiment)
+        self.log_unless_failed(self.write_dashboard, flags, experiment)
 
     def write_dashboard(self, flags, experiment):
         """See set_up_dashboard."""
@@ -69,15 +69,17 @@ class EpochLogger(TensorBoardLogger):
         """Logs metrics of the current epoch, each one once: EpochReport does so ahead of Lightning."""
         new = {name for name in metrics if name != "epoch" and self.logged.get(name) != self.epoch}
         self.logged.update(dict.fromkeys(new, self.epoch))
-        self.unless_it_fails(super().log_metrics, {name: metrics[name] for name in metrics if name in new}, self.epoch)
+        self.log_unless_failed(
+            super().log_metrics, {name: metrics[name] for name in metrics if name in new}, self.epoch
+        )
 
     @rank_zero_only
     def flush(self):
         """Writes all that was logged so far to the disk."""
-        self.unless_it_fails(self.experiment.flush)
+        self.log_unless_failed(self.experiment.flush)
 
     def save(self):
-        self.unless_it_fails(super().save)
+        self.log_unless_failed(super().save)
 
     @rank_zero_only
     def close(self):
@@ -87,9 +89,9 @@ class EpochLogger(TensorBoardLogger):
 
     def finalize(self, status):
         with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-            self.unless_it_fails(super().finalize, status)
+            self.log_unless_failed(super().finalize, status)
 
-    def unless_it_fails(self, function, *args):
+    def log_unless_failed(self, function, *args):
         """Calls a function that logs. Once one has failed, the run goes on without; a full disk ends it."""
         if not self.has_failed:
             self.has_failed = True

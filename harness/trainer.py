@@ -12,11 +12,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import default_collate
 
 from harness import checkpoints, devices, processes, slurm
-from harness.errors import is_screen, one_line, warn
+from harness.errors import one_line, supports_progress_bar, warn
 from harness.folder import RunError
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
-NO_WORKERS = "give --num_workers 0, which is the fastest, since the images are in memory"
+NO_WORKERS_HINT = "give --num_workers 0, which is the fastest, since the images are in memory"
 
 
 class NoProfiler(PassThroughProfiler):
@@ -45,12 +45,12 @@ def make_trainer(args, root_dir, callbacks):
     callbacks = [
         processes.RunHooks(args.seed),
         *callbacks,
-        *([TQDMProgressBar()] if shows_bar(args) else []),  # not rich's, if that is installed
+        *([TQDMProgressBar()] if has_progress_bar(args) else []),  # not rich's, if that is installed
     ]
     try:
         kind = devices.pick_device(args.accelerator, num_processes)
         if kind == "cuda":
-            devices.check_number_of_gpus(args.devices, slurm.tasks()[1])
+            devices.check_number_of_gpus(args.devices, slurm.srun_tasks()[1])
         if args.precision == "bf16" and not devices.has_bf16(kind):
             slower = "--precision bf16 is slower here than 32: this processor has no arithmetic for it"
             warn(f"warning: {slower}", num_processes)
@@ -63,11 +63,14 @@ def make_trainer(args, root_dir, callbacks):
             num_nodes=args.num_nodes,
             strategy="ddp" if num_processes > 1 else "auto",
             precision=PRECISIONS[args.precision],
-            plugins=[checkpoints.CheckpointFiles(), processes.environment(args.devices, args.num_nodes, args.run_name)],
+            plugins=[
+                checkpoints.BackgroundCheckpointIO(),
+                processes.cluster_environment(args.devices, args.num_nodes, args.run_name),
+            ],
             use_distributed_sampler=False,
             logger=False,
             profiler=NoProfiler(),
-            enable_progress_bar=shows_bar(args),
+            enable_progress_bar=has_progress_bar(args),
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
@@ -87,11 +90,11 @@ def check_shared_memory(num_workers, loader):
         torch.empty(2 * num_workers * (loader.prefetch_factor + 1) * size, dtype=torch.uint8).share_memory_()
     except RuntimeError as error:
         raise RunError(
-            f"the shared memory is too small for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS}"
+            f"the shared memory is too small for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS_HINT}"
         ) from error
 
 
-def check_shares(num_val, num_processes):
+def check_validation_size(num_val, num_processes):
     """Raises a RunError if there is no validation image for each process."""
     if num_val < num_processes:
         raise RunError(
@@ -99,6 +102,6 @@ def check_shares(num_val, num_processes):
         )
 
 
-def shows_bar(args):
+def has_progress_bar(args):
     """Whether there is a progress bar."""
-    return args.progress_bar and is_screen(sys.stdout)
+    return args.progress_bar and supports_progress_bar(sys.stdout)

@@ -56,8 +56,8 @@ def write_explorer(
         ("encoder", encoder, few_imgs, torch.cat(encoder(few_imgs), dim=-1)),
         ("decoder", decoder, few_means, decoder(few_means)),
     ]:
-        networks[name], weights = layers_of(net, x, y, name)
-        num_products = sum(map(products, networks[name]))
+        networks[name], weights = export_layers(net, x, y, name)
+        num_products = sum(map(num_multiplications, networks[name]))
         if num_products > MAX_PRODUCTS:
             raise ExplorerError(f"the {name} takes {num_products:,} multiplications, more than {MAX_PRODUCTS:,}")
         numbers += [part for weight in weights for part in split_to_half(weight.flatten().cpu())]
@@ -85,7 +85,7 @@ def write_explorer(
         "largest": means.abs().amax(dim=0).tolist(),
         "facts": {name: facts.get(name) for name in FACTS},  # what is not known yet is null
     }
-    write_text(path, page(data, b"".join(array.tobytes() for array in numbers)))
+    write_text(path, render_page(data, b"".join(array.tobytes() for array in numbers)))
 
 
 def split_to_half(weights):
@@ -101,7 +101,7 @@ def split_to_half(weights):
     return [half.numpy().astype("<f2") for half in halves]
 
 
-def products(layer):
+def num_multiplications(layer):
     """Number of multiplications of a layer for one image."""
     if "kernel_size" not in layer:
         return layer.get("num_weights", 0)
@@ -109,7 +109,7 @@ def products(layer):
     return layer["num_weights"] * math.prod(small[1:])
 
 
-def layers_of(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list, list]:
+def export_layers(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list, list]:
     """
     A network as a list of layers that the page can compute.
     Inputs:
@@ -158,7 +158,7 @@ def is_convolution(module):
     )
 
 
-def page(data, numbers):
+def render_page(data, numbers):
     """
     The content of the page.
     Inputs:

@@ -29,7 +29,7 @@ class Plane(NamedTuple):
     directions: Tensor
 
 
-class Shown(NamedTuple):
+class PictureData(NamedTuple):
     """
     What the pictures show, all on the CPU.
     Attributes:
@@ -72,7 +72,7 @@ def plane(means: Tensor, labels: Tensor, legend: str = "digit") -> Plane:
     return Plane(places, labels, axes, center, directions)
 
 
-def first_three(labels: Tensor) -> Tensor:
+def first_three_per_label(labels: Tensor) -> Tensor:
     """Indices [3,C] of the first three images of each label, of at most ten labels; without labels, of 30 images."""
     by_label = [(labels == label).nonzero().squeeze(1)[:3] for label in labels.unique() if label >= 0]
     triples = [indices for indices in by_label if len(indices) == 3][:10]
@@ -81,7 +81,7 @@ def first_three(labels: Tensor) -> Tensor:
 
 def reconstructions(name, shown):
     """Saves a picture of test images, each above the mean of its reconstruction."""
-    picks = first_three(shown.labels)
+    picks = first_three_per_label(shown.labels)
     images = torch.stack([shown.imgs[picks], shown.decode(shown.means[picks])], dim=1).flatten(0, 1)
     title = "Test images and the means of their reconstructions"
     figures.image_table(name, images, rows=["input", "reconstruction"] * 3, title=title)
@@ -89,7 +89,7 @@ def reconstructions(name, shown):
 
 def interpolations(name, shown):
     """Saves a picture of decoded points of the straight lines in latent space between test images."""
-    start, second, _ = first_three(shown.labels)
+    start, second, _ = first_three_per_label(shown.labels)
     end = second.roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
     weights = torch.linspace(0, 1, 11)
     z = torch.lerp(shown.means[start].unsqueeze(1), shown.means[end].unsqueeze(1), weights.view(1, -1, 1))
@@ -161,7 +161,7 @@ def save_pictures(folder: Path, model: nn.Module, imgs: Tensor, labels: Tensor, 
         return x_mean.squeeze(-3).unflatten(0, z.shape[:-1]).cpu()
 
     sampled = [drawn.squeeze(1).unflatten(0, [8, 8]).cpu() for drawn in model.sample(64)]
-    shown = Shown(decode, imgs.squeeze(1), labels, means, *sampled, legend)
+    shown = PictureData(decode, imgs.squeeze(1), labels, means, *sampled, legend)
     for name in FILES:
         with best_effort(f"removing {folder / name}"):
             (folder / name).unlink(missing_ok=True)

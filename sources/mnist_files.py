@@ -58,7 +58,7 @@ def load_mnist(root: str | os.PathLike = "../data/", download: bool = True, kind
         for path in rejected:
             if path.name in missing and os.path.exists(path):  # a download would replace it
                 problem = f"{path} is not {kind_name}'s: {rejected.pop(path)}"
-                hints = not_taken(folder, missing, rejected, kind_name)
+                hints = describe_rejected_files(folder, missing, rejected, kind_name)
                 raise DataError(f"{problem}. Delete it or move it away, and it is downloaded again{hints}")
         problem = "download is switched off"
         if download:
@@ -68,11 +68,12 @@ def load_mnist(root: str | os.PathLike = "../data/", download: bool = True, kind
                 problem = " ".join(str(error).split()) or repr(error)
             contents |= read_files(folder, missing, kind_name)[0]  # perhaps from another process
         if missing := [name for name in missing if name not in contents]:
+            hints = describe_rejected_files(folder, missing, rejected, kind_name)
             raise DataError(
                 f"{kind_name} is not complete in {folder}: of its four files, {len(missing)} are missing "
-                f"({', '.join(missing)}) and could not be downloaded ({problem})"
-                f"{not_taken(folder, missing, rejected, kind_name)}. Run `python bmnist.py --dataset {kind} --data_dir "
-                "DIR` on a machine with a network, or train on rendered digits with --dataset rendered"
+                f"({', '.join(missing)}) and could not be downloaded ({problem}){hints}. "
+                f"Run `python bmnist.py --dataset {kind} --data_dir DIR` on a machine with a network, or train on "
+                "rendered digits with --dataset rendered"
             )
     bytes_of_files = {name: torch.frombuffer(bytearray(contents[name]), dtype=torch.uint8) for name in FILES}
     return tuple(  # without the heads, of four numbers or two
@@ -129,11 +130,11 @@ def read_file(path: Path, name: str, kind_name: str) -> bytes:
     return content
 
 
-def not_taken(folder: Path, missing, rejected, kind_name: str) -> str:
+def describe_rejected_files(folder: Path, missing, rejected, kind_name: str) -> str:
     """A sentence on what was found in a folder and not taken, with the reasons; empty if nothing was found."""
     notes = [f"{path.name} (unpack it)" for end in ARCHIVES for path in folder.parents[1].glob(f"*{end}")]
     others = [path for path in folder.glob("[!.]*") if path.name.removesuffix(".gz") not in FILES][:100]
-    names = {path: right_name(path, missing, kind_name) for path in others}
+    names = {path: name_for_content(path, missing, kind_name) for path in others}
     notes += [f"{path.name} (rename it to {name})" for path, name in names.items() if name]
     notes += [f"{path.name} ({problem})" for path, problem in rejected.items()]
     notes += [f"{path.name} (it is none of the missing files)" for path, name in names.items() if not name]
@@ -141,7 +142,7 @@ def not_taken(folder: Path, missing, rejected, kind_name: str) -> str:
     return f". Found and not taken: {', '.join(notes[:4])}{more}" if notes else ""
 
 
-def right_name(path: Path, names, kind_name: str) -> str | None:
+def name_for_content(path: Path, names, kind_name: str) -> str | None:
     """The one of these names that is right for the content of a file; None if there is none."""
     for name in names:
         with contextlib.suppress(DataError):

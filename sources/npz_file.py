@@ -21,7 +21,7 @@ NAMES |= {f"{kind}_{part}": f"{part}_{name}" for part in ["train", "val", "test"
 
 
 @contextlib.contextmanager
-def opened(path):
+def open_dataset_file(path):
     """A file to read from. Raises a DataError if it cannot be read."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
@@ -47,14 +47,14 @@ def load_file(path: str, sha256: str | None = None) -> OwnImages:
     Inputs:
         path - Path of the file. It contains train_images and test_images and may contain train_labels, test_labels,
             val_images and val_labels (x_train, y_train ... are the same), as uint8 images of shape [N,H,W] and integer
-            labels of shape [N] from 0 to 255, or as `grey` and `flat_labels` turn into these.
+            labels of shape [N] from 0 to 255, or as `to_grey` and `to_label_vector` turn into these.
         sha256 - The checksum that it must have; None: any.
     Outputs:
         images - The OwnImages.
     Raises:
         DataError - if the file is damaged, has changed, or contains something else.
     """
-    with opened(path) as file:
+    with open_dataset_file(path) as file:
         if sha256 is not None and checksum(file) != sha256:
             raise DataError(f"{path} has changed since the command began: give the same command again")
         if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle
@@ -90,11 +90,11 @@ def read_arrays(given: dict, names: list) -> OwnImages:
     for part, minimum in [("train", MIN_IMAGES), ("test", MIN_IMAGES), ("val", 1)]:
         images, labels = f"{part}_images", f"{part}_labels"
         if images in arrays:
-            arrays[images] = grey(arrays[images], f"its {images}", minimum, notes)
+            arrays[images] = to_grey(arrays[images], f"its {images}", minimum, notes)
             array = arrays.get(labels, np.full(len(arrays[images]), -1))
-            arrays[labels] = flat_labels(array, f"its {labels}", len(arrays[images]), notes)
+            arrays[labels] = to_label_vector(array, f"its {labels}", len(arrays[images]), notes)
         elif part != "val":
-            found = listed(names, 200) or "no arrays"
+            found = join_names(names, 200) or "no arrays"
             raise ValueError(f"it lacks {images} (or x_{part}), images of shape [N,H,W]; it has {found}")
         else:
             arrays.pop(labels, None)
@@ -105,7 +105,7 @@ def read_arrays(given: dict, names: list) -> OwnImages:
     if len({labels.max() < 0 for name, labels in arrays.items() if name.endswith("labels")}) > 1:
         raise ValueError("it has labels of some parts alone: give labels of every part, or none")
     num_val = len(arrays["val_images"]) if "val_images" in arrays else None
-    not_used = listed([name for name in names if NAMES.get(name) not in arrays], 60)
+    not_used = join_names([name for name in names if NAMES.get(name) not in arrays], 60)
     for kind in ["images", "labels"] if num_val else []:
         arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays.pop(f"val_{kind}")])
     tensors = [torch.from_numpy(arrays[name]) for name in PARTS]
@@ -113,13 +113,13 @@ def read_arrays(given: dict, names: list) -> OwnImages:
     return OwnImages(*tensors, num_val, reading + (f" (not used: {not_used})" if not_used else ""))
 
 
-def listed(names: list, length: int) -> str:
+def join_names(names: list, length: int) -> str:
     """Names on one line, of which those after `length` characters are left out."""
     text = "".join(letter if letter.isprintable() else "?" for letter in ", ".join(names))
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray:
+def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray:
     """
     Images as uint8 [N,H,W]. Raises a ValueError if they are invalid or could mean two things.
     Inputs:
@@ -140,7 +140,7 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
         images = images.view(np.uint8) * np.uint8(255)
         notes.append("bool read as black and white")
     elif images.dtype.kind == "f" and low >= 0 and high <= 1:
-        images = in_blocks(images, lambda block: (block * 255).round())
+        images = apply_in_blocks(images, lambda block: (block * 255).round())
         notes.append("floats from 0 to 1 read as intensities")
     elif images.dtype.kind not in "iuf" or not 0 <= low <= high <= 255:
         possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
@@ -148,13 +148,13 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
     elif high == 1:
         raise ValueError(f"{name} has the values 0 and 1 alone: store {name.split()[-1]} == 1, or 255 times it")
     elif images.dtype.kind == "f":
-        images = in_blocks(images, np.round)
+        images = apply_in_blocks(images, np.round)
     images = images.astype(np.uint8, copy=False)
     if channels:
         images = np.moveaxis(images, channels[0], -1)
         if images.shape[-1] == 3:
             weights = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
-            images = in_blocks(images, lambda block: (block @ weights).round())
+            images = apply_in_blocks(images, lambda block: (block @ weights).round())
             notes.append("RGB turned to grey")
         images = images.reshape(images.shape[:3])
     if images.max() <= 127:
@@ -172,7 +172,7 @@ def grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndarray
     return np.ascontiguousarray(images)
 
 
-def in_blocks(images: np.ndarray, function: Callable) -> np.ndarray:
+def apply_in_blocks(images: np.ndarray, function: Callable) -> np.ndarray:
     """Applies a function to some images at a time, so that the memory for floats is bounded. Returns them as uint8."""
     blocks = np.array_split(images, images.size // 2**22 + 1)
     result = np.empty((len(images), *function(blocks[0][:1]).shape[1:]), np.uint8)
@@ -181,7 +181,7 @@ def in_blocks(images: np.ndarray, function: Callable) -> np.ndarray:
     return result
 
 
-def flat_labels(labels: np.ndarray, name: str, number: int, notes: list) -> np.ndarray:
+def to_label_vector(labels: np.ndarray, name: str, number: int, notes: list) -> np.ndarray:
     """
     Labels as int64 [N]; several labels per image, [N,K], become -1, none. Raises a ValueError if they are invalid.
     Inputs:

@@ -35,7 +35,7 @@ FONTS = {
 EM = 88  # pixels: the size in which the glyphs are rendered
 CANVAS = 96  # pixels: each side of the square on which they are rendered
 FIELD = 48  # samples: each side of a distance field
-CHUNK = 1_000  # images made at a time, which bounds the memory
+IMAGES_PER_BLOCK = 1_000  # images made at a time, which bounds the memory
 
 # Sampled uniformly between two limits for each image, chosen to come near MNIST's own spread.
 LIMITS = {
@@ -168,10 +168,14 @@ def rendered_digits(num_images: int = 60_000, seed: int = 0) -> tuple[Tensor, Te
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for some_images, some_labels in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
+        for some_images, some_labels in zip(
+            images.split(IMAGES_PER_BLOCK), labels.split(IMAGES_PER_BLOCK), strict=True
+        ):
             # Sampled for a whole chunk even if fewer are wanted, so that an image does not depend on num_images.
-            glyph = torch.randint(10 * len(FONTS), (CHUNK,), generator=generator)[: len(some_images)]
-            values = torch.rand(CHUNK, len(LIMITS), generator=generator)[: len(some_images)] * (high - low) + low
+            glyph = torch.randint(10 * len(FONTS), (IMAGES_PER_BLOCK,), generator=generator)[: len(some_images)]
+            values = (
+                torch.rand(IMAGES_PER_BLOCK, len(LIMITS), generator=generator)[: len(some_images)] * (high - low) + low
+            )
             some_images.copy_(render(glyph, *values.T))
             some_labels.copy_(glyph % 10)
     finally:

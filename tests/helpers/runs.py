@@ -107,8 +107,9 @@ class GraphTest(TrainingTest):
     def setUp(self):
         super().setUp()
         self.captures, self.replays = [], []  # the number of images of each minibatch
-        stand_ins = dict(has_graphs=lambda device: True, side_stream=lambda device: contextlib.nullcontext())
-        self.enter(mock.patch.multiple(graphs, MINIBATCHES=2, capture=self.capture, gc=mock.Mock(), **stand_ins))
+        mocks = dict(has_graphs=lambda device: True, side_stream=lambda device: contextlib.nullcontext())
+        mocks.update(MINIBATCHES_PER_BLOCK=2, capture=self.capture, gc=mock.Mock())
+        self.enter(mock.patch.multiple(graphs, **mocks))
 
     def capture(self, function, previous):
         """

@@ -87,10 +87,10 @@ class TestDataLoaders(SeededTest):
         self.assertFalse(torch.equal(passes[0][0], passes[2][0]))
 
     def test_stochastic_images_depend_on_the_samplers_seed(self):
-        """If the sampler has a draw_seed, torch's random numbers do not matter."""
-        dataset = bmnist.SampledImages(torch.full((9, 4, 4), 100, dtype=torch.uint8), torch.arange(9))
-        sampler = mock.MagicMock(draw_seed=mock.Mock(side_effect=[5, 6, 5]), order=lambda: torch.arange(9))
-        loader = bmnist.ImageLoader(dataset, 9, redraws=True, sampler=sampler)
+        """If the sampler has a resampling_seed, torch's random numbers do not matter."""
+        dataset = bmnist.StochasticBinaryImages(torch.full((9, 4, 4), 100, dtype=torch.uint8), torch.arange(9))
+        sampler = mock.MagicMock(resampling_seed=mock.Mock(side_effect=[5, 6, 5]), order=lambda: torch.arange(9))
+        loader = bmnist.ImageLoader(dataset, 9, resamples=True, sampler=sampler)
         passes = [next(iter(loader))[0] for _ in range(3)]
         self.assertTrue(torch.equal(passes[0], passes[2]))
         self.assertFalse(torch.equal(passes[0], passes[1]))
@@ -101,7 +101,7 @@ class TestImages(SeededTest):
         """Each pixel is sampled independently, and its mean is its intensity."""
         images = torch.arange(256, dtype=torch.uint8).repeat(4_000).view(4_000, 16, 16)
         before = images.clone()
-        dataset = bmnist.SampledImages(images, torch.zeros(4_000, dtype=torch.int64))
+        dataset = bmnist.StochasticBinaryImages(images, torch.zeros(4_000, dtype=torch.int64))
         draws = dataset[torch.arange(4_000)][0]
         self.assertEqual(set(draws.unique().tolist()), {0, 1})
         intensities = torch.arange(256) / 255
@@ -116,7 +116,7 @@ class TestImages(SeededTest):
         images, samples = torch.randint(0, 256, (7, 5, 3), dtype=torch.uint8), []
         for block in [2**20, 8]:
             with mock.patch.object(bmnist, "BLOCK", block):
-                samples.append(bmnist.SampledImages(images, torch.arange(7), seed=3).images)
+                samples.append(bmnist.StochasticBinaryImages(images, torch.arange(7), seed=3).images)
         grey = images[(images > 0) & (images < 255)]
         numbers = torch.empty_like(grey).random_(0, 255, generator=torch.Generator().manual_seed(3))
         expected = images.clone()
@@ -132,7 +132,7 @@ class TestImages(SeededTest):
             "    return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
             "images = torch.full((8_000, 64, 64), 100, dtype=torch.uint8)\n"
             "before = peak()\n"
-            "bmnist.SampledImages(images, torch.arange(8_000)).redraw(1)\n"
+            "bmnist.StochasticBinaryImages(images, torch.arange(8_000)).resample(1)\n"
             "print(1 + (peak() - before) / images.numel())\n"
         )
         command, options = [sys.executable, "-c", code], dict(cwd=REPOSITORY, capture_output=True, text=True)
@@ -143,7 +143,7 @@ class TestImages(SeededTest):
 
     def test_the_data_sets_work_with_torchs_classes(self):
         """Subset, ConcatDataset and torch's own DataLoader accept them, like torchvision's MNIST."""
-        for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
+        for Images in [bmnist.BinaryImages, bmnist.StochasticBinaryImages]:
             dataset = Images(torch.full((10, 2, 2), 200, dtype=torch.uint8), torch.arange(10))
             parts = random_split(dataset, [6, 4])
             for data in [dataset, Subset(dataset, range(7)), *parts, ConcatDataset(parts)]:
@@ -159,7 +159,7 @@ class TestImages(SeededTest):
 
     def test_to_moves_every_tensor_in_place(self):
         images, labels = torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.arange(3)
-        for Images in [bmnist.BinaryImages, bmnist.SampledImages]:
+        for Images in [bmnist.BinaryImages, bmnist.StochasticBinaryImages]:
             dataset = Images(images, labels)
             dataset.to("meta")
             self.assertEqual({tensor.device.type for tensor in vars(dataset).values()}, {"meta"})

@@ -46,7 +46,7 @@ class TestWriting(FilesTest):
     def test_best_ckpt_is_the_first_epoch_with_the_lowest_metric(self):
         history = [{"epoch": 0, "val_bpd": 0.1}]  # of the untrained model, which has no checkpoint
         epoch_report = SimpleNamespace(metric="bpd", history=history)
-        files = checkpoints.CheckpointFiles()
+        files = checkpoints.BackgroundCheckpointIO()
 
         def save(path):
             files.save_checkpoint({**EMPTY, "epoch": len(history) - 2}, path)
@@ -56,7 +56,7 @@ class TestWriting(FilesTest):
         trainer = SimpleNamespace(logger=logger, save_checkpoint=save, strategy=strategy, is_global_zero=True)
         for value, best in [(0.5, 1), (0.6, 1), (0.4, 3), (0.4, 3), (0.3, 5)]:
             history.append({"epoch": len(history), "val_bpd": value})
-            checkpoints.BestAndLast(epoch_report).on_train_epoch_end(trainer, None)
+            checkpoints.BestAndLastCheckpoint(epoch_report).on_train_epoch_end(trainer, None)
             files.teardown()
             with self.subTest(value=value):
                 epochs = self.epochs()
@@ -143,7 +143,7 @@ class TestNewest(FilesTest):
     def test_a_run_resumes_from_its_own_checkpoints_alone(self):
         """Even if a later one of another program is in its folder."""
         self.write(self.last, 3)
-        for part in checkpoints.PARTS_OF_A_RUN.keys() - {"epoch"}:
+        for part in checkpoints.REQUIRED_PARTS.keys() - {"epoch"}:
             with self.subTest(part):
                 torch.save({name: value for name, value in {**EMPTY, "epoch": 7}.items() if name != part}, self.best)
                 before = self.best.read_bytes()
@@ -161,10 +161,10 @@ class TestNewest(FilesTest):
         self.checkpoints.mkdir(parents=True)
         torch.save(old, self.last)
         self.assertEqual(self.newest()[1], 1)
-        loaded = checkpoints.CheckpointFiles().load_checkpoint(str(self.last))
+        loaded = checkpoints.BackgroundCheckpointIO().load_checkpoint(str(self.last))
         self.assertEqual(loaded["run"], {"flags": {}, "history": []})
         self.assertEqual(loaded["callbacks"], {"C": users, "D": {"x": 1}})
-        self.assertEqual(checkpoints.flags_of_run(self.checkpoints), {})
+        self.assertEqual(checkpoints.flags_in_checkpoints(self.checkpoints), {})
 
 
 class TestBackground(SeededTest):
@@ -172,7 +172,7 @@ class TestBackground(SeededTest):
 
     def setUp(self):
         self.best, self.last = str(self.folder / "best.ckpt"), str(self.folder / "last.ckpt")
-        self.files, self.go_on = checkpoints.CheckpointFiles(), threading.Event()
+        self.files, self.go_on = checkpoints.BackgroundCheckpointIO(), threading.Event()
         self.addCleanup(self.go_on.set)
         write = checkpoints.write_checkpoint
 

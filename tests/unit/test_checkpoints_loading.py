@@ -83,7 +83,7 @@ class TestRefused(LoadingTest):
                     save(content, self.path)
                     self.assert_refused("refused" if zipfile.is_zipfile(self.path) else "no checkpoint")
                     with self.assertRaises(checkpoints.CheckpointError):
-                        checkpoints.CheckpointFiles().load_checkpoint(self.path)
+                        checkpoints.BackgroundCheckpointIO().load_checkpoint(self.path)
                     self.assertFalse(made.exists())
         torch.save(exploit, self.path)
         torch.load(self.path, weights_only=False)

@@ -102,7 +102,10 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
         def numbers(device, model, imgs):
             coarse = functools.partial(utils.quadrature_log_likelihood, step=1.0)
             with mock.patch.object(likelihoods, "quadrature_log_likelihood", coarse):
-                found = [*likelihoods.posteriors(model, test_set), likelihoods.by_quadrature(model, test_set)]
+                found = [
+                    *likelihoods.posteriors(model, test_set),
+                    likelihoods.quadrature_log_likelihoods(model, test_set),
+                ]
             found.append(likelihoods.log_likelihoods(model, test_set, iw_samples=5))
             self.assertEqual(({values.device for values in found}, model.device), ({cpu}, device))
 
@@ -266,7 +269,7 @@ class TestMemoryOfAnEvaluation(SeededTest):
     def test_larger_images_take_no_more_memory_than_those_of_mnist(self):
         for num_images, height, width, expected in [(8, 28, 28, 8), (8, 7, 7, 8), (8, 56, 56, 2), (8, 280, 2800, 1)]:
             with self.subTest(height=height, width=width):
-                self.assertEqual(likelihoods.fit_batch(num_images, height * width), expected)
+                self.assertEqual(likelihoods.scale_batch_size(num_images, height * width), expected)
 
 
 class TestCPU(SeededTest):
@@ -347,7 +350,7 @@ class TestLayout(SeededTest):
                 optimizer = torch.optim.Adam(conv.parameters(), lr=0.1, fused=True)
                 if state:
                     optimizer.load_state_dict(state)
-                devices.match_layout([optimizer])
+                devices.match_optimizer_layout([optimizer])
                 conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
                 optimizer.step()
                 state = optimizer.state_dict()

@@ -41,7 +41,7 @@ class TestErrors(SeededTest):
             return caught.code, self.printed()
 
     def test_what_the_user_can_mend_ends_with_one_line(self):
-        full = f"[Errno {errno.ENOSPC}] No space left; {errors.MAKE_ROOM}"
+        full = f"[Errno {errno.ENOSPC}] No space left; {errors.FREE_SPACE_HINT}"
         too_large = [MemoryError("of 9 GiB"), RuntimeError("CUDA out of memory"), RuntimeError("ALLOC_FAILED")]
         for error, code, line in [
             (FlagError("--x is bad"), 2, "error: --x is bad (--help lists the flags)"),

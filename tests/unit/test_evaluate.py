@@ -19,7 +19,7 @@ import likelihoods
 from harness.checkpoints import RUN, CheckpointError, read_checkpoint
 from harness.errors import DataError, FlagError, Terminated, UserError
 from pictures import explorer, latent_space
-from sources.places import places_of_data
+from sources.locations import data_locations
 from tests.helpers import SeededTest, printed_lines, small_loaders
 from train_pl import complete_flags, make_vae
 from utils import log_likelihood, quadrature_log_likelihood
@@ -44,7 +44,7 @@ class TestEvaluate(SeededTest):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1.5)  # so that latents and pixels vary, as in a trained model
-        kept = {"flags": vars(args), **places_of_data(vars(args), run)}
+        kept = {"flags": vars(args), **data_locations(vars(args), run)}
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "hparams.yaml").touch()
         path = run / "checkpoints" / "best.ckpt"
@@ -94,7 +94,7 @@ class TestEvaluate(SeededTest):
             results, folder = self.evaluate(str(checkpoint))
         self.assertEqual((read.call_count, folder), (1, self.folder / "run" / "evaluation"))
         self.assertEqual(json.loads((folder / "evaluation.json").read_text()), results)
-        with mock.patch.object(evaluate, "prepare", side_effect=KeyError), self.assertRaises(KeyError):
+        with mock.patch.object(evaluate, "prepare_folder", side_effect=KeyError), self.assertRaises(KeyError):
             self.evaluate(checkpoint)
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
         self.assertEqual(torch.backends.cudnn.deterministic, deterministic)
@@ -268,7 +268,7 @@ class TestEvaluate(SeededTest):
         again, _ = self.evaluate(checkpoint)
         self.assertEqual({**again, "seconds": 0}, {**complete, "seconds": 0})
         interrupted = mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt)
-        exact = mock.patch.object(evaluate, "by_quadrature", side_effect=KeyboardInterrupt)
+        exact = mock.patch.object(evaluate, "quadrature_log_likelihoods", side_effect=KeyboardInterrupt)
         still = mock.patch.object(evaluate, "estimate_seconds", return_value=0.0)
         for interrupt in [interrupted, exact]:  # the complete evaluation of the same weights is kept
             with interrupt, still, self.assertRaises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ import torch.nn as nn
 from cnn_encoder_decoder import CNNDecoder, CNNEncoder
 from mlp_encoder_decoder import MLPDecoder, MLPEncoder
 from pictures import explorer
-from pictures.explorer import ExplorerError, layers_of, write_explorer
+from pictures.explorer import ExplorerError, export_layers, write_explorer
 from pictures.latent_space import plane
 from tests.helpers import SeededTest
 
@@ -115,16 +115,16 @@ class TestExplorer(SeededTest):
     def layers(self, net, size=28):
         """The layers of a network whose input is an image."""
         x = torch.rand(5, 1, size, size)
-        return layers_of(net.eval(), x, net(x), "network")[0]
+        return export_layers(net.eval(), x, net(x), "network")[0]
 
     def test_networks_of_known_layers_become_lists_of_layers(self):
         convolution = nn.Conv2d(1, 2, (3, 5), padding=(1, 2), stride=2, bias=False)
         net = nn.Sequential(convolution, nn.SiLU(), nn.Dropout(), nn.Flatten(), nn.Linear(392, 3), nn.Tanh())
         layers = self.layers(net)
         self.assertEqual([layer["kind"] for layer in layers], ["convolution", "SiLU", "linear", "Tanh"])
-        self.assertEqual([explorer.products(layer) for layer in layers], [30 * 14 * 14, 0, 392 * 3, 0])
+        self.assertEqual([explorer.num_multiplications(layer) for layer in layers], [30 * 14 * 14, 0, 392 * 3, 0])
         transposed = self.layers(nn.ConvTranspose2d(1, 2, 3, stride=2), size=7)
-        self.assertEqual(explorer.products(transposed[0]), 18 * 7 * 7)
+        self.assertEqual(explorer.num_multiplications(transposed[0]), 18 * 7 * 7)
         for size in [(28, 28), (9, 17)]:
             page = self.write(CNNEncoder(1, 4, 3, size), CNNDecoder(1, 4, 3, size), size=size)
             decoder = json.loads(page.texts["data"])["decoder"]

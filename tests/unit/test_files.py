@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from harness.errors import MAKE_ROOM, DiskFullError, Terminated, UserError
-from harness.files import LOCK, NO_LOCKS, UNFINISHED, atomic_write, folder_lock, read_results
+from harness.errors import FREE_SPACE_HINT, DiskFullError, Terminated, UserError
+from harness.files import LOCK, LOCKS_UNSUPPORTED, UNFINISHED, atomic_write, folder_lock, read_results
 from tests.helpers import Killed, SeededTest
 
 
@@ -58,7 +58,7 @@ class TestAtomicWrite(SeededTest):
                 with self.assertRaises(UserError) as caught, atomic_write(self.path):
                     raise OSError(number, os.strerror(number))
                 message = f"cannot write {self.path} ({os.strerror(number)})"
-                self.assertEqual(str(caught.exception), f"{message}; {MAKE_ROOM}" if number in full else message)
+                self.assertEqual(str(caught.exception), f"{message}; {FREE_SPACE_HINT}" if number in full else message)
                 self.assertEqual(isinstance(caught.exception, DiskFullError), number in full)
 
     def test_the_file_of_before_can_be_kept_under_another_name(self):
@@ -121,7 +121,7 @@ class TestFolderLock(SeededTest):
 
     def test_on_a_file_system_without_locks_a_file_keeps_the_folder_instead(self):
         """As on NFS without its lock service, on Lustre without flock, and others."""
-        for number in NO_LOCKS:
+        for number in LOCKS_UNSUPPORTED:
             folder = self.folder / str(number)
             folder.mkdir()
             soft = folder / f"{LOCK}.soft"

@@ -21,7 +21,7 @@ FLAGS = {
         "kind": Flag("round", "Kind of shape", choices=["round", "square"]),
         "sizes": Flag([3, 4], "Sizes of the parts", minimum=1),
         "number": Flag(5, "Number of parts", minimum=1),
-        "threads": Flag("auto", "Threads", parse=flags.auto_or_number),
+        "threads": Flag("auto", "Threads", parse=flags.parse_threads),
     },
     "other": {
         "rate": Flag(0.5, "Rate of change", above=0),

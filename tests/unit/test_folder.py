@@ -16,7 +16,7 @@ from harness.checkpoints import BEST, LAST, PREVIOUS, CheckpointError
 from harness.errors import UserError
 from harness.folder import RunError
 from tests.helpers import NamedRunTest, assert_left_the_same, load, metrics, printed_lines, results
-from train_pl import VAE, complete_flags, experiment, make_parser, train_vae
+from train_pl import VAE, complete_flags, make_experiment, make_parser, train_vae
 
 HPARAMS = "hparams.yaml"
 NO_RUN, OTHER_PROGRAM = "holds no run: choose another --run_name", "holds a run of another program: choose another"
@@ -28,7 +28,7 @@ class TestFolder(NamedRunTest):
     def open_folder(self, name="run", **flags):
         """The context of a run's folder."""
         args = complete_flags(self.namespace(**flags))
-        return folder.open_folder(str(self.folder), name, vars(args), make_parser().defaults, experiment(args))
+        return folder.open_folder(str(self.folder), name, vars(args), make_parser().defaults, make_experiment(args))
 
     def assert_refused(self, message, error=RunError, **flags):
         """Training ends with a message, and changes nothing in the run's folder. Returns the message."""

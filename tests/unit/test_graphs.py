@@ -100,8 +100,8 @@ class FitTest(GraphTest):
         with mock.patch.object(graphs, "warn", self.notes.append), mock.patch.multiple(VAE, create=True, **patches):
             torch.manual_seed(1)
             model = VAE("MLP", [16], 4, 4, 1e-3)
-            graphed = graphs.graphed(trainer, model, *loaders) if by_graph else contextlib.nullcontext(loaders)
-            with graphed as loaders:
+            cuda_graphs = graphs.cuda_graphs(trainer, model, *loaders) if by_graph else contextlib.nullcontext(loaders)
+            with cuda_graphs as loaders:
                 trainer.fit(model, *loaders)
         means = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train")}
         return model.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers], means
@@ -154,7 +154,7 @@ class TestGraphs(FitTest):
         self.enter(process_settings())
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         model, images = VAE("MLP", [16], 4, 2, 1e-3), train_loader.dataset.images
-        with contextlib.suppress(KeyError), graphs.graphed(trainer, model, train_loader, val_loader) as loaders:
+        with contextlib.suppress(KeyError), graphs.cuda_graphs(trainer, model, train_loader, val_loader) as loaders:
             self.assertEqual((len(loaders[0]), model.automatic_optimization), (5, False))
             raise KeyError
         self.assertTrue(model.automatic_optimization)
@@ -271,8 +271,8 @@ class TestCheck(GraphTest):
         self.enter(process_settings())
         trainer = pl.Trainer(**{**options, "enable_checkpointing": False, "callbacks": list(callbacks), **settings})
         model, notes = vae("MLP", [16], 4, 2, 1e-3), []
-        graphed = graphs.graphed(trainer, model, train_loader, val_loader)
-        with mock.patch.object(graphs, "warn", notes.append), graphed as loaders:
+        cuda_graphs = graphs.cuda_graphs(trainer, model, train_loader, val_loader)
+        with mock.patch.object(graphs, "warn", notes.append), cuda_graphs as loaders:
             self.assertEqual(loaders[0] is train_loader, bool(notes))
         return "".join(notes)
 
@@ -280,9 +280,11 @@ class TestCheck(GraphTest):
         args = complete_flags(
             argparse.Namespace(accelerator="cpu", log_dir=str(self.folder), progress_bar=True, beta=2)
         )
-        with mock.patch.object(trainer, "is_screen", lambda stream: True):  # the progress bar is a callback, too
-            callbacks = [GenerateCallback(), *train_pl.schedules(args)]
-            with run.Run(args, {}, train_pl.experiment(args), callbacks) as started:
+        with mock.patch.object(
+            trainer, "supports_progress_bar", lambda stream: True
+        ):  # the progress bar is a callback, too
+            callbacks = [GenerateCallback(), *train_pl.make_callbacks(args)]
+            with run.Run(args, {}, train_pl.make_experiment(args), callbacks) as started:
                 callbacks = started.trainer.callbacks
         self.assertEqual([graph_checks.step_hooks(callback) for callback in callbacks], [[]] * 6)
         self.assertEqual(self.why_not(pl.callbacks.EarlyStopping("val_bpd"), pl.callbacks.Timer()), "")
@@ -325,15 +327,15 @@ class TestParts(unittest.TestCase):
         with torch.inference_mode():
             model.of_validation = torch.zeros(2)  # has no version, which is not an error
         before = graph_checks.python_state(model)
-        self.assertEqual([*graph_checks.changes(before, graph_checks.python_state(model))], [])
+        self.assertEqual([*graph_checks.describe_changes(before, graph_checks.python_state(model))], [])
         model.kept.add_(1)
         torch.rand(1)
-        found = [*graph_checks.changes(before, graph_checks.python_state(model))]
+        found = [*graph_checks.describe_changes(before, graph_checks.python_state(model))]
         self.assertEqual(found[0], "training_step draws random numbers that are not the GPU's")
         self.assertRegex(found[1], "changes self.kept on the CPU in Python")
 
     def test_every_use_of_a_refusal_is_an_error(self):
-        refusal = graph_checks.Refusal("batch_idx")
+        refusal = graph_checks.Forbidden("batch_idx")
         for use in [
             *(bool, int, float, len, list, str, hash, abs, round, range, operator.index, operator.neg),
             *(lambda x: x % 2, lambda x: 2 * x, lambda x: x == 0, lambda x: x >= 3, lambda x: x // 2, lambda x: f"{x}"),

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from bmnist import binarize
 from harness.errors import DiskFullError
 from pictures import figures, latent_space
-from pictures.latent_space import first_three, plane, save_pictures
+from pictures.latent_space import first_three_per_label, plane, save_pictures
 from sources.rendered_digits import rendered_digits
 from tests.helpers import SeededTest
 from train_pl import VAE
@@ -145,8 +145,8 @@ class TestPictures(SeededTest):
         self.assertEqual((title, legend), ("Posterior means of the 200 test images, 3 latents", "digit"))
 
     def test_without_labels_the_first_30_images_are_shown(self):
-        self.assertEqual(first_three(torch.full((40,), -1)).tolist(), torch.arange(30).view(3, 10).tolist())
-        self.assertEqual(first_three(torch.tensor([7, 5] * 3 + [9])).tolist(), [[1, 0], [3, 2], [5, 4]])
+        self.assertEqual(first_three_per_label(torch.full((40,), -1)).tolist(), torch.arange(30).view(3, 10).tolist())
+        self.assertEqual(first_three_per_label(torch.tensor([7, 5] * 3 + [9])).tolist(), [[1, 0], [3, 2], [5, 4]])
 
 
 class TestPlane(SeededTest):

@@ -29,8 +29,8 @@ FOLDERS_MAY_IMPORT = {
     "harness": set(),
 }
 OF_THE_MODEL = ["bpd", "z_dim", "hidden_dims", "beta", "vae", "latent"]  # words that the harness must not know
-MAX_LINES = {"bmnist.py": 250, "train_pl.py": 420, "evaluate.py": 420, "train_torch.py": 170, "harness/graphs.py": 250}
-MAX_LINES_OF_A_FILE = 400
+MAX_LINES = {"bmnist.py": 280, "train_pl.py": 450, "evaluate.py": 450, "train_torch.py": 170, "harness/graphs.py": 260}
+MAX_LINES_OF_A_FILE = 410
 SECTIONS = ["Inputs:", "Attributes:", "Outputs:", "Raises:"]
 # What other formats of docstrings have, and ours with something else on the line.
 OTHER_SECTION = re.compile(

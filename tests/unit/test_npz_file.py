@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from harness.errors import DataError
-from sources.npz_file import checksum, load_file, opened
+from sources.npz_file import checksum, load_file, open_dataset_file
 from tests.helpers import SeededTest
 from tests.helpers.fake_data import own_images, write_npz
 
@@ -23,7 +23,7 @@ class TestLoadFile(SeededTest):
         torch.testing.assert_close(test_labels, torch.arange(100))
 
     def test_arrays_in_any_layout(self):
-        """The tensors are contiguous: SampledImages samples its pixels in place. Missing labels are -1."""
+        """The tensors are contiguous: StochasticBinaryImages samples its pixels in place. Missing labels are -1."""
         path = self.folder / "own.npz"
         np.savez_compressed(path, train_images=np.asfortranarray(own_images(200)), test_images=own_images(100)[::-1])
         train_images, train_labels, test_images, *_ = load_file(str(path))
@@ -142,7 +142,7 @@ class TestLoadFile(SeededTest):
     def test_a_file_that_has_changed_is_an_error(self):
         """The run has kept its checksum before it loads the images."""
         path = write_npz(self.folder)
-        with opened(path) as file:
+        with open_dataset_file(path) as file:
             sha256 = checksum(file)
         load_file(str(path), sha256)
         write_npz(self.folder, test_images=own_images(101))

@@ -34,10 +34,10 @@ class TestEnvironment(SeededTest):
         with (
             mock.patch.dict(os.environ, variables, clear=True),
             mock.patch.object(rank_zero_only, "rank", 1),
-            mock.patch.object(slurm, "tasks", return_value=tasks),
-            mock.patch.object(slurm, "environment", lambda: SLURMEnvironment(auto_requeue=False)),
+            mock.patch.object(slurm, "srun_tasks", return_value=tasks),
+            mock.patch.object(slurm, "cluster_environment", lambda: SLURMEnvironment(auto_requeue=False)),
         ):
-            environment = processes.environment(devices, num_nodes, run_name)
+            environment = processes.cluster_environment(devices, num_nodes, run_name)
             self.rank, self.left = rank_zero_only.rank, dict(os.environ)
             self.starts_others = not environment.creates_processes_externally
         return environment
@@ -137,7 +137,7 @@ class TestSampler(SeededTest):
                 sampler = self.sampler(True, world_size, rank, seed)
                 torch.manual_seed(len(orders))
                 sampler.set_epoch(epoch)
-                seen.add(sampler.draw_seed())
+                seen.add(sampler.resampling_seed())
             self.assertEqual(len(seen), 1)
             draw_seeds |= seen
             orders.add(str(list(sampler)))

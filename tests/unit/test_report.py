@@ -10,7 +10,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from harness import report
 from harness.run import Run
 from tests.helpers import NamedRunTest, SeededTest, TrainingTest, assert_left_the_same, metrics, scalars_and_images
-from train_pl import TITLES, VAE, GenerateCallback
+from train_pl import CHART_TITLES, VAE, GenerateCallback
 
 
 class TestMetricsFile(SeededTest):
@@ -73,7 +73,7 @@ class TestLoggedMetrics(NamedRunTest):
             "train_d_even": [None, 0.5, None, 2.5, None],
             "val_e_even": [0.5, 0.5, None, 2.5, None],  # the untrained model first
         }
-        quantities = [f"{stage}_{name}" for stage in ["train", "val"] for name in TITLES]
+        quantities = [f"{stage}_{name}" for stage in ["train", "val"] for name in CHART_TITLES]
         self.assertEqual(list(rows[0]), ["epoch", *quantities, *expected])
         for name, values in expected.items():
             with self.subTest(name):

@@ -23,7 +23,7 @@ from harness.errors import DiskFullError
 from harness.flags import RUNTIME_FLAGS
 from harness.folder import RunError
 from tests.helpers import NamedRunTest, TrainingTest, load, metrics, printed_lines, results, summaries
-from train_pl import TITLES, VAE, train_vae
+from train_pl import CHART_TITLES, VAE, train_vae
 
 PICTURES = ["Samples", "Means", "Reconstructions"]
 FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
@@ -79,12 +79,12 @@ class TestWholeRun(TrainingTest):
     def check_curves_and_pictures(self, folder, rows, left):
         events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
         scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        tags = {f"{stage}_{name}" for stage in ["train", "val"] for name in TITLES} | {"test_bpd"}
+        tags = {f"{stage}_{name}" for stage in ["train", "val"] for name in CHART_TITLES} | {"test_bpd"}
         self.assertEqual(scalars.keys(), tags)
-        for name in TITLES:
+        for name in CHART_TITLES:
             self.assertEqual(sorted(scalars[f"train_{name}"]), list(range(1, 6)))
             self.assertEqual(sorted(scalars[f"val_{name}"]), list(range(6)))  # begins with the untrained model
-        for row, name in itertools.product(rows[1:], TITLES):
+        for row, name in itertools.product(rows[1:], CHART_TITLES):
             found, expected = scalars[f"train_{name}"][int(row["epoch"])], float(row[f"train_{name}"])
             self.assertAlmostEqual(found, expected, places=3)
         self.assertEqual(list(scalars["test_bpd"]), [5])
@@ -96,7 +96,7 @@ class TestWholeRun(TrainingTest):
         by_tag = {summary.tag: summary for _, summary in summaries(folder)}
         layout = Layout.FromString(by_tag["custom_scalars__config__"].tensor.string_val[0])
         charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
-        self.assertCountEqual(charts, [[f"train_{name}", f"val_{name}"] for name in TITLES])
+        self.assertCountEqual(charts, [[f"train_{name}", f"val_{name}"] for name in CHART_TITLES])
         experiment, session = (
             HParamsPluginData.FromString(by_tag[f"_hparams_/{tag}"].metadata.plugin_data.content)
             for tag in ["experiment", "session_start_info"]
@@ -148,7 +148,7 @@ class TestStopped(NamedRunTest):
         args = train_pl.complete_flags(self.namespace())
         launcher = mock.Mock(procs=[other := mock.Mock()])
         other.kill.side_effect = lambda: self.assertEqual(launcher.procs, [])
-        with self.assertRaises(ValueError), run.Run(args, {}, train_pl.experiment(args), []) as a_run:
+        with self.assertRaises(ValueError), run.Run(args, {}, train_pl.make_experiment(args), []) as a_run:
             a_run.trainer.strategy._launcher = launcher
             raise ValueError
         other.kill.assert_called_once_with()
@@ -191,27 +191,27 @@ class TestErrors(NamedRunTest):
     def test_workers_that_fail_are_an_error_that_says_to_train_without_them(self):
         for num_workers in [1, 0]:
             args = train_pl.complete_flags(self.namespace(num_workers=num_workers))
-            a_run = run.Run(args, {}, train_pl.experiment(args), [])
+            a_run = run.Run(args, {}, train_pl.make_experiment(args), [])
             for error in [
                 RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ... shared memory"),
                 RuntimeError("Too many open files. Communication with the workers is no longer possible."),
                 OSError(24, "Too many open files"),
             ]:
                 with self.subTest(error=error, num_workers=num_workers):
-                    message = str(a_run.explain(error))
+                    message = str(a_run.explain_error(error))
                     self.assertEqual(str(error) in message and "--num_workers 0" in message, num_workers == 1)
 
     def test_an_error_of_the_users_own_code_is_not_explained_away(self):
         """Such as one in their data set, which a worker process passes on, or a full disk elsewhere."""
         args = train_pl.complete_flags(self.namespace(num_workers=1))
-        a_run = run.Run(args, {}, train_pl.experiment(args), [])
+        a_run = run.Run(args, {}, train_pl.make_experiment(args), [])
         for error in [
             RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call"),
             *(FileNotFoundError(2, "No such file", "/data/shm"), ValueError("x"), RuntimeError("bad hashmap entry")),
         ]:
             with self.subTest(error=error):
-                self.assertIsNone(a_run.explain(error))
-        self.assertIn("write to /mnt/x (No space", str(a_run.explain(OSError(28, "No space left", "/mnt/x"))))
+                self.assertIsNone(a_run.explain_error(error))
+        self.assertIn("write to /mnt/x (No space", str(a_run.explain_error(OSError(28, "No space left", "/mnt/x"))))
         for patched in ["__init__", "training_step", "test_step", "on_validation_epoch_end"]:
             fail = mock.patch.object(VAE, patched, lambda *args, **options: Path("missing.txt").read_text())
             with self.subTest(patched), fail, self.assertRaisesRegex(FileNotFoundError, "missing.txt"):
@@ -237,9 +237,9 @@ class TestErrors(NamedRunTest):
         self.assertFalse(self.run_folder().exists())
 
     def test_each_process_needs_a_validation_image(self):
-        trainer.check_shares(4, 4)
+        trainer.check_validation_size(4, 4)
         with self.assertRaisesRegex(RunError, "3 validation images are too few for 4 processes: lower --devices"):
-            trainer.check_shares(3, 4)
+            trainer.check_validation_size(3, 4)
 
     def test_a_full_disk_ends_a_run_which_resumes_once_there_is_room(self):
         full = OSError(28, "No space left on device")

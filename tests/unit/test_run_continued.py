@@ -49,7 +49,7 @@ class TestKilled(ResumedRunTest):
 
     def test_a_run_killed_between_the_two_checkpoints_of_an_epoch_resumes(self):
         """The kills come after best.ckpt and before last.ckpt, of the first and of the last epoch."""
-        copy = checkpoints.CheckpointFiles.copy
+        copy = checkpoints.BackgroundCheckpointIO.copy
 
         def copy_or_die(files, source, path):
             files.jobs[source].result()
@@ -58,7 +58,7 @@ class TestKilled(ResumedRunTest):
             copy(files, source, path)
 
         for epoch in [0, 2]:
-            with self.subTest(epoch=epoch), mock.patch.object(checkpoints.CheckpointFiles, "copy", copy_or_die):
+            with self.subTest(epoch=epoch), mock.patch.object(checkpoints.BackgroundCheckpointIO, "copy", copy_or_die):
                 self.assertRaises(Killed, self.train)
         self.assert_resumes(after=3)
 

@@ -142,22 +142,22 @@ class TestJob(JobTest):
         self.assertIsNone(slurm.run_name())
 
     def test_the_number_of_nodes_and_tasks_is_that_of_srun(self):
-        self.assertEqual(slurm.tasks(), (1, 1))
+        self.assertEqual(slurm.srun_tasks(), (1, 1))
         for tasks, expected in [("1", (1, 1)), ("4", (1, 4)), ("4(x2)", (2, 4)), ("2,1", (2, 0)), ("2(x2),1", (3, 0))]:
             with self.subTest(tasks), mock.patch.dict(os.environ, step(tasks, expected[0])):
-                self.assertEqual(slurm.tasks(), expected)
+                self.assertEqual(slurm.srun_tasks(), expected)
                 with mock.patch.object(slurm, "is_interactive", return_value=True):
-                    self.assertEqual(slurm.tasks(), (1, 1))
+                    self.assertEqual(slurm.srun_tasks(), (1, 1))
         for name in slurm.SRUN:  # without one of them, the others are left from an old shell
             with self.subTest(name), mock.patch.dict(os.environ, step("4", 1)):
                 del os.environ[name]
-                self.assertEqual(slurm.tasks(), (1, 1))
+                self.assertEqual(slurm.srun_tasks(), (1, 1))
 
     def test_each_step_of_a_job_has_its_own_address_and_port(self):
         ports = set()
         for number, variables, address in [(0, {}, "n2"), (1, {}, "n2"), (1, {"MASTER_ADDR": "n9"}, "n9")]:
             with mock.patch.dict(os.environ, {**step("2(x2)", 2), "SLURM_STEP_ID": str(number), **variables}):
-                environment = slurm.environment()
+                environment = slurm.cluster_environment()
                 self.assertEqual((environment.main_address, environment.auto_requeue), (address, False))
                 ports.add(environment.main_port)
                 environment.validate_settings(2, 2)

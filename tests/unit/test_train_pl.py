@@ -35,7 +35,7 @@ from tests.helpers import (
     scalars_and_images,
     small_loaders,
 )
-from train_pl import TITLES, VAE, GenerateCallback, train_vae
+from train_pl import CHART_TITLES, VAE, GenerateCallback, train_vae
 from utils import visualize_manifold as manifold
 
 BPD = 1 / math.log(2) / 784  # bits per dimension in a nat of an image
@@ -162,14 +162,14 @@ class TestTraining(TrainingTest):
     def bpd_of_test_set(self, model):
         """The test bpd of a model, with the noise of a run's test."""
         imgs, _ = small_loaders(self.namespace())[2].dataset[torch.arange(50)]
-        torch.manual_seed(processes.derived_seed(42))
+        torch.manual_seed(processes.derive_seed(42))
         with torch.no_grad():
             return model(imgs)[2].item()
 
     def test_metrics_and_the_tested_checkpoint_are_of_the_elbo_whatever_is_minimised(self):
         folder, _ = self.train(epochs=3, lr=0.01, beta=4.0)
         for row, stage in itertools.product(metrics(folder)[1:], ["train", "val"]):
-            L_rec, L_reg, elbo, bpd = (float(row[f"{stage}_{name}"]) for name in TITLES)
+            L_rec, L_reg, elbo, bpd = (float(row[f"{stage}_{name}"]) for name in CHART_TITLES)
             self.assertAlmostEqual(elbo, L_rec + L_reg, places=3)
             self.assertAlmostEqual(bpd, elbo * BPD, places=5)
         best = VAE.load_from_checkpoint(folder / "checkpoints" / "best.ckpt")
@@ -190,7 +190,7 @@ class TestTraining(TrainingTest):
         row = metrics(folder)[1]
         self.assertAlmostEqual(float(row["train_batch"]), (2 * 128**2 + 44**2) / 300, places=3)
         self.assertEqual(float(row["val_batch"]), 50)
-        columns = [f"{stage}_{name}" for names in [TITLES, new] for stage in ["train", "val"] for name in names]
+        columns = [f"{stage}_{name}" for names in [CHART_TITLES, new] for stage in ["train", "val"] for name in names]
         self.assertEqual(list(row)[1:], columns)
         self.assertEqual({step for tag, step, _ in scalars_and_images(folder) if tag == "val_active"}, {0, 1})
 
@@ -234,7 +234,7 @@ class TestTraining(TrainingTest):
         with (  # Lightning would use rich's bar if rich is installed; Lightning 2.5 does not look for it
             mock.patch(f"{connector}._RICH_AVAILABLE", True, create=True),
             mock.patch(f"{connector}.RichProgressBar", mock.Mock(side_effect=AssertionError)),
-            mock.patch.object(trainer, "is_screen", lambda stream: True),
+            mock.patch.object(trainer, "supports_progress_bar", lambda stream: True),
         ):
             _, output = self.train(progress_bar=True)
         self.assertRegex(output, r"Epoch 0: 100%.*val_bpd")

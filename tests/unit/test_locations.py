@@ -1,10 +1,10 @@
-"""Tests of sources/places.py: `python -m unittest tests/unit/test_places.py`."""
+"""Tests of sources/locations.py: `python -m unittest tests/unit/test_locations.py`."""
 
 import os
 from pathlib import Path
 from unittest import mock
 
-from sources.places import find_data_dir, places_of_data, places_of_file, run_folder
+from sources.locations import data_locations, file_locations, find_data_dir, run_folder
 from tests.helpers import SeededTest
 
 
@@ -64,15 +64,15 @@ class TestPlaces(SeededTest):
         for path, directory in [("a.ckpt", "models"), ("c.ckpt", "."), ("b.ckpt", "models/checkpoints")]:
             self.assertEqual(self.run_folder(path, directory).name, "models")
 
-    def test_places_are_kept_as_absolute_paths_and_from_the_run(self):
+    def test_locations_are_kept_as_absolute_paths_and_from_the_run(self):
         self.make("logs/run/x", "data/x", "own/x")
         os.chdir(self.path / "own")
         data, flags = str(self.path / "data"), {"data_dir": "../data/", "dataset": str(self.path / "own" / "my.npz")}
         expected = {"data_dir": data, "data_dir_from_run": "../../data", "dataset_from_run": "../../own/my.npz"}
-        self.assertEqual(places_of_data(flags, self.path / "logs" / "run"), expected)
+        self.assertEqual(data_locations(flags, self.path / "logs" / "run"), expected)
         with mock.patch.object(os.path, "relpath", side_effect=ValueError("another drive")):
-            self.assertEqual(places_of_data(flags, "logs"), {"data_dir": data})
-        self.assertNotIn("dataset_from_run", places_of_data(flags | {"dataset": "mnist"}, "logs"))
+            self.assertEqual(data_locations(flags, "logs"), {"data_dir": data})
+        self.assertNotIn("dataset_from_run", data_locations(flags | {"dataset": "mnist"}, "logs"))
 
     def test_data_is_found_in_the_first_place_that_contains_it(self):
         """If none does, it is the first place that exists."""
@@ -90,6 +90,6 @@ class TestPlaces(SeededTest):
         self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
 
     def test_a_file_may_be_in_its_place_seen_from_the_run_or_where_it_was(self):
-        places = places_of_file(self.path / "run", {"dataset_from_run": "../my.npz"}, "/was")
+        places = file_locations(self.path / "run", {"dataset_from_run": "../my.npz"}, "/was")
         self.assertEqual(places, [str(self.path / "my.npz"), "/was"])
-        self.assertEqual(places_of_file(self.path, {}, "/was"), ["/was"])
+        self.assertEqual(file_locations(self.path, {}, "/was"), ["/was"])

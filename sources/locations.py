@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 
-def places_of_data(flags: dict, folder: str | Path) -> dict[str, str]:
+def data_locations(flags: dict, folder: str | Path) -> dict[str, str]:
     """
     Where a run's data is: as an absolute path, and as one from the run's folder, which stays right if both are moved.
     Inputs:
@@ -38,20 +38,20 @@ def run_folder(checkpoint: Path) -> Path:
     return run if path.parent.name == "checkpoints" else path.parent
 
 
-def from_run(run: Path, kept: dict, name: str) -> list[str]:
+def resolve_from_run(run: Path, kept: dict, name: str) -> list[str]:
     """The path that a checkpoint keeps under a name as one from the run's folder, as a list; empty if it has none."""
     path = kept.get(name)
     return [os.path.normpath(os.path.join(os.path.realpath(run), path))] if isinstance(path, str) else []
 
 
-def places_of_file(run: Path, kept: dict, path: str) -> list[str]:
+def file_locations(run: Path, kept: dict, path: str) -> list[str]:
     """
     Paths of the file that a run was trained on, of which the first one that has its content is to be taken.
     Inputs:
         run, kept - As in find_data_dir.
         path - The flag --dataset of the run, an absolute path.
     """
-    return [*from_run(run, kept, "dataset_from_run"), path]
+    return [*resolve_from_run(run, kept, "dataset_from_run"), path]
 
 
 def find_data_dir(run: Path, kept: dict, data_dir: str, content: str = "") -> str:
@@ -59,13 +59,13 @@ def find_data_dir(run: Path, kept: dict, data_dir: str, content: str = "") -> st
     Finds the directory of the data that a run was trained on.
     Inputs:
         run - The run's folder, which may have been moved since, with the data or without.
-        kept - Dict that a checkpoint of the run keeps, with the entries of places_of_data.
+        kept - Dict that a checkpoint of the run keeps, with the entries of data_locations.
         data_dir - The flag --data_dir of the run.
         content - Name of a folder that the directory contains.
     Outputs:
         data_dir - The first place that contains it, or else the first place that exists, or else the flag.
     """
     at_training = kept["data_dir"] if isinstance(kept.get("data_dir"), str) else data_dir
-    places = [*from_run(run, kept, "data_dir_from_run"), at_training, os.path.expanduser(data_dir)]
+    places = [*resolve_from_run(run, kept, "data_dir_from_run"), at_training, os.path.expanduser(data_dir)]
     existing = [place for name in [content, ""] for place in places if os.path.isdir(os.path.join(place, name))]
     return os.path.normpath(existing[0]) if existing else data_dir
