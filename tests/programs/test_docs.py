@@ -1,4 +1,4 @@
-"""Runs the Python of README.md and docs/, page by page: `python -m unittest tests/programs/test_docs.py`."""
+"""Runs the Python code of README.md and docs/, page by page: `python -m unittest tests/programs/test_docs.py`."""
 
 import contextlib
 import inspect
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import bmnist
-import evaluate  # noqa: F401 (ahead of the patches)
+import evaluate
 import sources
 import train_pl
 from sources import load_file
@@ -25,24 +25,24 @@ data_loaders = bmnist.data_loaders
 
 
 def load_few_digits(root="../data/", download=True, kind="mnist"):
-    """A stand-in for load_mnist: 350 digits of the training set, 150 of the test set."""
+    """Mock of load_mnist: returns 350 digits as the training set, 150 as the test set."""
     return rendered_mnist(350, 150)
 
 
 def loaders_of_few_digits(*data, **options):
-    """A stand-in for data_loaders: 300 of the 350 digits train."""
+    """Mock of data_loaders: 300 of the 350 digits are for training."""
     arguments = inspect.signature(data_loaders).bind(*data, **options).arguments
     with mock.patch.multiple(bmnist, TRAIN_SIZES=[300], NUM_VAL=50):
         return data_loaders(**{**arguments, "train_size": 300})
 
 
 def blocks_of(page):
-    """The Python blocks of a page."""
+    """Returns the Python blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def shapes(line):
-    """The variables that a line assigns, with the shapes in its comment: '[128], [2, z_dim]', or 'each [2]'."""
+    """Returns the variables that a line assigns, with the shapes in its comment: '[128], [2, z_dim]' or 'each [2]'."""
     code, _, comment = line.partition("#")
     names = re.match(r"(\w+(?:, \w+)*) = ", code)
     found = [
@@ -57,15 +57,15 @@ def shapes(line):
 
 class TestDocs(SeededTest):
     def setUp(self):
-        """Makes a folder with one short run. All data are a few digits."""
+        """Trains one short run in the test's folder. All data are a few digits."""
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        for module, name, stand_in in [
+        for module, name, function in [
             (bmnist, "load_mnist", load_few_digits),
             (sources, "load_mnist", load_few_digits),
             (bmnist, "data_loaders", loaders_of_few_digits),
         ]:
-            self.enter(mock.patch.object(module, name, stand_in))
+            self.enter(mock.patch.object(module, name, function))
         self.enter(contextlib.redirect_stdout(io.StringIO()))
         train_pl.train_vae(Namespace(z_dim=Z_DIM, hidden_dims=[16], epochs=1, accelerator="cpu"))
         self.runs = self.folder / "VAE_logs" / "lightning_logs"
@@ -82,7 +82,8 @@ class TestDocs(SeededTest):
 
     def test_each_page_with_python_has_a_test_here_or_needs_a_changed_package(self):
         pages = [page.name for page in PAGES if blocks_of(page)]
-        self.assertEqual(pages, ["README.md", "conditional.md", "evaluation.md", "kl.md", "runs.md"])
+        with_python = ["conditional.md", "data.md", "evaluation.md", "kl.md", "latents.md", "runs.md"]
+        self.assertEqual(pages, ["README.md", *with_python])
         self.assertIn('"conditional.md"', (REPOSITORY / "tests/programs/test_change_it.py").read_text())
 
     def test_shapes_in_comments_are_found(self):
@@ -104,12 +105,20 @@ class TestDocs(SeededTest):
         self.assertEqual(names["folder"].resolve(), (self.runs / "version_0" / "evaluation").resolve())
         self.assertTrue((self.folder / "reconstructions.png").exists())
 
+    def test_the_page_on_latents_runs(self):
+        evaluate.evaluate(self.runs / "version_0/checkpoints/best.ckpt", iw_samples=5, latents="latents.npz")
+        names = self.run_page("docs/latents.md")
+        self.assertEqual(names["nearest"][0], 0)
+        np.testing.assert_allclose(names["mean"], names["latents"]["mean"], atol=1e-4)
+        for picture in ["neighbours.png", "scatter.png", "unusual.png"]:
+            self.assertTrue((self.folder / picture).exists(), picture)
+
     def test_the_page_on_the_divergence_runs(self):
         names = self.run_page("docs/kl.md")
         ratio = 784 * names["mistaken"] / (names["L_rec"] + 784 * names["L_reg"]).mean()
         self.assertAlmostEqual(ratio.item(), 1, places=4)
 
-    def test_the_page_on_runs_runs(self):
+    def test_the_page_on_data_runs(self):
         (self.folder / "my_pictures").mkdir()
         images = rendered_mnist(1_200, 1)[0].numpy()
         for number, image in enumerate(images):
@@ -121,11 +130,14 @@ class TestDocs(SeededTest):
             else:
                 saved = Image.merge("LA", [Image.new("L", saved.size), Image.fromarray(255 - image)])
             saved.save(f"my_pictures/{number:04}.png")
-        names = self.run_page("docs/runs.md")
+        names = self.run_page("docs/data.md")
         read = load_file("images.npz")
         self.assertEqual([part.shape for part in read[:4:2]], [(1_080, 28, 28), (120, 28, 28)])
         for name, image in zip(range(1, 9), images[1:9]):
             if name % 3:
                 np.testing.assert_array_equal(names["images"][name], image)
+
+    def test_the_page_on_runs_runs(self):
+        names = self.run_page("docs/runs.md")
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)

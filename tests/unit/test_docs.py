@@ -12,18 +12,18 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def text_outside_of_blocks(page):
-    """The text of a page without its code blocks."""
+    """Returns the text of a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page):
-    """The names of a page's headings, which can follow # in a link."""
+    """Returns the anchors of a page's headings: the names that can follow # in a link."""
     headings = re.findall(r"^#+ (.*)$", text_outside_of_blocks(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def rows_of_flags(page):
-    """The headings of a page that have a table of flags, with the first two cells of each flag's row."""
+    """Returns each heading of a page that has a table of flags, with the first two cells of each flag's row."""
     sections = re.split(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     row = re.compile(r"^\| `(--.*?)` \| (.*?) \| .* \|$", re.MULTILINE)
     rows = [(heading, row.findall(text)) for heading, text in zip(sections[1::2], sections[2::2])]
@@ -31,7 +31,7 @@ def rows_of_flags(page):
 
 
 def first_cells(name, flag):
-    """The first two cells of a table for a flag of train_pl.FLAGS: its name with its choices, and its default."""
+    """Returns the first two cells of a flag's row in a table: the name with the choices, and the default."""
     choices = " {" + ",".join(map(str, flag.choices)) + "}" if flag.choices else ""
     shown = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
     words = {name: "off" if flag.default is False else shown, "run_name": "(numbered)", "init_from": "(none)"}
@@ -46,31 +46,31 @@ class TestDocs(unittest.TestCase):
             (title.title(), [first_cells(name, flag) for name, flag in flags.items()])
             for title, flags in train_pl.FLAGS.items()
         ]
-        self.assertEqual(rows_of_flags(REPOSITORY / "docs" / "runs.md"), expected)
+        self.assertEqual(rows_of_flags(REPOSITORY / "docs" / "flags.md"), expected)
 
     def test_the_code_map_names_every_file_of_the_package_and_nothing_that_does_not_exist(self):
         table = re.search(r"^## The code\n(.*?)^\*\*", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)[1]
         folder, named = "", []
         for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE):
-            if cell.startswith("**"):  # the rows below are of files in this folder
+            if cell.startswith("**"):  # the files in the following rows are in this folder
                 folder = cell.strip("*`")
             for name in re.findall(r"`(.*?)`", cell):
                 named.append(folder + name if (REPOSITORY / folder / name).is_file() else name)
         command = ["git", "ls-files", "*.py"]
         files = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout.split()
-        files = files or [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.rglob("*.py")]  # no git checkout
+        files = files or [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.rglob("*.py")]  # not a git checkout
         package = {file for file in files if re.fullmatch(r"((harness|sources|pictures)/)?\w+\.py", file)}
         self.assertEqual({file for file in package if not file.endswith("__init__.py")} - set(named), set())
         self.assertEqual([name for name in named if not (REPOSITORY / name).exists()], [])
 
     def test_the_names_in_the_life_of_a_minibatch_exist(self):
-        text = PAGES[0].read_text().partition("**The life of a minibatch**")[2].partition("\nMore:")[0]
+        text = PAGES[0].read_text().partition("**The path of a minibatch")[2].partition("\nMore documentation")[0]
         names = re.findall(r"`((?:\w+\.)+\w+)`", text)
         self.assertEqual(len(re.findall(r"^\d\. ", text, re.MULTILINE)), 6)
         self.assertGreater(len(names), 6)
         for name in names:
             with self.subTest(name):
-                pkgutil.resolve_name(name)  # an AttributeError or an ImportError if it is not there
+                pkgutil.resolve_name(name)  # raises AttributeError or ImportError if the name does not exist
 
     def test_every_link_and_every_shown_file_exists(self):
         count = 0
@@ -97,7 +97,7 @@ class TestDocs(unittest.TestCase):
                 count += 1
         self.assertGreater(count, 10)
 
-    def test_the_two_commands_that_a_newcomer_copies_are_alone_on_their_lines(self):
+    def test_the_first_two_commands_of_the_readme_are_on_separate_lines(self):
         lines = PAGES[0].read_text().splitlines()
         for program in ["python train_pl.py --dataset rendered --epochs 5", "python -m unittest unittests.py"]:
             install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
