@@ -1,7 +1,9 @@
 """
-MNIST, its relatives and your own images as binary images in memory: binarisation, splits, loaders. As a program,
-`python bmnist.py --data_dir DIR` downloads and checks MNIST's files ahead of time (the compute nodes of a cluster often
-have no network), and `python bmnist.py --dataset images.npz` checks your own file and saves a picture of its images.
+MNIST, its relatives and your own images as binary images in memory: binarisation, splits and data loaders.
+
+As a program, `python bmnist.py --data_dir DIR` downloads and verifies MNIST's files before any training (the compute
+nodes of a cluster often have no network). `python bmnist.py --dataset images.npz` validates your own file and saves a
+picture of its images.
 """
 
 import operator
@@ -30,14 +32,14 @@ from sources import (
 )
 from sources.mnist_files import KINDS, load_mnist
 
-BLOCK = 2**20  # pixels sampled at a time, which bounds the memory for masks and random numbers
+BLOCK = 2**20  # pixels that are sampled at a time; this bounds the memory for masks and random numbers
 
 
 class BinaryImages(Dataset):
     """
-    Grey images and their labels as one tensor each, from which a whole batch is indexed at once.
+    Data set of grey images and their labels, in one tensor each. A whole minibatch is indexed and binarised at once.
     Inputs:
-        images - uint8 tensor of shape [N,H,W], intensities; kept as it is, one byte per pixel.
+        images - uint8 tensor of shape [N,H,W], intensities; stored unchanged, one byte per pixel.
         labels - int64 tensor of shape [N].
     """
 
@@ -48,12 +50,15 @@ class BinaryImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """Binary images float32 [...,1,H,W] and labels int64 [...] at a tensor of indices; at one index, an int."""
+        """
+        Returns the binary images, float32 [...,1,H,W], and the labels, int64 [...], at a tensor of indices. If the
+        index is a single number, the label is an int.
+        """
         labels = self.labels[index]
         return binarize(self.images[index]), labels if labels.dim() else labels.item()
 
     def __getitems__(self, indices):
-        """The samples at a list of indices, as a list: how torch's own DataLoader and Subset ask for a batch."""
+        """Returns a list of the samples at a list of indices. torch's DataLoader and Subset call it for a batch."""
         imgs, labels = self[torch.as_tensor(indices)]
         return list(zip(imgs, labels.tolist()))
 
@@ -66,9 +71,10 @@ class BinaryImages(Dataset):
 
 class StochasticBinaryImages(BinaryImages):
     """
-    Images whose pixels are sampled from Bernoulli(intensity / 255), as in most of the literature (Salakhutdinov &
-    Murray 2008). The attribute `images` contains the samples, as intensities 0 and 255, one byte per pixel beside the
-    given images, which are neither copied nor changed. The seed is that of the first samples, see resample.
+    Data set of images whose pixels are sampled from Bernoulli(intensity / 255), as in most of the literature
+    (Salakhutdinov & Murray 2008). The attribute `images` contains the samples, as intensities 0 and 255. They take one
+    byte per pixel in addition to the given images, which are neither copied nor changed. `seed` is the seed of the
+    first samples, see resample.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0):
@@ -77,15 +83,15 @@ class StochasticBinaryImages(BinaryImages):
         self.resample(seed)
 
     def resample(self, seed: int):
-        """Samples all pixels again, in place; the same seed gives the same pixels on the same kind of device."""
+        """Samples all pixels again, in place. The same seed gives the same pixels on the same kind of device."""
         generator = torch.Generator(self.images.device).manual_seed(seed)
-        # Of 255 equally likely numbers, `intensity` are below it.
-        if self.images.device.type != "cpu":  # a number for every pixel: a GPU would wait for the size of a mask
+        # A random number from 0 to 254 is below the intensity with probability intensity / 255.
+        if self.images.device.type != "cpu":  # without a mask, since a GPU would wait for its size
             self.images.random_(0, 255, generator=generator).lt_(self.intensities).mul_(255)
             return
         blocks = zip(self.intensities.view(-1).split(BLOCK), self.images.view(-1).split(BLOCK))
         for intensities, samples in (map(Tensor.numpy, block) for block in blocks):  # NumPy's masks are faster
-            is_grey = (intensities > 0) & (intensities < 255)  # the other pixels never change
+            is_grey = (intensities > 0) & (intensities < 255)  # pixels of 0 and 255 never change
             intensities = intensities[is_grey]
             numbers = torch.empty(len(intensities), dtype=torch.uint8).random_(0, 255, generator=generator).numpy()
             samples[is_grey] = (numbers < intensities) * np.uint8(255)
@@ -93,12 +99,13 @@ class StochasticBinaryImages(BinaryImages):
 
 class ImageLoader(DataLoader):
     """
-    A DataLoader of BinaryImages that indexes each minibatch at once: dataset[order[i : i + batch_size]]. With worker
-    processes, a collate_fn, drop_last or a batch_sampler it does what any DataLoader does. If `resamples` is
-    True, pixels are sampled again for each pass, with the seed from the sampler's `resampling_seed()` or from torch.
+    DataLoader of BinaryImages that indexes each minibatch at once: dataset[order[i : i + batch_size]]. With worker
+    processes, a collate_fn, drop_last or a batch_sampler, it behaves like any DataLoader. If `resamples` is True, the
+    pixels are sampled again for each pass. The seed comes from the sampler's method `resampling_seed`, or from torch if
+    the sampler has no such method.
     """
 
-    reading = ""  # how your own file was read, for a run's first line
+    reading = ""  # how your own file was read; printed in a run's first line
 
     def __init__(self, dataset: BinaryImages, batch_size: int = 1, resamples: bool = False, **options):
         self.resamples = resamples
@@ -106,17 +113,17 @@ class ImageLoader(DataLoader):
 
     @property
     def indexes_at_once(self) -> bool:
-        """Whether the minibatches are dataset[order[i : i + batch_size]], without anything else in between."""
+        """Whether each minibatch is dataset[order[i : i + batch_size]], without any further processing."""
         is_plain = self.collate_fn is default_collate and type(self).__iter__ is ImageLoader.__iter__
         return is_plain and self.batch_size is not None and not (self.num_workers or self.drop_last)
 
     def order(self) -> Tensor:
-        """The order of the images in a pass, int64 [N]."""
+        """Returns the order of the images in a pass, int64 [N]."""
         order = self.sampler.order() if hasattr(self.sampler, "order") else torch.tensor(list(self.sampler))
         return order.to(self.dataset.images.device)
 
     def resample(self):
-        """Begins a pass: samples the pixels again, if `resamples` is True."""
+        """Samples the pixels again for a new pass, if `resamples` is True."""
         if self.resamples:
             resampling_seed = getattr(self.sampler, "resampling_seed", None)
             self.dataset.resample(resampling_seed() if resampling_seed else torch.randint(2**62, ()).item())
@@ -125,15 +132,15 @@ class ImageLoader(DataLoader):
         self.resample()
         if not self.indexes_at_once:
             return super().__iter__()
-        # As a DataLoader does for its workers in each pass, so the random numbers that follow do not depend on them.
+        # torch's DataLoader samples a seed for its workers in each pass. This keeps later random numbers the same.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         return map(self.dataset.__getitem__, self.order().split(self.batch_size))
 
 
 def binarize(images: Tensor) -> Tensor:
-    """Intensities uint8 [...,H,W] to pixels float32 [...,1,H,W]: 1 if intensity / 255 > 0.5, else 0."""
+    """Converts intensities, uint8 [...,H,W], to pixels, float32 [...,1,H,W]: 1 if intensity / 255 > 0.5, else 0."""
     pixels = torch.empty(images.shape, device=images.device)
-    return torch.gt(images, 127, out=pixels).unsqueeze(-3)  # without zeros and ones of another type in between
+    return torch.gt(images, 127, out=pixels).unsqueeze(-3)  # float32 at once, without a bool tensor
 
 
 def data_loaders(
@@ -149,26 +156,27 @@ def data_loaders(
     num_val: int | None = None,
 ) -> tuple[ImageLoader, ...]:
     """
-    Splits and binarises grey images: the first 45,000 or 55,000 train, the next 5,000 validate, the test images test.
-    Raises a ValueError if binarization or train_size is not one of the possible values.
+    Splits and binarises grey images. Of the training images, the first 45,000 or 55,000 are the training set and the
+    next 5,000 the validation set. Raises a ValueError if binarization or train_size is not one of the possible values.
     Inputs:
         train_images, train_labels, test_images, test_labels - uint8 tensors [N,H,W] and int64 tensors [N].
         batch_size - Number of images per batch; the last batch of an epoch may be smaller.
         num_workers - Number of worker processes of each loader. With the images in memory, 0 is the fastest.
-        binarization - "threshold", or "stochastic": pixels are sampled from Bernoulli(intensity), for training again in
-            every pass, for validation and test always the same.
-        train_size - 45,000, 55,000, or None: all but those that validate.
-        sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices; if None, torch's own.
-        num_val - Number of validation images, with train_size None; by default a tenth, but 5,000 at most.
+        binarization - "threshold", or "stochastic": pixels are sampled from Bernoulli(intensity / 255), again in every
+            pass for the training set, and only once for the validation and test sets.
+        train_size - 45,000, 55,000, or None for all images that are not in the validation set.
+        sampler - Function of (dataset, shuffle) that returns a sampler, an iterable of indices. If None, torch's
+            samplers are used.
+        num_val - Number of validation images if train_size is None; by default a tenth of the images, at most 5,000.
     Outputs:
-        train_loader, val_loader, test_loader - The first one is shuffled. Their batches are (imgs, labels): float32
-            [B,1,H,W] of zeros and ones, and int64 [B].
+        train_loader, val_loader, test_loader - Data loaders, of which only the first one shuffles. A batch is
+            (imgs, labels): float32 [B,1,H,W] of zeros and ones, and int64 [B].
     """
     if binarization not in BINARIZATIONS or train_size not in [*TRAIN_SIZES, None]:
         possible = f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}"
         raise ValueError(f"{possible}, got {binarization!r} and {train_size!r}")
     is_sampled = binarization == "stochastic"
-    batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # NumPy's or a tensor's
+    batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # may be of NumPy or torch
     num_val = NUM_VAL if train_size else num_val or min(len(train_images) // 10, NUM_VAL)
     train_size = train_size or len(train_images) - num_val
     train, val = slice(train_size), slice(train_size, train_size + num_val)
@@ -192,22 +200,23 @@ def bmnist(
     kind: str = "mnist",
 ) -> tuple[ImageLoader, ...]:
     """
-    Returns the data_loaders of MNIST, binarised with a fixed threshold (the assignment's choice, simple and
-    reproducible) or by sampling from the intensities (as in most of the literature).
+    Returns the data loaders of MNIST (see data_loaders), binarised with a fixed threshold (the assignment's choice,
+    simple and reproducible) or by sampling from the intensities (as in most of the literature).
     Inputs:
-        root - Directory of the data; the files are in its subfolder MNIST/raw, or that of another kind.
+        root - Directory of the data. The files are in its subfolder MNIST/raw (or FashionMNIST/raw, KMNIST/raw).
         batch_size, num_workers - See data_loaders.
-        download - If True, files that are missing are downloaded; a DataError is raised if that fails.
+        download - If True, missing files are downloaded. A DataError is raised if the download fails.
         binarization, train_size - See data_loaders.
-        kind - "mnist", or one of its relatives, "fashion" (Xiao et al. 2017) or "kmnist" (Clanuwat et al. 2018).
+        kind - "mnist", or one of its relatives: "fashion" (Xiao et al. 2017) or "kmnist" (Clanuwat et al. 2018).
     """
     return data_loaders(*load_mnist(root, download, kind), batch_size, num_workers, binarization, train_size)
 
 
 def load_data(args, download: bool = True, sampler: Callable | None = None) -> tuple[ImageLoader, ...]:
     """
-    Returns the data loaders that the flags of train_pl.py ask for, see bmnist and data_loaders. Of your own file the
-    val_images validate; without them, and with another number of training images than MNIST's 60,000, the last tenth.
+    Returns the data loaders for the flags of train_pl.py, see bmnist and data_loaders. The validation set of your own
+    file is its val_images. Without val_images, it is the last tenth of the training images (at most 5,000), or the same
+    as MNIST's if there are 60,000 training images.
     """
     data, batch_size = load_images(args, download), args.batch_size // (args.devices * args.num_nodes)  # per process
     is_own = is_own_file(args.dataset)
@@ -222,7 +231,7 @@ def load_data(args, download: bool = True, sampler: Callable | None = None) -> t
 
 
 def save_grid(path: str | os.PathLike, dataset: BinaryImages):
-    """Saves 32 images, evenly spread over a data set, as a PNG file, each with its binary version to its right."""
+    """Saves 32 images, evenly spread over a data set, as a PNG file. To the right of each is its binary version."""
     images = dataset.images[torch.arange(32) * (len(dataset) - 1) // 31]
     pairs = torch.stack([images.unsqueeze(1) / 255, binarize(images)], dim=1).flatten(0, 1)
     with atomic_write(path) as unfinished:
@@ -231,7 +240,7 @@ def save_grid(path: str | os.PathLike, dataset: BinaryImages):
 
 def main():
     flags = {name: DATA_FLAGS["data"][name] for name in ["dataset", "data_dir"]}
-    parser = Parser("Checks images and prints their splits; saves NAME_grid.png of your own.", {"data": flags})
+    parser = Parser("Validates images and prints their splits; saves a picture of your own images.", {"data": flags})
     with exit_on_error(parser):
         args = Parser("", DATA_FLAGS).complete(parser.parse_args())  # with the defaults of the other flags
         loaders = load_data(Namespace(**vars(args), batch_size=1, devices=1, num_nodes=1))
@@ -245,7 +254,7 @@ def main():
             ink = (images > 127).sum().item() / images.numel()
             print_line(f"{split:10}  {len(images):6,} images  ink {ink:.2%}")
         if ink > 0.5:
-            print_line("note: most pixels are 1: if these are dark drawings on white, store 255 - images")
+            print_line("note: most pixels are 1. If the images are dark on a white background, store 255 - images")
         if not kind:
             print_line(f"labels      {describe_classes(loaders)}")
             path = f"{os.path.basename(args.dataset).removesuffix('.npz')}_grid.png"

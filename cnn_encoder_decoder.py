@@ -1,4 +1,4 @@
-"""Encoder and decoder as convolutional networks: the course's autoencoder, fitted to MNIST's 28x28 pixels."""
+"""Encoder and decoder as convolutional networks: the autoencoder of the course, adapted to MNIST's 28x28 pixels."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn as nn
 
 
 def size_after_strides(size, times):
-    """The size (H, W) that so many convolutions of stride 2 leave of an image's: each halves it, rounded up."""
+    """Returns the size (H, W) of an image after `times` convolutions of stride 2. Each halves it, rounded up."""
     return tuple(-(-side // 2**times) for side in size)
 
 
@@ -40,11 +40,12 @@ class CNNEncoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Encodes images as the parameters of their posteriors q(z|x).
         Inputs:
             x - Images of shape [B,C,H,W], values between 0 and 1.
         Outputs:
             mean - Tensor of shape [B,z_dim], the means of q(z|x).
-            log_std - Tensor of shape [B,z_dim], the logarithms of its standard deviations.
+            log_std - Tensor of shape [B,z_dim], the natural logarithms of the standard deviations of q(z|x).
         """
         mean, log_std = self.net(x).chunk(2, dim=-1)
         return mean, log_std
@@ -53,7 +54,7 @@ class CNNEncoder(nn.Module):
 class CNNDecoder(nn.Module):
     def __init__(self, num_input_channels=1, num_filters=32, z_dim=20, img_size=(28, 28)):
         """
-        Decoder p(x|z) of independent Bernoulli pixels with a CNN network, the mirror of the encoder.
+        Decoder p(x|z) of independent Bernoulli pixels with a CNN network, which mirrors the encoder.
         Inputs:
             num_input_channels - Number of channels of an image.
             num_filters - Number of channels of the last two hidden layers; the earlier ones have twice as many.
@@ -65,7 +66,8 @@ class CNNDecoder(nn.Module):
         smallest = size_after_strides(img_size, 3)
 
         def upsample(num_in, num_out, times):
-            """Transposed convolution to the size after `times` convolutions; output_padding makes even sizes."""
+            """Returns a transposed convolution to the size of an image after `times` convolutions of stride 2."""
+            # A transposed convolution makes odd sizes; an output_padding of 1 makes them even.
             even = tuple(1 - side % 2 for side in size_after_strides(img_size, times))
             return nn.ConvTranspose2d(num_in, num_out, kernel_size=3, padding=1, stride=2, output_padding=even)
 
@@ -83,11 +85,12 @@ class CNNDecoder(nn.Module):
             nn.GELU(),
             upsample(c, num_input_channels, times=0),  # 14x14 => 28x28
         )
-        # A random bias, the same for all pixels, would make the untrained decoder prefer black or white.
+        # The bias is the same for all pixels. A random one would make the untrained decoder prefer black or white.
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """
+        Decodes latents.
         Inputs:
             z - Latents of shape [B,z_dim].
         Outputs:
@@ -97,5 +100,5 @@ class CNNDecoder(nn.Module):
 
     @property
     def device(self):
-        """The device on which the parameters are, hence where latents must be made."""
+        """The device of the parameters. Latents must be on this device."""
         return next(self.parameters()).device

@@ -1,7 +1,8 @@
 """
-A trained model's numbers, pictures and latents: `python evaluate.py CHECKPOINT`, `python evaluate.py --help`.
+Evaluates a trained model: `python evaluate.py CHECKPOINT`, `python evaluate.py --help`.
 
-Test bpd, log p(x), active units, and pictures of the latent space, for any checkpoint of train_pl.py.
+For any checkpoint of train_pl.py, this program computes test bpd, log p(x), active units and the latents of each image,
+and saves pictures of the latent space.
 """
 
 import argparse
@@ -56,15 +57,15 @@ SPLITS = ["train", "validation", "test"]  # in the order of the loaders
 DATASET = TRAINING_FLAGS["data"]["dataset"]
 FLAGS = {
     "evaluation": {
-        "dataset": Flag(None, "Data; by default that of the training", parse=DATASET.parse),
-        "data_dir": Flag(None, "Directory of MNIST, downloaded if missing; by default that of the training"),
-        "split": Flag("test", "Images to evaluate; pictures and explorer are of the test set alone", SPLITS),
-        "iw_samples": Flag(1000, "Samples per image of the importance-weighted log p(x)", minimum=1),
-        "latents": Flag(None, "Write each image's posterior, label, ELBO and log p(x) to this .npz file"),
+        "dataset": Flag(None, "Data set; by default the one that the model was trained on", parse=DATASET.parse),
+        "data_dir": Flag(None, "Directory of MNIST (missing files are downloaded); by default that of the training"),
+        "split": Flag("test", "Images to evaluate; pictures and explorer are made only for the test set", SPLITS),
+        "iw_samples": Flag(1000, "Samples per image for the importance-weighted log p(x)", minimum=1),
+        "latents": Flag(None, "Write the posterior, label, ELBO and log p(x) of each image to this .npz file"),
         "out": Flag(None, "Folder for the results; by default `evaluation` in the run's folder"),
-        "accelerator": dataclasses.replace(TRAINING_FLAGS["devices"]["accelerator"], help="Device of the evaluation"),
-        "no_explorer": Flag(False, f"Leave {EXPLORER} out"),
-        "progress_bar": Flag(False, "On a terminal, show a progress bar"),
+        "accelerator": dataclasses.replace(TRAINING_FLAGS["devices"]["accelerator"], help="Device for the evaluation"),
+        "no_explorer": Flag(False, f"Do not write {EXPLORER}"),
+        "progress_bar": Flag(False, "Show a progress bar on a terminal"),
     },
     "a checkpoint that contains only weights, such as that of train_torch.py": {
         name: TRAINING_FLAGS["model"][name] for name in ["model", "z_dim", "hidden_dims", "num_filters"]
@@ -74,15 +75,16 @@ FLAGS = {
 
 def evaluate(checkpoint: str | Path, **flags) -> tuple[dict, Path]:
     """
-    Evaluates a checkpoint on its test set and saves pictures of its latent space. What takes seconds comes first and is
-    written at once; log p(x) follows. The numbers depend on the checkpoint and iw_samples only (if memory is short, on
-    that, too). Torch's random numbers and the settings of the process are the same afterwards.
+    Evaluates a checkpoint on the test set (or on another split) and saves pictures of its latent space. Results that
+    take seconds are computed first and written at once; log p(x) follows. The numbers depend only on the checkpoint and
+    on iw_samples (and on the amount of memory if it runs out). Torch's random numbers and the settings of the process
+    are restored afterwards.
     Inputs:
         checkpoint - Path of a checkpoint of train_pl.py.
-        flags - Those of `python evaluate.py --help` by name, such as iw_samples=50; each has the same default.
+        flags - The flags of `python evaluate.py --help` by name, such as iw_samples=50, with the same defaults.
     Outputs:
-        results - Dict of the content of evaluation.json: the numbers, see `statistics`, and where they come from.
-        folder - Path of the folder of evaluation.json and the pictures.
+        results - Dict of the content of evaluation.json: the numbers (see `statistics`), the checkpoint and the flags.
+        folder - Path of the folder that contains evaluation.json and the pictures.
     Raises:
         UserError - if a flag, the checkpoint, the data or the folder is invalid; its message is one line.
     """
@@ -92,7 +94,7 @@ def evaluate(checkpoint: str | Path, **flags) -> tuple[dict, Path]:
 
 
 def evaluate_checkpoint(path, args):
-    """As `evaluate`, for the path of a checkpoint and a Namespace of every flag."""
+    """Evaluates the checkpoint at a path with a Namespace of every flag. Returns the outputs of `evaluate`."""
     start, run = time.perf_counter(), run_folder(path)
     latents = Path(os.path.expanduser(args.latents)) if args.latents else None
     if latents:
@@ -121,14 +123,14 @@ def evaluate_checkpoint(path, args):
     results["active_units"] = int(active_units(means).sum())
     print_numbers(results, args.split)
     values = {"mean": means, "log_std": log_stds, "label": dataset.labels, "elbo": elbos}
-    if latents and not has_latents(latents, means):  # an earlier file of the same latents may be complete
+    if latents and not has_latents(latents, means):  # such a file may already contain log p(x)
         save_latents(latents, **values)
     legend = "digit" if flags.dataset in ["mnist", "rendered"] else "label"
-    name = os.path.basename(flags.dataset)  # the page may be shown to others: without the folder
+    name = os.path.basename(flags.dataset)  # without the folder, since the page may be published
     title = run.resolve().name if path.parent.name == "checkpoints" else path.stem
     facts = {"run": title, "legend": legend, "dataset": name}
 
-    imgs, labels = dataset[torch.arange(len(dataset) if args.split == "test" else 0)]  # those of the pictures
+    imgs, labels = dataset[torch.arange(len(dataset) if args.split == "test" else 0)]  # the images of the pictures
 
     def save_explorer():
         update_explorer(folder, model, imgs, means, labels, args.no_explorer, {**results, **facts})
@@ -138,14 +140,14 @@ def evaluate_checkpoint(path, args):
         save_explorer()
 
     def compute_log_likelihoods():
-        torch.manual_seed(0)  # the numbers do not depend on the pictures
+        torch.manual_seed(0)  # so that the numbers do not depend on the pictures
         values["log_likelihood"] = log_likelihoods(model, dataset, args.iw_samples, args.progress_bar)
         add("log_likelihood", values["log_likelihood"])
         if latents:
             save_latents(latents, **values)
             print_line(f"latents of {len(dataset):,} {args.split} images in {latents}")
         if args.split == "test" and (folder / EXPLORER).exists():
-            save_explorer()  # which shows log p(x), too
+            save_explorer()  # again, with log p(x)
 
     def add(name, found):
         numbers = statistics(name, found, dataset, names_in_bpd.get(name, ""))
@@ -167,14 +169,14 @@ def evaluate_checkpoint(path, args):
             if not (steps and keeps):
                 save_results(results, folder, start, missing=[*steps])
     except (KeyboardInterrupt, Terminated):
-        print_line(f"\nInterrupted before {' and '.join(steps)}; what was finished is in {folder}")
+        print_line(f"\nInterrupted before {' and '.join(steps)}; the finished results are in {folder}")
         raise
     print_line(f"evaluation in {folder}, {results['seconds']} s")
     return results, folder
 
 
 def load_model_and_data(path, run, args):
-    """The VAE of a checkpoint, the images to evaluate, the flags of the training and its epoch, counted from 0."""
+    """Returns a checkpoint's VAE, the images to evaluate, the flags of the training, and its epoch counted from 0."""
     checkpoint = read_checkpoint(path)
     model = use_fast_layout(build_vae(checkpoint, path, args).to(pick_device(args.accelerator)).eval())
     flags = flags_of_training(checkpoint, path, run, args)
@@ -183,17 +185,20 @@ def load_model_and_data(path, run, args):
     except UserError as error:
         if args.data_dir is not None or DATASET_CHECKSUM in vars(flags):
             raise
-        raise UserError(f"{error} (--data_dir says where MNIST is now)") from error
+        raise UserError(f"{error} (if the data was moved, give its directory with --data_dir)") from error
     img_size, trained_size = list(dataset.images.shape[1:]), list(model.hparams.get("img_size", [28, 28]))
     if img_size != trained_size:
-        raise UserError(f"{flags.dataset} has images of {img_size} pixels, {path} is for those of {trained_size}")
+        raise UserError(
+            f"{flags.dataset} has images of {img_size} pixels, but {path} was trained on images of {trained_size}"
+        )
     return model, dataset, flags, checkpoint.get("epoch")
 
 
 def folder_of_results(args, path, run):
     """
-    The folder of the results: --out, or in the run's folder one named after the split. If that is of another checkpoint
-    of the run, such as best.ckpt, it is kept, and the folder's name ends with the name of this one, such as last.
+    Returns --out or, by default, a folder in the run's folder that is named after the split. If this folder contains
+    the evaluation of another checkpoint of the run, such as best.ckpt, this evaluation is kept: the name of the new
+    checkpoint, such as last, is appended to the name of the folder.
     """
     if args.out:
         return Path(os.path.expanduser(args.out))
@@ -203,7 +208,7 @@ def folder_of_results(args, path, run):
 
 
 def read_earlier_results(folder):
-    """What the evaluation.json in a folder contains, or an empty dict."""
+    """Returns the content of the evaluation.json in a folder, or an empty dict."""
     with contextlib.suppress(OSError, ValueError):
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         return results if isinstance(results, dict) else {}
@@ -211,21 +216,21 @@ def read_earlier_results(folder):
 
 
 def has_complete_results(folder, results):
-    """Whether a folder has a complete evaluation of the same weights: one with the same quick numbers."""
+    """Returns whether a folder has a complete evaluation of the same weights, that is, with the same quick numbers."""
     older = read_earlier_results(folder)
-    kept = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}  # the path may be written in several ways
+    kept = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}  # one file can have several paths
     return "missing" not in older and {**older, **results, **kept} == older
 
 
 def save_results(results, folder, start, missing):
-    """Adds to the results what is missing, if anything, and the seconds since the start, and writes evaluation.json."""
+    """Adds the names of missing results, if any, and the seconds since the start, and writes evaluation.json."""
     results.pop("missing", None)
     results.update({"missing": missing} if missing else {}, seconds=round(time.perf_counter() - start, 1))
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def update_explorer(folder, model, imgs, means, labels, no_explorer, facts):
-    """Writes the latent-space explorer, see write_explorer, or removes that of an earlier evaluation."""
+    """Writes the latent-space explorer (see write_explorer), or removes the one of an earlier evaluation."""
     path = folder / EXPLORER
     if no_explorer:
         path.unlink(missing_ok=True)
@@ -240,30 +245,30 @@ def update_explorer(folder, model, imgs, means, labels, no_explorer, facts):
 
 
 def build_vae(checkpoint, path, args):
-    """The VAE of a checkpoint that has been read. A bare state_dict needs flags that describe the model."""
+    """Returns the VAE of a checkpoint's content. A bare state_dict needs the flags that describe the model."""
     if checkpoint.get("hyper_parameters"):
         return build_model(VAE, checkpoint, path)
     try:
         sizes = dict(hidden_dims=args.hidden_dims, num_filters=args.num_filters, z_dim=args.z_dim)
         return build_model(VAE, checkpoint, path, model_name=args.model, lr=0.0, **sizes)
     except CheckpointError as error:
-        hint = "give --model, --z_dim, --hidden_dims and --num_filters as it was trained with"
+        hint = "give the --model, --z_dim, --hidden_dims and --num_filters that it was trained with"
         raise CheckpointError(f"{error}: {hint}") from error
 
 
 def flags_of_training(checkpoint, path, run, args):
     """
-    The flags that a checkpoint was trained with, as a Namespace of every flag.
+    Returns the flags that a checkpoint was trained with, as a Namespace of every flag.
     Inputs:
-        checkpoint - What read_checkpoint returned.
+        checkpoint - The content of the checkpoint, from read_checkpoint.
         path, run - Paths of the checkpoint and of its run's folder.
-        args - Namespace of the flags of evaluate.py, of which dataset and data_dir replace the checkpoint's.
+        args - Namespace of the flags of evaluate.py. Its dataset and data_dir, if given, replace the checkpoint's.
     Raises:
-        UserError - if the flags are invalid, or the data set is not given, gone or has changed.
+        UserError - if the flags are invalid, or if the data set is unknown, does not exist any more or has changed.
     """
     kept = checkpoint.get(RUN) if isinstance(checkpoint.get(RUN), dict) else {}
     if kept.get("flags") is None and args.dataset is None:
-        raise FlagError(f"{path} does not say what data it was trained on: give --dataset")
+        raise FlagError(f"{path} does not contain the name of its training data: give --dataset")
     saved, known = kept.get("flags") or {}, {name for group in TRAINING_FLAGS.values() for name in group}
     try:
         flags = {name: value for name, value in saved.items() if name in known - {"init_from"}}
@@ -273,7 +278,7 @@ def flags_of_training(checkpoint, path, run, args):
             places = file_locations(run, kept, flags["dataset"])
             flags["dataset"] = find_file(places, saved[DATASET_CHECKSUM]) or places[-1]
             if not os.path.exists(flags["dataset"]):
-                raise UserError(f"{places[-1]}, what it was trained on, is gone: give --dataset with where it is now")
+                raise UserError(f"the training data {places[-1]} does not exist any more: give its path with --dataset")
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} contains invalid flags ({error})") from error
@@ -286,8 +291,8 @@ def flags_of_training(checkpoint, path, run, args):
 
 def prepare_folder(folder, path, dataset, split):
     """
-    Makes the folder of the results, and says so if they replace those of another checkpoint, data set or split. Raises
-    a UserError if it cannot be written or contains files of others.
+    Makes the folder of the results. Prints a note if they replace the results of another checkpoint, data set or split.
+    Raises a UserError if the folder is not writable or contains files that evaluate.py did not write.
     """
     try:
         there = [name for name in [RESULTS, EXPLORER, *latent_space.FILES] if os.path.lexists(folder / name)]
@@ -297,7 +302,7 @@ def prepare_folder(folder, path, dataset, split):
         raise UserError(f"{folder} cannot be read ({error.strerror}): choose another folder with --out") from error
     if there and not re.match(r'\0*\Z|\{\s*"checkpoint":', text):  # after a crash the file may be empty
         raise UserError(
-            f"{folder} holds {there[0]}, which evaluate.py did not make and does not overwrite: choose another "
+            f"{folder} contains {there[0]}, which evaluate.py did not write and does not overwrite: choose another "
             "folder with --out"
         )
     check_writable(folder, "--out")
@@ -305,11 +310,11 @@ def prepare_folder(folder, path, dataset, split):
     of_the_same = str(older.get("dataset")) == dataset and f"{split}_images" in older
     if older and not (of_the_same and Path(str(older.get("checkpoint"))).resolve() == path.resolve()):
         about = f"{older.get('checkpoint')} on {older.get('dataset')}"
-        warn(f"note: {folder} had another evaluation, that of {about}, which is replaced")
+        warn(f"note: in {folder}, the evaluation of {about} is replaced")
 
 
 def check_writable(folder, flag):
-    """Makes a folder if it is not there. Raises a UserError if it cannot be written, which names the flag."""
+    """Makes a folder if it does not exist. Raises a UserError that names the flag if the folder is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -319,12 +324,12 @@ def check_writable(folder, flag):
 
 
 def make_parser() -> Parser:
-    """The parser of the flags of `python evaluate.py`."""
+    """Returns the parser of the flags of `python evaluate.py`."""
     return Parser("Evaluates checkpoints of train_pl.py.", FLAGS)
 
 
 def print_beginning(results: dict, split: str, folder: Path, seconds: float):
-    """Prints what is evaluated, and about how long it takes."""
+    """Prints the model, the images, the folder and the estimated time."""
     r = argparse.Namespace(**results)
     after = f"after {r.epoch or 'some'} epoch{'s' * (r.epoch != 1)}"
     images = f"{results[f'{split}_images']:,} {split} images of {r.dataset} ({r.binarization})"
@@ -336,17 +341,17 @@ def print_beginning(results: dict, split: str, folder: Path, seconds: float):
 
 
 def num_samples(numbers):
-    """The number of samples per image, as a string."""
+    """Returns the number of samples per image, as a string."""
     return f"{numbers['iw_samples']:,} sample{'s' * (numbers['iw_samples'] != 1)}"
 
 
 def format_with_error(numbers, name, digits, width=0):
-    """A number of evaluation.json, filled up to a width, and its standard error, as a string."""
+    """Returns a number of evaluation.json, padded to a width, and its standard error, as a string."""
     return f"{numbers[name]:{width}.{digits}f} +- {numbers[f'{name}_standard_error']:.{digits}f}"
 
 
 def print_numbers(numbers: dict, split: str):
-    """Prints those numbers of evaluation.json that are there."""
+    """Prints the numbers of evaluation.json that are computed so far."""
     for label, name, unit, how in [
         (f"{split} bpd", f"{split}_bpd", "", ""),
         ("ELBO", "elbo", " nats", ""),
@@ -361,7 +366,7 @@ def print_numbers(numbers: dict, split: str):
 
 
 def format_table(evaluations: dict[str, dict], split: str) -> list[str]:
-    """Lines of text: a row for each checkpoint, a dict from its path to its results."""
+    """Returns the lines of a table with a row for each checkpoint. evaluations is a dict from path to results."""
     rows = [["checkpoint", "data", f"{split} bpd", "ELBO, nats", "log p(x), nats", "log p(x), bpd", "active units"]]
     for path, results in evaluations.items():
         quantities = {f"{split}_bpd": 4, "elbo": 2, "log_likelihood": 2, "log_likelihood_bpd": 4}
@@ -374,12 +379,13 @@ def format_table(evaluations: dict[str, dict], split: str) -> list[str]:
 
 def evaluate_all(paths: list[str], flags: dict):
     """
-    Evaluates checkpoints in turn and prints a table of them. One that cannot be evaluated is a line on stderr, and at
-    the end a UserError. Raises a FlagError if a flag is invalid, or valid for a single checkpoint only.
+    Evaluates checkpoints in turn and prints a table of the results. If a checkpoint cannot be evaluated, an error is
+    printed on stderr, the others are evaluated, and a UserError is raised at the end. Raises a FlagError if a flag is
+    invalid, or if it is valid only for a single checkpoint.
     """
     make_parser().complete(argparse.Namespace(**flags))
     if given := [name for name in ["out", "latents"] if flags[name]]:
-        raise FlagError(f"--{given[0]} is for one checkpoint: leave it out, or evaluate one at a time")
+        raise FlagError(f"--{given[0]} is valid only for a single checkpoint: leave it out, or evaluate one at a time")
     evaluations, paths, failed = {}, list({os.path.realpath(path): path for path in paths}.values()), []
     try:
         for path in paths:

@@ -1,4 +1,4 @@
-"""What evaluate.py computes for each image, the posterior, the ELBO and log p(x), and their file."""
+"""Computes the posterior, the ELBO and log p(x) of each image for evaluate.py, and writes the file of latents."""
 
 import math
 import sys
@@ -17,20 +17,20 @@ from harness.files import atomic_write
 from train_pl import VAE
 from utils import elbo_to_bpd, log_likelihood, quadrature_log_likelihood
 
-# Numbers of images of MNIST's size in a batch; of larger images there are fewer, see scale_batch_size.
+# Batch sizes for images of MNIST's size. Batches of larger images have fewer images, see scale_batch_size.
 BATCH_SIZE = 100  # images
-CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # decoded samples, as many as fit into the caches of a CPU; a GPU needs more
-QUADRATURE_SIZE = 2048  # decoded points of the quadrature
+CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # samples decoded at once: they fit into a CPU's caches; a GPU needs more
+QUADRATURE_SIZE = 2048  # points of the quadrature decoded at once
 
 
 def batch_indices(dataset):
-    """The indices of a data set's images, a tensor for each batch."""
+    """Returns the indices of a data set's images, a tensor for each batch."""
     return torch.arange(len(dataset)).split(scale_batch_size(BATCH_SIZE, dataset.images[0].numel()))
 
 
 def posteriors(model: VAE, dataset: BinaryImages) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The ELBOs and the posteriors q(z|x) of all images, which take seconds.
+    Computes the ELBOs and the posteriors q(z|x) of all images, which takes seconds.
     Inputs:
         model, dataset - The VAE, with D latents, and a data set of N images.
     Outputs:
@@ -46,8 +46,8 @@ def posteriors(model: VAE, dataset: BinaryImages) -> tuple[Tensor, Tensor, Tenso
 
 def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress_bar: bool = False) -> Tensor:
     """
-    The importance-weighted log p(x) of all images, tensor of shape [N] in nats, on the CPU. A terminal shows the mean
-    so far and its standard error all the time, anything else a line every tenth of the way.
+    Returns the importance-weighted log p(x) of all images, a tensor of shape [N] in nats, on the CPU. On a terminal,
+    the mean so far and its standard error are shown all the time; elsewhere, a line is printed after each tenth.
     Inputs:
         model, dataset - The VAE, and a data set of N images.
         iw_samples, progress_bar - See evaluate.
@@ -55,7 +55,7 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
     number_of_batches, log_ps = len(batch_indices(dataset)), []
     is_shown = supports_progress_bar(sys.stderr) and (
         progress_bar or sys.stderr.isatty()
-    )  # a notebook would keep each state
+    )  # a notebook would show each state on a new line
     bar = tqdm(
         log_likelihoods_of_batches(model, dataset, iw_samples),
         "log p(x)",
@@ -78,7 +78,7 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
 
 
 def log_likelihoods_of_batches(model, dataset, iw_samples):
-    """Yields the log p(x) of each batch. If memory is short, fewer samples are decoded at once from then on."""
+    """Yields log p(x) of each batch. If memory runs out, fewer samples are decoded at once from then on."""
     chunk_size = CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"]
     chunk_size = scale_batch_size(chunk_size, dataset.images[0].numel())
     for indices in batch_indices(dataset):
@@ -94,42 +94,42 @@ def log_likelihoods_of_batches(model, dataset, iw_samples):
 
 
 def quadrature_log_likelihoods(model: VAE, dataset: BinaryImages, limit: float = 6.0) -> Tensor:
-    """log p(x) of all images by quadrature, for 2 latents, tensor of shape [N] in nats, on the CPU."""
+    """Computes log p(x) of all images by quadrature, for 2 latents. Returns a tensor [N] in nats, on the CPU."""
     imgs = dataset[torch.arange(len(dataset))][0].to(model.device)
     size = scale_batch_size(QUADRATURE_SIZE, dataset.images[0].numel())
     return quadrature_log_likelihood(imgs, model.decoder, limit=limit, chunk_size=size).cpu()
 
 
 def estimate_seconds(model: VAE, dataset: BinaryImages, iw_samples: int) -> float:
-    """About how long log p(x) takes, in seconds, by the time of one batch with at most 100 samples."""
+    """Estimates how many seconds log p(x) takes, from the time of one batch with at most 100 samples."""
     samples, times = min(100, iw_samples), []
-    for _ in range(2):  # the first time, everything is slower
+    for _ in range(2):  # the first call takes longer
         start = time.perf_counter()
         next(log_likelihoods_of_batches(model, dataset, samples))
         times.append(time.perf_counter() - start)
     seconds = min(times) * iw_samples / samples * len(batch_indices(dataset))
     if model.hparams.z_dim == 2:
         start = time.perf_counter()
-        quadrature_log_likelihoods(model, dataset, limit=0.4)  # of 6, along each axis
+        quadrature_log_likelihoods(model, dataset, limit=0.4)  # instead of 6, along each axis
         seconds += (time.perf_counter() - start) * (6 / 0.4) ** 2
     return seconds
 
 
 def scale_batch_size(num_images, num_pixels):
-    """Number of images of num_pixels with as many pixels in all as num_images of MNIST's; at most that, at least 1."""
+    """Returns how many images of num_pixels have as many pixels as num_images of MNIST, but from 1 to num_images."""
     return max(min(num_images, num_images * 28 * 28 // num_pixels), 1)
 
 
 def statistics(name: str, values: Tensor, dataset: BinaryImages, name_in_bpd: str = "") -> dict[str, float]:
     """
-    The numbers of evaluation.json: the mean over the images, and its standard error.
+    Computes the numbers of evaluation.json for a quantity: its mean over the images, and the mean's standard error.
     Inputs:
-        name - Name of a quantity, such as elbo.
+        name - Name of the quantity, such as elbo.
         values - Tensor of shape [N], the quantity of each image in nats.
         dataset - The data set.
-        name_in_bpd - Name of the quantity in bits per dimension; empty if it is not wanted.
+        name_in_bpd - Name of the quantity in bits per dimension; empty if only nats are wanted.
     Outputs:
-        numbers - Dict of name and name_standard_error, and of the same for name_in_bpd.
+        numbers - Dict with the keys name and name_standard_error, and the same two for name_in_bpd.
     """
     numbers, values = {}, values.double()  # on the CPU, since a Mac's GPU has no double precision
     bpd = elbo_to_bpd(-values, (1, dataset.images[0].numel()))
@@ -141,7 +141,8 @@ def statistics(name: str, values: Tensor, dataset: BinaryImages, name_in_bpd: st
 
 def check_latents_path(path: Path):
     """
-    Refuses, with a FlagError, a path that save_latents must not write: of another file, or without .npz at its end.
+    Raises a FlagError if save_latents must not write to a path, because it does not end with .npz or is a file of
+    another kind.
     """
     if path.suffix != ".npz":
         raise FlagError(f"--latents must be the path of an .npz file, got {path}")
@@ -153,11 +154,11 @@ def check_latents_path(path: Path):
     except (OSError, zipfile.BadZipFile):
         is_ours = False
     if not is_ours:
-        raise FlagError(f"--latents {path} is not a file of latents and is not replaced: choose another name")
+        raise FlagError(f"--latents {path} is not a file of latents and is not overwritten: choose another path")
 
 
 def has_latents(path: Path, means: Tensor) -> bool:
-    """Whether the file of latents at a path is there and has these means [N,D] of the posteriors."""
+    """Returns whether a file of latents exists at a path and contains these means [N,D] of the posteriors."""
     try:
         return np.array_equal(np.load(path)["mean"], means.numpy())
     except (OSError, ValueError):
@@ -166,11 +167,11 @@ def has_latents(path: Path, means: Tensor) -> bool:
 
 def save_latents(path: Path, **tensors: Tensor):
     """
-    Writes what `--latents` asks for as an .npz file, for np.load.
+    Writes the .npz file of the flag --latents, which np.load reads.
     Inputs:
         path - Path of the file.
         tensors - For N images in the order of the data set: mean and log_std [N,D], elbo and log_likelihood [N] in
-            nats, which become float32, and label [N], an integer, which is left out if the images have none.
+            nats, which become float32; and label [N], integers, which is left out if the images have no labels.
     """
     arrays = {name: tensor.float().numpy() for name, tensor in tensors.items() if name != "label"}
     if tensors["label"].max() >= 0:

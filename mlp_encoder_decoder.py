@@ -1,4 +1,4 @@
-"""Encoder and decoder as multilayer perceptrons: linear layers with ReLU between them, none after the last."""
+"""Encoder and decoder as multilayer perceptrons: linear layers with a ReLU between them."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,7 @@ import torch.nn as nn
 
 
 def mlp(dims: list[int]) -> nn.Sequential:
-    """Linear layers of the widths dims[0] -> dims[1] -> ... -> dims[-1], with ReLU between them."""
+    """Returns linear layers of the widths dims[0] -> dims[1] -> ... -> dims[-1], with a ReLU between them."""
     layers = []
     for num_in, num_out in pairwise(dims):
         layers += [nn.Linear(num_in, num_out), nn.ReLU()]
@@ -17,9 +17,9 @@ def mlp(dims: list[int]) -> nn.Sequential:
 
 def he_init(net: nn.Module):
     """
-    Draws the weights of an `mlp` anew, with variances that keep the signal's scale from layer to layer: before a ReLU
-    those of He et al. (2015), in the last layer those of Glorot & Bengio (2010). The biases become 0. PyTorch's own
-    weights are smaller; deeper ones of them let a VAE learn at first to do without most of its latents.
+    Initialises the weights of an `mlp` with variances that keep the scale of the signal from layer to layer. Layers
+    before a ReLU use the variance of He et al. (2015), and the last layer that of Glorot & Bengio (2010). The biases
+    become 0. PyTorch's initial weights are smaller: in deeper networks, a VAE then first learns to ignore most latents.
     """
     *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
     for layer in hidden:
@@ -30,12 +30,12 @@ def he_init(net: nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    def __init__(self, input_dim=784, hidden_dims=[512], z_dim=20):  # noqa: B006 (the assignment's signature; only read)
+    def __init__(self, input_dim=784, hidden_dims=[512], z_dim=20):  # noqa: B006 (the assignment's signature; never changed)
         """
         Encoder q(z|x) = N(mean, diag(std^2)) with an MLP network.
         Inputs:
             input_dim - Number of input values: channels * height * width of an image.
-            hidden_dims - List of the hidden layers' widths, from the first to the last.
+            hidden_dims - List of the widths of the hidden layers, from the first to the last.
             z_dim - Dimensionality of the latent space.
         """
         super().__init__()
@@ -43,11 +43,12 @@ class MLPEncoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Encodes images as the parameters of their posteriors q(z|x).
         Inputs:
             x - Images of shape [B,C,H,W], values between 0 and 1.
         Outputs:
             mean - Tensor of shape [B,z_dim], the means of q(z|x).
-            log_std - Tensor of shape [B,z_dim], the logarithms of its standard deviations.
+            log_std - Tensor of shape [B,z_dim], the natural logarithms of the standard deviations of q(z|x).
         """
         mean, log_std = self.net(x.flatten(start_dim=1)).chunk(2, dim=-1)
         return mean, log_std
@@ -59,7 +60,7 @@ class MLPDecoder(nn.Module):
         Decoder p(x|z) of independent Bernoulli pixels with an MLP network.
         Inputs:
             z_dim - Dimensionality of the latent space.
-            hidden_dims - List of the hidden layers' widths, from the first (next to z) to the last.
+            hidden_dims - List of the widths of the hidden layers, from the first (next to z) to the last.
             output_shape - Shape of an image, [C,H,W].
         """
         super().__init__()
@@ -68,6 +69,7 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """
+        Decodes latents.
         Inputs:
             z - Latents of shape [B,z_dim].
         Outputs:
@@ -77,5 +79,5 @@ class MLPDecoder(nn.Module):
 
     @property
     def device(self):
-        """The device on which the parameters are, hence where latents must be made."""
+        """The device of the parameters. Latents must be on this device."""
         return next(self.parameters()).device

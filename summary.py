@@ -1,4 +1,4 @@
-"""The results of many runs at a glance: `python summary.py VAE_logs/job_17_*` prints a table and draws a plot."""
+"""Summarises the results of many runs: `python summary.py VAE_logs/job_17_*` prints a table and saves a plot."""
 
 import os
 from statistics import mean, stdev
@@ -8,17 +8,17 @@ from harness.files import read_results
 from harness.flags import CHECKSUM, RUNTIME_FLAGS, Parser
 
 BPDS = ["test_bpd", "best_val_bpd"]  # the table's columns
-PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # what --plot may end with
+PLOTS = [".png", ".pdf", ".svg", ".jpg", ".jpeg"]  # extensions that --plot may have
 
 
 def read_runs(folders: list[str]) -> tuple[list[dict], list[str]]:
     """
-    Reads the results of all runs in folders and below them, by links too, each run once.
+    Reads the results of all runs in the given folders and below them. Links are followed; each run is read once.
     Inputs:
         folders - List of paths.
     Outputs:
-        finished - List of what the results.json files contain; one that is damaged is a line on stderr.
-        unfinished - List of the folders of runs that have none.
+        finished - List of the contents of the results.json files. Damaged files are skipped with a warning on stderr.
+        unfinished - List of the folders of runs without a results.json.
     """
     finished, unfinished = [], []
     for folder in run_folders(folders):
@@ -28,18 +28,18 @@ def read_runs(folders: list[str]) -> tuple[list[dict], list[str]]:
             unfinished.append(folder)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
-            warn(f"warning: {os.path.join(folder, 'results.json')} is left out: {problem}")
+            warn(f"warning: {os.path.join(folder, 'results.json')} is skipped: {problem}")
     return finished, unfinished
 
 
 def run_folders(folders):
-    """The sorted folders of runs among folders and those below them, by links too, each one once."""
+    """Returns the sorted folders of runs among the given folders and below them. Links are followed."""
     seen, runs = set(), []
     for top in folders:
         for folder, below, files in os.walk(top, onerror=warn_unreadable, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:
-                below.clear()  # a link may lead to where it is
+                below.clear()  # a link may lead back to a folder above it
             elif "hparams.yaml" in files:
                 runs.append(folder)
             seen.add(real)
@@ -47,19 +47,19 @@ def run_folders(folders):
 
 
 def warn_unreadable(error):
-    """Says on stderr which folder cannot be read; that a file is none is no news where a shell has put in all names."""
+    """Warns on stderr about a folder that cannot be read. Plain files, as from a shell's *, are ignored."""
     if not isinstance(error, NotADirectoryError):
-        warn(f"warning: {error.filename} is left out: {error.strerror}")
+        warn(f"warning: {error.filename} is skipped: {error.strerror}")
 
 
 def group_by_setting(results: list[dict]) -> dict[str, list[dict]]:
     """
-    Groups runs that differ in nothing but the seed.
+    Groups runs whose flags differ only in the seed.
     Inputs:
-        results - List of what results.json files hold.
+        results - List of the contents of results.json files.
     Outputs:
-        groups - Dict from a setting, such as 'z_dim 2, lr 0.001', to its list of results; it names the flags that are
-            not the same in all runs.
+        groups - Dict from a setting, such as 'z_dim 2, lr 0.001', to the list of its results. A setting consists of
+            the flags that are not the same in all runs.
     """
     names_of_files = {}
     hyperparameters = [label_files(run["hyperparameters"], names_of_files) for run in results]
@@ -69,8 +69,8 @@ def group_by_setting(results: list[dict]) -> dict[str, list[dict]]:
         if name not in RUNTIME_FLAGS | {"seed"}
     ]
     defaults = {}
-    if any(name not in of_run for name in flags for of_run in hyperparameters):  # an older version lacks some
-        from train_pl import make_parser  # only now, since torch would delay the table
+    if any(name not in of_run for name in flags for of_run in hyperparameters):  # some are of an older version
+        from train_pl import make_parser  # only if needed, since it imports torch, which takes seconds
 
         defaults = make_parser().defaults
     values = {name: [of_run.get(name, defaults.get(name)) for of_run in hyperparameters] for name in flags}
@@ -85,10 +85,10 @@ def group_by_setting(results: list[dict]) -> dict[str, list[dict]]:
 
 def label_files(hyperparameters, names):
     """
-    Flags of a run in which each flag that gives a file is the file's name and the start of its checksum.
+    Returns a run's flags; the value of a flag that names a file becomes the file's name and the start of its checksum.
     Inputs:
-        hyperparameters - Dict of the flags, which is left as it is.
-        names - Dict of the names by checksum, which is completed: a file that was renamed keeps its first one.
+        hyperparameters - Dict of the flags, which is not changed.
+        names - Dict from checksum to name, which is completed. A renamed file keeps the name that was found first.
     """
     flags = {name: value for name, value in hyperparameters.items() if not name.endswith(CHECKSUM)}
     for name in hyperparameters.keys() - flags.keys():
@@ -99,19 +99,19 @@ def label_files(hyperparameters, names):
 
 
 def sort_key(value):
-    """What sorts flags' values of any types: each one beside those of its own, numbers by size."""
+    """Returns a key that sorts flag values of any types, first by type, then by value."""
     if isinstance(value, (list, tuple)):
         return "list", [sort_key(item) for item in value]
     return type(value).__name__, value if isinstance(value, (int, float, str)) else str(value)
 
 
 def format_value(value):
-    """A flag's value as on the command line."""
+    """Returns a flag's value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def format_table(groups: dict[str, list[dict]]) -> list[str]:
-    """Lines of text: test and best validation bpd of each setting, mean and standard deviation over its runs."""
+    """Returns a table as lines, with mean and standard deviation of test and best validation bpd for each setting."""
     width = max(len("setting"), *map(len, groups))
     lines = [f"{'setting':{width}}  runs  test bpd            best validation bpd"]
     for setting, runs in groups.items():
@@ -124,9 +124,11 @@ def format_table(groups: dict[str, list[dict]]) -> list[str]:
 
 
 def main():
-    parser = Parser("Sums up runs: a table of test bpd by setting, and a plot of it.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Folders of runs, or folders that hold such")
-    parser.add_argument("--plot", default="summary.png", help=f"Picture to draw ({', '.join(PLOTS)})")
+    parser = Parser("Summarises runs: prints a table of the test bpd of each setting, and saves a plot of it.")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="Folders of runs, or folders that contain such folders"
+    )
+    parser.add_argument("--plot", default="summary.png", help=f"File of the plot ({', '.join(PLOTS)})")
     args = parser.parse_args()
     with exit_on_error(parser):
         if not args.plot.lower().endswith(tuple(PLOTS)):
@@ -139,12 +141,12 @@ def main():
         if unfinished:
             print_line(f"not finished: {', '.join(unfinished)}")
         try:
-            from pictures import figures  # only now, since matplotlib would delay the table
+            from pictures import figures  # after the table, since importing matplotlib takes seconds
 
             bpds = {name: [run["test_bpd"] for run in runs] for name, runs in groups.items()}
             figures.bpd_by_setting(args.plot, bpds)
         except Exception as error:
-            raise UserError(f"no plot ({one_line(error)}): choose another file with --plot") from error
+            raise UserError(f"the plot cannot be saved ({one_line(error)}): choose another file with --plot") from error
         print_line(f"plot {os.path.abspath(args.plot)}")
 
 

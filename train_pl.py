@@ -26,30 +26,30 @@ from pictures.tensorboard import save_picture
 from sources import DATA_FLAGS, complete_dataset, describe_data
 from sources.locations import data_locations
 
-# TensorBoard shows training and validation in one chart, of this title, for these names of VAE.quantities.
+# Titles of TensorBoard's charts, by name in VAE.quantities. Each chart shows training and validation.
 CHART_TITLES = {
     "reconstruction_loss": "reconstruction loss, nats",
     "regularization_loss": "regularization loss (KL divergence), nats",
     "ELBO": "negative ELBO, nats",
     "bpd": "bits per dimension",
 }
-OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}  # the titles each one adds
+OBJECTIVES = {"elbo": {}, "iwae": {"IWAE": "negative importance-weighted bound, nats"}}  # further titles
 
 
 class Terms(NamedTuple):
-    """What the loss of B images is made of, with K samples of each posterior: see VAE.terms."""
+    """The loss of B images and its parts, computed with K samples of each posterior: see VAE.terms."""
 
-    L_rec: torch.Tensor  # [B], reconstruction losses -log p(x|z), means over the samples, in nats
-    L_reg: torch.Tensor  # [B], regularisation losses KL(q(z|x) || p(z)), in nats
-    loss: torch.Tensor  # [B], what training minimises, in nats
-    mean: torch.Tensor  # [B,D], of the posterior q(z|x)
-    log_std: torch.Tensor  # [B,D]
-    z: torch.Tensor  # [B,K,D], its samples
-    logits: torch.Tensor | None  # [B,K,C,H,W], of the pixels; None if so many samples are decoded in parts
+    L_rec: torch.Tensor  # [B], reconstruction losses -log p(x|z) in nats, means over the samples
+    L_reg: torch.Tensor  # [B], regularisation losses KL(q(z|x) || p(z)) in nats
+    loss: torch.Tensor  # [B], the loss that training minimises, in nats
+    mean: torch.Tensor  # [B,D], means of the posterior q(z|x)
+    log_std: torch.Tensor  # [B,D], natural logarithms of its standard deviations
+    z: torch.Tensor  # [B,K,D], samples of the posterior
+    logits: torch.Tensor | None  # [B,K,C,H,W], of the pixels; None if the samples are decoded in parts
 
 
 class VAE(pl.LightningModule):
-    iw_samples = 1000  # of log p(x) in predict_step, per image
+    iw_samples = 1000  # samples per image for log p(x) in predict_step
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class VAE(pl.LightningModule):
         decoder of independent Bernoulli pixels.
         Inputs:
             model_name - "MLP" or "CNN", the kind of encoder and decoder.
-            hidden_dims - List of the hidden layers' widths of an MLP encoder; the decoder gets it reversed.
-            num_filters - Number of channels of a CNN's first layers.
+            hidden_dims - List of the widths of an MLP encoder's hidden layers; the decoder's are reversed.
+            num_filters - Number of channels of a CNN's layers next to the image.
             z_dim - Dimensionality of the latent space.
             lr - Learning rate of Adam.
             img_size - Height and width of an image.
-            beta - Weight of the KL divergence in what is minimised (Higgins et al. 2017).
-            objective - What is maximised: "elbo", or "iwae", the importance-weighted bound (Burda et al. 2016).
+            beta - Weight of the KL divergence in the loss (Higgins et al. 2017).
+            objective - What training maximises: "elbo", or "iwae", the importance-weighted bound (Burda et al. 2016).
             train_samples - Number of samples of the posterior per image in training and validation.
         """
         super().__init__()
@@ -87,13 +87,13 @@ class VAE(pl.LightningModule):
             self.decoder = CNNDecoder(num_filters=num_filters, z_dim=z_dim, img_size=img_size)
         else:
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
-        self.beta = beta  # of the current epoch, see BetaWarmup
+        self.beta = beta  # the weight in the current epoch, see BetaWarmup
         self.train_means, self.val_means = utils.EpochMeans(), utils.EpochMeans()
 
     def terms(self, imgs: torch.Tensor, num_samples: int = 1) -> Terms:
         """
-        The Terms of the loss, per image: L_rec + beta * L_reg, or minus the importance-weighted bound (Burda et al.
-        2016, eq. 8).
+        Returns the Terms of each image's loss, which is L_rec + beta * L_reg or, for the objective "iwae", the negative
+        importance-weighted bound (Burda et al. 2016, eq. 8).
         Inputs:
             imgs - Images of shape [B,C,H,W], zeros and ones.
             num_samples - K, the number of samples of each posterior.
@@ -105,14 +105,14 @@ class VAE(pl.LightningModule):
         L_rec, L_reg = L_recs.mean(dim=1), utils.KLD(mean, log_std)
         if self.hparams.objective == "iwae" and num_samples > 1:
             loss = -utils.importance_weighted_bound(utils.log_prior_ratio(z, eps, log_std.unsqueeze(1)) - L_recs)
-        else:  # the bound of a single sample is the ELBO
+        else:  # with a single sample, the importance-weighted bound is the ELBO
             loss = L_rec + self.beta * L_reg
         return Terms(L_rec, L_reg, loss, mean, log_std, z, logits)
 
     def quantities(self, terms: Terms, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        What is logged of every epoch, as train_NAME and val_NAME: the mean over its images. Returns a dict from name to
-        a value per image, shape [B], or one of the minibatch.
+        Returns the quantities whose means over an epoch are logged as train_NAME and val_NAME, as a dict from name to
+        one value per image, shape [B], or one value for the minibatch.
         Inputs:
             terms, imgs - The Terms of a minibatch, and its images [B,C,H,W].
         """
@@ -129,11 +129,12 @@ class VAE(pl.LightningModule):
 
     def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The negative ELBO of a batch of images.
+        Computes the two parts of the negative ELBO, and the negative ELBO in bits per dimension.
         Inputs:
             imgs - Images of shape [B,C,H,W], zeros and ones.
         Outputs:
-            L_rec, L_reg, bpd - Means of the losses over the batch, in nats, and of their sum in bits per dimension.
+            L_rec, L_reg - Means of the reconstruction and regularisation losses over the batch, in nats.
+            bpd - Mean of their sum, the negative ELBO, in bits per dimension.
         """
         L_rec, L_reg = (loss.mean() for loss in self.terms(imgs)[:2])
         return L_rec, L_reg, utils.elbo_to_bpd(L_rec + L_reg, imgs.shape)
@@ -141,12 +142,12 @@ class VAE(pl.LightningModule):
     @torch.no_grad()
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Draws new images: z from the prior, then each pixel from its Bernoulli distribution.
+        Samples new images: first z from the prior, then each pixel from its Bernoulli distribution.
         Inputs:
-            batch_size - Number of images to draw.
+            batch_size - Number of images to sample.
         Outputs:
             x_samples - Sampled images of zeros and ones, shape [B,C,H,W].
-            x_mean - The pixels' means that they were drawn from, between 0 and 1, shape [B,C,H,W].
+            x_mean - Means of these Bernoulli distributions, between 0 and 1, shape [B,C,H,W].
         """
         z = torch.randn(batch_size, self.hparams.z_dim, device=self.decoder.device)
         with utils.eval_mode(self.decoder):
@@ -155,19 +156,21 @@ class VAE(pl.LightningModule):
 
     @torch.no_grad()
     def reconstruct(self, imgs: torch.Tensor) -> torch.Tensor:
-        """Means [B,C,H,W] of the pixels that the decoder makes of the posterior means of images [B,C,H,W]."""
+        """Decodes the posterior means of images [B,C,H,W]. Returns the means of the pixels, [B,C,H,W]."""
         with utils.eval_mode(self):
             means, _ = self.encoder(utils.match_dtype(imgs, self.encoder))
             return torch.sigmoid(utils.full_precision(self.decoder(means)))
 
-    load_from_checkpoint = classmethod(load_model)  # Lightning's, on the CPU by default; it runs no code of a file
+    # Replaces Lightning's method: this one loads to the CPU by default, and runs no code that a file contains.
+    load_from_checkpoint = classmethod(load_model)
 
     def configure_optimizers(self):
         if self.dtype == torch.float16:
             raise ValueError(
-                "in float16 Adam's eps is 0: give the Trainer precision 16-mixed or bf16-true, not 16-true"
+                "Adam's eps is 0 in float16: give the Trainer precision 16-mixed or bf16-true instead of 16-true"
             )
-        clips = self._trainer is not None and self.trainer.gradient_clip_val  # refused in mixed precision if fused
+        # In mixed precision, Lightning refuses to clip the gradients of a fused optimiser.
+        clips = self._trainer is not None and self.trainer.gradient_clip_val
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, fused=None if clips else True)
 
     def training_step(self, batch, batch_idx):
@@ -186,9 +189,9 @@ class VAE(pl.LightningModule):
 
     def predict_step(self, batch, batch_idx):
         """
-        What `evaluate.py --latents` writes, for a batch of images and, if any, labels: a dict of mean and log_std [B,D]
-        of the posterior q(z|x), label [B], and elbo and log_likelihood [B] in nats, the latter with `iw_samples`
-        samples per image.
+        Returns the arrays of `evaluate.py --latents` for a batch of images with or without labels: a dict with mean and
+        log_std [B,D] of the posterior q(z|x), elbo and log_likelihood [B] in nats, and label [B] if there are labels.
+        The log_likelihood is estimated with `iw_samples` samples per image.
         """
         imgs, *labels = batch
         terms = self.terms(imgs)
@@ -210,15 +213,18 @@ class VAE(pl.LightningModule):
         self.log_means("val", self.val_means)
 
     def log_means(self, stage, means):
-        """Logs the means over an epoch's images, of all processes, under names that begin with the stage."""
+        """Logs the means over an epoch's images in all processes, under names that begin with the stage."""
         values, num_images = means.compute()
-        means.reset()  # also for a module whose hook at the start of an epoch does not
+        means.reset()  # also if a subclass replaces the hook at the start of an epoch
         for name, value in values.items():  # once per epoch: self.log in every step is slow
             self.log(f"{stage}_{name}", value, name == "bpd", on_epoch=True, sync_dist=True, batch_size=num_images)
 
 
 class CosineLearningRate(pl.Callback):
-    """Lowers the learning rate, epoch by epoch, along half a cosine from lr towards 0 (Loshchilov & Hutter 2017)."""
+    """
+    Callback that lowers the learning rate along half a cosine from lr towards 0, once per epoch (Loshchilov & Hutter
+    2017).
+    """
 
     def on_train_epoch_start(self, trainer, pl_module):
         lr = pl_module.hparams.lr * (1 + math.cos(math.pi * trainer.current_epoch / trainer.max_epochs)) / 2
@@ -228,8 +234,8 @@ class CosineLearningRate(pl.Callback):
 
 class BetaWarmup(pl.Callback):
     """
-    Raises the weight of the KL divergence linearly from 0, in the first epoch, to the module's hyperparameter beta,
-    after num_epochs epochs, and logs it (Bowman et al. 2016).
+    Callback that raises the weight of the KL divergence linearly, from 0 in the first epoch to the module's
+    hyperparameter beta after num_epochs epochs (Bowman et al. 2016), and logs the weight.
     """
 
     def __init__(self, num_epochs):
@@ -244,30 +250,32 @@ class BetaWarmup(pl.Callback):
 class GenerateCallback(pl.Callback):
     def __init__(self, batch_size: int = 64, every_n_epochs: int = 5, save_to_disk: bool = False):
         """
-        Draws images from the model as it trains.
+        Callback that saves pictures of samples from the model during training.
         Inputs:
-            batch_size, every_n_epochs - Number of images to generate, and after every how many epochs.
-            save_to_disk - If True, they are also written as PNG files into the run's log directory.
+            batch_size - Number of images to sample.
+            every_n_epochs - Number of epochs between two sets of pictures.
+            save_to_disk - If True, the pictures are also saved as PNG files in the run's log directory.
         """
         self.batch_size, self.every_n_epochs, self.save_to_disk = batch_size, every_n_epochs, save_to_disk
-        self.imgs = None  # Images [B,C,H,W] whose reconstructions are drawn, too
+        self.imgs = None  # images [B,C,H,W]; if given, their reconstructions are saved, too
 
     def on_train_epoch_end(self, trainer, pl_module):
         if (epoch := trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.sample_and_save(trainer, pl_module, epoch)
 
     @rank_zero_only
-    @best_effort("drawing the pictures")
+    @best_effort("saving the pictures")
     def sample_and_save(self, trainer, pl_module, epoch):
         """
-        Adds samples, means and, if there are images for it, reconstructions (each to the right of its original) to
-        TensorBoard, with 2 latents the manifold too; all but that also to epoch_N_samples.png ..., if save_to_disk.
+        Adds pictures to TensorBoard: samples, their means, the reconstructions of `imgs` if there are such images (each
+        to the right of its original), and the manifold if there are 2 latents. If save_to_disk is True, all but the
+        manifold are also saved as PNG files such as epoch_N_samples.png.
         Inputs:
             trainer, pl_module - The PyTorch Lightning Trainer, with any loggers, and the VAE.
-            epoch - Number of epochs trained so far, for the x axis and the files' names.
+            epoch - Number of epochs trained so far, for TensorBoard's x axis and the names of the files.
         """
-        # The same latents each time, so that pictures of different epochs compare, and without a trace in the random
-        # numbers of the training or in what BatchNorm keeps, so that the pictures do not change its course.
+        # The latents are the same each time, so that pictures of different epochs can be compared. The random numbers
+        # of the training and the statistics of BatchNorm stay unchanged, so that pictures do not affect the training.
         with isolate_rng(), utils.eval_mode(pl_module):
             torch.manual_seed(0)
             pictures = dict(zip(["Samples", "Means"], pl_module.sample(self.batch_size)))
@@ -282,10 +290,10 @@ class GenerateCallback(pl.Callback):
 
 def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -> list[dict[str, float]]:
     """
-    Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests that one. Raises a UserError of one
-    line if a flag, the data or the run's folder is invalid, or if the loss is not finite.
+    Trains a VAE, keeps the checkpoint with the lowest validation bpd, and tests this checkpoint. Raises a UserError
+    with a one-line message if a flag, the data or the run's folder is invalid, or if the loss is not finite.
     Inputs:
-        args - Namespace of flags, see make_parser; those that it lacks get their defaults.
+        args - Namespace of flags, see make_parser; missing flags get their defaults.
         callbacks - Your own callbacks for the Trainer. Give the same ones to resume the run.
     Outputs:
         test_result - What trainer.test returns: a list with one dict, {"test_bpd": ...}.
@@ -298,7 +306,7 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
 
     def load(args, **options):
         loaders = load_data(args, **options)
-        if args.init_from:  # if it does not fit, this is an error before the run has a folder
+        if args.init_from:  # raises an error before the run has a folder if the weights do not fit
             make_vae(args, loaders[0].dataset.images.shape[1:])
         return loaders
 
@@ -318,7 +326,7 @@ def train_vae(args: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()) -
 
 
 def make_experiment(args: argparse.Namespace) -> Experiment:
-    """What a Run is told about the VAE that these flags train."""
+    """Returns the Experiment that describes the VAE of these flags to a Run."""
     title = f"{args.model}, {args.z_dim} latents, {Path(args.dataset).name}"
     title += f", trained with beta {args.beta:g}" if args.beta != 1 else ""
     start = f" with the weights of {args.init_from}" if args.init_from else ""
@@ -345,14 +353,14 @@ def make_experiment(args: argparse.Namespace) -> Experiment:
 
 
 def make_callbacks(args):
-    """The callbacks that the flags lr_schedule, beta, beta_warmup and patience ask for."""
+    """Returns the callbacks for the flags lr_schedule, beta, beta_warmup and patience."""
     lr = [CosineLearningRate()] if args.lr_schedule == "cosine" else []
     beta = [BetaWarmup(args.beta_warmup)] if args.beta != 1 or args.beta_warmup else []
     return lr + beta + ([EarlyStopping("val_bpd", patience=args.patience)] if args.patience else [])
 
 
 def make_vae(args: argparse.Namespace, img_size: tuple[int, int] = (28, 28)) -> VAE:
-    """The VAE that the flags ask for, untrained or with the weights of --init_from, for images of [height, width]."""
+    """Returns the VAE for the flags and images of size img_size, untrained or with the weights of --init_from."""
     names = ["hidden_dims", "num_filters", "z_dim", "lr", "beta", "objective", "train_samples"]
     flags = {"model_name": args.model, "img_size": [*img_size], **{name: vars(args)[name] for name in names}}
     if args.init_from:
@@ -369,20 +377,20 @@ FLAGS = {
         "model": Flag("MLP", "Kind of encoder and decoder", choices=["MLP", "CNN"]),
         "z_dim": Flag(20, "Dimensionality of the latent space", minimum=1),
         "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
-        "num_filters": Flag(32, "CNN: channels of the layers next to the image; the others have twice that", minimum=1),
-        "init": Flag("pytorch", "MLP: initial weights; with He's, deeper ones learn faster", ["pytorch", "he"]),
-        "init_from": Flag(None, "Checkpoint whose weights the training starts from, instead of --init"),
+        "num_filters": Flag(32, "CNN: channels next to the image; the other layers have twice as many", minimum=1),
+        "init": Flag("pytorch", "MLP: initial weights; deep networks learn faster with he", ["pytorch", "he"]),
+        "init_from": Flag(None, "Start from the weights of this checkpoint, instead of --init"),
     },
     "training": {
         "lr": Flag(1e-3, "Learning rate of Adam", above=0),
-        "lr_schedule": Flag("constant", "Learning rate: constant, or down along a cosine", ["constant", "cosine"]),
+        "lr_schedule": Flag("constant", "Learning rate: constant, or falling along a cosine", ["constant", "cosine"]),
         "batch_size": Flag(128, "Images per minibatch, over all devices and nodes", minimum=1),
         "epochs": Flag(80, "Passes over the training images", minimum=1),
-        "patience": Flag(0, "Stop after this many epochs without a lower validation bpd; 0: never", minimum=0),
+        "patience": Flag(0, "Stop after this many epochs without a lower validation bpd; 0 means never", minimum=0),
         "seed": Flag(42, "Seed of all random numbers", minimum=0),
-        "objective": Flag("elbo", "What is maximised: the ELBO, or the importance-weighted bound", [*OBJECTIVES]),
+        "objective": Flag("elbo", "Training maximises the ELBO or the importance-weighted bound", [*OBJECTIVES]),
         "train_samples": Flag(1, "Samples of the posterior per image in training and validation", minimum=1),
-        "beta": Flag(1.0, "Weight of the KL divergence in what is minimised, not in what is logged", minimum=0),
+        "beta": Flag(1.0, "Weight of the KL divergence in the loss, but not in the logged ELBO and bpd", minimum=0),
         "beta_warmup": Flag(0, "Epochs over which beta rises linearly from 0", minimum=0),
     },
     **DATA_FLAGS,
@@ -391,20 +399,24 @@ FLAGS = {
 
 
 def make_parser() -> Parser:
-    """The parser of the flags of `python train_pl.py`."""
+    """Returns the parser of the flags of `python train_pl.py`."""
     return Parser("Trains a variational autoencoder on binarised MNIST.", FLAGS)
 
 
 def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """Adds the defaults of flags that a Namespace lacks. Raises a FlagError that names an invalid flag."""
+    """Returns the flags with defaults for missing ones. Raises a FlagError that names an invalid flag."""
     args = make_parser().complete(args)
     check_run_flags(args)
     complete_dataset(args)
     complete_file(args, "init_from")
     if args.init == "he" and (args.model != "MLP" or args.init_from):
-        raise FlagError("--init he is for an MLP without --init_from: leave it out, or use --model MLP")
+        raise FlagError(
+            "--init he is valid only with --model MLP and without --init_from: leave it out, or change the other flag"
+        )
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):
-        raise FlagError("--objective iwae has no KL divergence that --beta could weigh: leave out one of them")
+        raise FlagError(
+            "--beta and --beta_warmup have no effect with --objective iwae, which has no KL divergence: leave them out"
+        )
     return args
 
 

@@ -1,4 +1,4 @@
-"""The assignment as a plain loop, its data, losses and flags those of train_pl.py: `python train_torch.py --help`."""
+"""The assignment as a plain loop, with the data, losses and flags of train_pl.py: `python train_torch.py --help`."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ from utils import KLD, elbo_to_bpd, eval_mode, sample_reparameterize, visualize_
 
 
 class VAE(torch.nn.Module):
-    """A variational autoencoder (Kingma & Welling 2014), see train_pl.VAE; further arguments, as lr, are ignored."""
+    """Variational autoencoder (Kingma & Welling 2014), see train_pl.VAE. Further arguments, such as lr, are ignored."""
 
     def __init__(self, model_name, hidden_dims, num_filters, z_dim, *args, **kwargs):
         super().__init__()
@@ -34,7 +34,7 @@ class VAE(torch.nn.Module):
             raise ValueError(f"model_name must be 'MLP' or 'CNN', got {model_name!r}")
 
     def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Batch means, for images [B,C,H,W], of -log p(x|z) and KL(q(z|x) || p(z)), in nats, and their sum in bpd."""
+        """Returns means, over images [B,C,H,W], of -log p(x|z) and KL(q(z|x) || p(z)) in nats, and their sum in bpd."""
         mean, log_std = self.encoder(imgs)
         logits = self.decoder(sample_reparameterize(mean, log_std.exp()))
         L_rec = F.binary_cross_entropy_with_logits(logits, imgs, reduction="none").sum() / len(imgs)
@@ -43,7 +43,7 @@ class VAE(torch.nn.Module):
 
     @torch.no_grad()
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of zeros and ones drawn from the prior, and the means of their pixels, each of shape [B,C,H,W]."""
+        """Samples images of zeros and ones. Returns them and the means of their pixels, each of shape [B,C,H,W]."""
         x_mean = torch.sigmoid(self.decoder(torch.randn(batch_size, self.z_dim, device=self.device)))
         return torch.bernoulli(x_mean), x_mean
 
@@ -53,7 +53,7 @@ class VAE(torch.nn.Module):
 
 
 def sample_and_save(model, epoch, summary_writer, batch_size=64):
-    """Draws images; they and their means go to TensorBoard and, as PNG files, into its folder, as 8x8 grids."""
+    """Samples images. Saves them and their means as 8x8 grids, in TensorBoard and as PNG files in its folder."""
     with eval_mode(model):
         pictures = zip(["samples", "means"], model.sample(batch_size))
     for name, imgs in pictures:
@@ -63,7 +63,7 @@ def sample_and_save(model, epoch, summary_writer, batch_size=64):
 
 
 def train_vae(model, train_loader, optimizer):
-    """Minimises the bpd for an epoch of minibatches (imgs, labels); returns averages as test_vae does."""
+    """Minimises the bpd for one epoch of minibatches (imgs, labels). Returns the same averages as test_vae."""
     model.train()
     device, num_images, sums = model.device, 0, 0
     for imgs, _ in train_loader:
@@ -72,13 +72,13 @@ def train_vae(model, train_loader, optimizer):
         bpd.backward()
         optimizer.step()
         num_images += len(imgs)
-        sums += len(imgs) * torch.stack([bpd, L_rec, L_reg]).detach()  # as numbers, each step would wait for a GPU
+        sums += len(imgs) * torch.stack([bpd, L_rec, L_reg]).detach()  # a tensor: numbers would make each step wait
     return tuple((sums / num_images).tolist())
 
 
 @torch.no_grad()
 def test_vae(model, data_loader):
-    """Averages over the images, as numbers: (average_bpd, average_rec_loss, average_reg_loss), the losses in nats."""
+    """Returns (average_bpd, average_rec_loss, average_reg_loss) over the images, as numbers, the losses in nats."""
     device, num_images, sums = model.device, 0, 0
     with eval_mode(model):
         for imgs, _ in data_loader:
@@ -89,18 +89,18 @@ def test_vae(model, data_loader):
 
 
 def seed_everything(seed):
-    """Seeds torch's random numbers; there are no others."""
+    """Seeds torch's random numbers. This program uses no others."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
 
 def main(args: argparse.Namespace) -> float:
-    """Trains a VAE, tests the epoch of the lowest validation bpd, and returns that test bpd; args may lack flags."""
+    """Trains a VAE and returns the test bpd of the epoch with the lowest validation bpd. args may lack flags."""
     args = argparse.Namespace(**{**vars(parser.parse_args([])), **vars(args)})
     for name in ["z_dim", "hidden_dims", "num_filters", "lr", "batch_size", "epochs"]:
         if not 0 < torch.tensor(vars(args)[name]).min() < math.inf:
             raise ValueError(f"--{name} must be above 0, got {vars(args)[name]}")
-    torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, would slow a CPU down
+    torch.set_flush_denormal(True)  # Adam's tiny moments of pixels that are rarely 1 would slow down a CPU
     seed_everything(args.seed)
     sizes, is_mnist = (args.batch_size, args.num_workers), args.dataset == "mnist"
     loaders = bmnist(args.data_dir, *sizes) if is_mnist else data_loaders(*rendered_mnist(50_000), *sizes)
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> float:
         try:
             os.makedirs(os.path.join(folder, "checkpoints"))
             break
-        except FileExistsError:  # another run has this second
+        except FileExistsError:  # another run started in the same second
             time.sleep(0.1)
     checkpoint, lowest = os.path.join(folder, "checkpoints", "epoch.pt"), math.inf
     with SummaryWriter(folder) as writer:
@@ -152,10 +152,10 @@ add("--batch_size", default=128, type=int, help="Images per minibatch")
 add("--epochs", default=80, type=int, help="Passes over the training images")
 add("--seed", default=42, type=int, help="Seed of all random numbers")
 add("--num_workers", default=0, type=int, help="Worker processes per data loader")
-add("--log_dir", default="VAE_logs", help="Directory in which the runs' folders are made")
+add("--log_dir", default="VAE_logs", help="Directory for the folders of the runs")
 add("--progress_bar", action="store_true", help="Show a progress bar")
 add("--dataset", default="mnist", choices=["mnist", "rendered"], help="MNIST, or digits rendered from fonts")
-add("--data_dir", default="../data/", help="Directory of MNIST, downloaded where missing")
+add("--data_dir", default="../data/", help="Directory that contains MNIST/raw; missing files are downloaded")
 
 if __name__ == "__main__":
     try:

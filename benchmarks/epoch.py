@@ -1,11 +1,11 @@
 """
-Milliseconds of an epoch outside of its steps: pictures, checkpoints, logs, and the Trainer's loops around them.
+Measures the milliseconds of an epoch outside of its steps: pictures, checkpoints, logs, and the loops of the Trainer.
 
     python benchmarks/epoch.py --data_dir ../data/      # or --dataset rendered; --model CNN
 
-Trains with large minibatches, of which an epoch has few, and counts with Lightning's profiler what lies outside of
-training and validation steps and of the data loaders. Pictures are made every fifth epoch, as in any run. Prints the
-mean of an epoch and the actions that take most of it.
+Trains with large minibatches, so that an epoch has few steps. Lightning's profiler measures the time outside of the
+training steps, the validation steps and the data loaders. Pictures are saved every fifth epoch, as in every run. Prints
+the mean time of an epoch and the actions that take the most time.
 """
 
 import argparse
@@ -24,14 +24,14 @@ import train_pl
 from harness import trainer
 from sources import SOURCES
 
-# How the profiler calls the steps and what the loaders do.
+# The profiler's names for the steps and for the actions of the loaders.
 STEPS = ("run_training_batch", "validation_step", "dataloader_next", "val_next")
-# What the steps consist of, and what the epochs do.
+# The profiler's names for the parts of the steps, and for the actions that contain the steps.
 WITHIN = (*STEPS, "training_step", "optimizer_step", "backward", "zero_grad", "run_training_epoch", "evaluate")
 
 
 class Epochs(pl.Callback):
-    """Notes, whenever an epoch begins, the time and the seconds of each action so far."""
+    """Callback that records, at the start of each epoch, the time and the seconds of each action so far."""
 
     def __init__(self, profiler):
         self.profiler, self.starts = profiler, []
@@ -47,7 +47,12 @@ def main():
     parser.add_argument("--dataset", default="mnist", choices=SOURCES)
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
     parser.add_argument("--batch_size", default=4096, type=int, help="Images per minibatch (default: %(default)s)")
-    parser.add_argument("--epochs", default=22, type=int, help="Two more than are counted (default: %(default)s)")
+    parser.add_argument(
+        "--epochs",
+        default=22,
+        type=int,
+        help="Epochs to train, of which all but two are measured (default: %(default)s)",
+    )
     args = parser.parse_args()
     profiler = SimpleProfiler()
     epochs = Epochs(profiler)
@@ -57,7 +62,7 @@ def main():
         mock.patch.object(trainer, "NoProfiler", lambda: profiler),
     ):
         train_pl.train_vae(argparse.Namespace(log_dir=log_dir, **vars(args)))
-    num_epochs = len(epochs.starts) - 2  # the first one warms up, and the last one has no end here
+    num_epochs = len(epochs.starts) - 2  # the first epoch is a warm-up, and the end of the last epoch is not recorded
     (start, before), (end, after) = epochs.starts[1], epochs.starts[-1]
     milliseconds = {action: 1e3 * (after[action] - before[action]) / num_epochs for action in after}
     total = 1e3 * (end - start) / num_epochs

@@ -1,12 +1,12 @@
 """
-What a GPU can show: whole runs, evaluations, speed, and tests/programs/test_gpu.py.
+Measures whole runs, evaluations and speed on a GPU, and runs tests/programs/test_gpu.py.
 
-    python benchmarks/gpu.py --data_dir ../data/      # without it, on rendered digits
+    python benchmarks/gpu.py --data_dir ../data/      # without --data_dir, on rendered digits
 
-Runs of 80 epochs (MLP and CNN, with graphs and without), their evaluation with 1,000 samples per image, the seconds
-per epoch of the package, of a plain loop and of the template's way (see speed.py), then the tests. What does not fit
-into the minutes is left out, and so is, on a CPU, what needs a GPU; each time a line says so. Prints a table with the
-bars that there are, and writes gpu.json with all that was measured.
+Measures runs of 80 epochs (MLP and CNN, with and without CUDA graphs), their evaluation with 1,000 samples per image,
+and the seconds per epoch of the package, of a plain loop and of the template (see speed.py). Then runs the tests.
+Skips measurements that do not fit into the time limit and, on a CPU, measurements that need a GPU; a note names each of
+them. Prints a table of the results with their targets, and writes all measurements to gpu.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from speed import WAYS, machine, measure_epochs, measure_whole_run, summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ["MLP", "CNN"]
-BARS = {"fit": {"MLP": 6, "CNN": 20}, "process": {"MLP": 25, "CNN": 25}}  # most seconds of 80 epochs
+TARGETS = {"fit": {"MLP": 6, "CNN": 20}, "process": {"MLP": 25, "CNN": 25}}  # at most this many seconds for 80 epochs
 WAYS_OF_A_GPU = ["package", "package --no_cuda_graph", "bare loop", "template"]
 EVALUATION = """
 import sys
@@ -37,7 +37,7 @@ print("MiB:", torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_availabl
 
 
 class Benchmark:
-    """The measurements, each in turn as long as there is time; `measured` is what gpu.json holds."""
+    """The measurements, one after the other until the time limit. `measured` is the content of gpu.json."""
 
     def __init__(self, args):
         self.args = args
@@ -48,12 +48,12 @@ class Benchmark:
 
     @contextlib.contextmanager
     def part(self, name, needs_gpu=False, seconds=10):
-        """A context for a measurement, which may be left out; it yields the dict to write it to, or None."""
+        """Context manager of a measurement. Yields the dict for the results, or None if the measurement is skipped."""
         why = "there is no CUDA device" if needs_gpu and not self.on_gpu else None
         if not why and self.seconds_left < seconds:
             why = "there is no time left"
         if why:
-            self.leave_out(name, why)
+            self.skip(name, why)
             yield None
             return
         found = {}
@@ -61,19 +61,19 @@ class Benchmark:
             yield found
         except subprocess.SubprocessError as error:
             print("\n".join(str(text) for text in [error.stdout, error.stderr] if text), flush=True)
-            self.leave_out(name, "it took too long" if isinstance(error, subprocess.TimeoutExpired) else "it failed")
+            self.skip(name, "it took too long" if isinstance(error, subprocess.TimeoutExpired) else "it failed")
         self.measured[name] = found
 
     @property
     def seconds_left(self):
         return max(self.end - time.monotonic(), 1)
 
-    def leave_out(self, name, why):
-        print(f"left out: {name} ({why})", flush=True)
+    def skip(self, name, why):
+        print(f"note: {name} is skipped: {why}", flush=True)
         self.measured["left_out"].append({"name": name, "why": why})
 
     def whole_run(self, model, folder, *no_graph):
-        """A run of the package with graphs, with an evaluation, or without."""
+        """Measures a run of the package: with CUDA graphs, followed by an evaluation, or with --no_cuda_graph."""
         name = " ".join(["run", model, *no_graph])
         log_dir = str(folder / name)
         with self.part(name, needs_gpu=bool(no_graph)) as found:
@@ -107,7 +107,7 @@ class Benchmark:
             )
 
     def speed(self, model):
-        """Seconds per epoch, in turn."""
+        """Measures the seconds per epoch of each way to train, in turn."""
         with self.part(f"speed {model}", needs_gpu=True, seconds=60) as found:
             if found is not None:
                 command = [sys.executable, str(REPOSITORY / "benchmarks" / "speed.py"), *self.data]
@@ -124,7 +124,7 @@ class Benchmark:
                 found.update(exit_code=run.returncode, output=run.stderr)
 
     def run(self, *words, check=True):
-        """A process of Python, which ends when the time does."""
+        """Runs a Python process, which is killed at the time limit."""
         return subprocess.run(
             [sys.executable, *words],
             cwd=REPOSITORY,
@@ -134,44 +134,46 @@ class Benchmark:
             timeout=self.seconds_left,
         )
 
-    def print_bars(self):
-        """The table of what was aimed at, on a GPU such as an H100."""
+    def print_targets(self):
+        """Prints the results with their targets, which are for a GPU such as an H100."""
         if not self.on_gpu:
             return
         rows = []
-        for what, bars in BARS.items():
-            for model, most in bars.items():
+        for what, targets in TARGETS.items():
+            for model, most in targets.items():
                 found = self.measured.get(f"run {model}", {}).get(what)
                 rows.append((f"{model}, {self.args.epochs} epochs: seconds of the {what}", found, f"at most {most}"))
         for model in self.args.models:
             speed = self.measured.get(f"speed {model}") or {}
             ratio = speed["template"]["median"] / speed["package"]["median"] if speed else None
-            rows.append((f"{model}: times as fast as the template's way", ratio, "at least 10"))
+            rows.append((f"{model}: speed relative to the template", ratio, "at least 10"))
         width = max(len(name) for name, *_ in rows)
         print(
             "\n"
             + "\n".join(
-                f"{name:{width}}  {'not measured' if found is None else f'{found:12.2f}'}  {bar}"
-                for name, found, bar in rows
+                f"{name:{width}}  {'not measured' if found is None else f'{found:12.2f}'}  {target}"
+                for name, found, target in rows
             )
         )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", help="Directory of MNIST; without it, rendered digits")
+    parser.add_argument("--data_dir", help="Directory of MNIST (default: use rendered digits)")
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--epochs", default=80 if on_gpu else 1, type=int, help="Of whole runs (default: %(default)s)")
     parser.add_argument(
-        "--iw_samples", default=1000 if on_gpu else 10, type=int, help="Of the evaluation (default: %(default)s)"
+        "--epochs", default=80 if on_gpu else 1, type=int, help="Epochs of a run (default: %(default)s)"
     )
-    parser.add_argument("--models", default=MODELS, choices=MODELS, nargs="+", help="(default: both)")
-    parser.add_argument("--minutes", default=9.0, type=float, help="The most that it takes (default: %(default)s)")
+    parser.add_argument(
+        "--iw_samples", default=1000 if on_gpu else 10, type=int, help="Samples per image (default: %(default)s)"
+    )
+    parser.add_argument("--models", default=MODELS, choices=MODELS, nargs="+", help="Models to measure (default: both)")
+    parser.add_argument("--minutes", default=9.0, type=float, help="Time limit in minutes (default: %(default)s)")
     parser.add_argument("--out", default=".", help="Directory of gpu.json (default: %(default)s)")
     args = parser.parse_args()
     benchmark = Benchmark(args)
     print(", ".join(f"{name} {value}" for name, value in benchmark.measured["machine"].items()), flush=True)
-    with tempfile.TemporaryDirectory() as folder:  # the most telling ones first
+    with tempfile.TemporaryDirectory() as folder:  # the most informative measurements first
         for model in args.models:
             benchmark.whole_run(model, Path(folder))
         benchmark.speed(args.models[0])
@@ -181,10 +183,10 @@ def main():
             benchmark.whole_run(model, Path(folder), "--no_cuda_graph")
         for model in args.models[1:]:
             benchmark.speed(model)
-    benchmark.print_bars()
+    benchmark.print_targets()
     path = Path(args.out) / "gpu.json"
     path.write_text(json.dumps(benchmark.measured, indent=1) + "\n")
-    print(f"\nall of it in {path}")
+    print(f"\nall measurements are in {path}")
 
 
 if __name__ == "__main__":

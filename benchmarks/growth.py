@@ -1,11 +1,12 @@
 """
-How time and memory grow: with the batch size and the hidden width (an epoch of `python train_pl.py` on rendered digits,
-each in a process of its own, with one thread and with one per core), and with the number of images (the data loader
-alone, up to 4.5 million rendered ones).
+Measures how time and memory grow with the batch size, the hidden width and the number of images.
 
     python benchmarks/growth.py
 
-Takes the GPU where there is one. Prints every measurement, and writes them to growth_DEVICE.json and .png.
+For each batch size and hidden width, measures epochs of `python train_pl.py` on rendered digits in a separate process,
+with one thread and with one thread per core. For each number of images, up to 4.5 million rendered digits, measures
+only the data loader. Uses a GPU if one is available. Prints every measurement, and writes all of them to
+growth_DEVICE.json and growth_DEVICE.png.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from sources.rendered_digits import rendered_digits
 
 
 def epochs(rounds, *flags):
-    """Median seconds of an epoch of the package with some flags, and its peak memory."""
+    """Measures the package with the given flags. Returns the median seconds of an epoch and the peak memory."""
     command = [sys.executable, str(Path(speed.__file__)), "--dataset", "rendered", "--rounds", str(rounds), *flags]
     turns = speed.measure_epochs(command, ["package"], rounds)["package"]
     return {
@@ -38,10 +39,10 @@ def epochs(rounds, *flags):
 
 def load(num_images):
     """
-    Seconds per image of the training loader of bmnist (median of 3 epochs), bytes per pixel of the images that it
-    holds, and by how much the process has grown in the middle of an epoch, with labels and the shuffled order.
+    Measures the training loader of bmnist. Returns a dict of the seconds per image (median of 3 epochs), the growth of
+    the process in the middle of an epoch, including labels and the shuffled order, and the bytes per pixel.
     """
-    rendered_digits(10_000)  # warm: the fonts, torch's own memory
+    rendered_digits(10_000)  # a warm-up: loads the fonts, and allocates torch's own memory
     before = speed.memory_mib("VmRSS")
     loader = ImageLoader(BinaryImages(*rendered_digits(num_images)), 128, shuffle=True)
     seconds = []
@@ -60,7 +61,7 @@ def load(num_images):
 
 
 def measure(name, values, function, threads=(None,)):
-    """A list with what a function returns for each value, and number of threads, printed as it comes."""
+    """Calls a function for each value and number of threads. Prints each result and returns the list of results."""
     measured = []
     for value, number in itertools.product(values, threads):
         measured.append(
@@ -107,7 +108,7 @@ def plot(path, results, title):
     above, below = panels.T[2]
     values = [row["images"] for row in results["images"]]
     above.plot(values, [row["seconds_per_image"] * 1e6 for row in results["images"]], "o-")
-    above.set(ylabel="microseconds per image, loader alone")
+    above.set(ylabel="microseconds per image, only the loader")
     below.plot(values, [row["process_mib"] for row in results["images"]], "o-", label="growth of the process")
     below.plot(values, [784 * value / 2**20 for value in values], "k--", label="one byte per pixel")
     below.set(ylabel="memory in MiB", xlabel="images in the data set")
@@ -126,9 +127,9 @@ def main():
     parser.add_argument("--batch_sizes", default=[32, 128, 512, 2048, 8192], type=int, nargs="+")
     parser.add_argument("--widths", default=[128, 256, 512, 1024, 2048, 4096], type=int, nargs="+")
     parser.add_argument("--num_images", default=[45_000, 142_000, 450_000, 1_420_000, 4_500_000], type=int, nargs="+")
-    parser.add_argument("--rounds", default=3, type=int, help="Counted epochs of each (default: %(default)s)")
+    parser.add_argument("--rounds", default=3, type=int, help="Measured epochs of each setting (default: %(default)s)")
     parser.add_argument("--out", default=".", help="Directory of the JSON file and the plot (default: %(default)s)")
-    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)  # for the separate process that measures a loader
     args = parser.parse_args()
     if args.load:
         return print(json.dumps(load(args.load)))

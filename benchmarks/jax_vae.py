@@ -1,4 +1,4 @@
-"""The default MLP in JAX, as fast as that goes: an epoch is one compiled scan over its minibatches."""
+"""The default MLP in JAX, optimised for speed: an epoch is one compiled scan over its minibatches."""
 
 import math
 
@@ -8,7 +8,7 @@ import optax
 
 
 def init_linear(key, num_in, num_out):
-    """Weight and bias, drawn as torch.nn.Linear draws them."""
+    """Returns weight and bias, sampled from the same distribution as in torch.nn.Linear."""
     limit = 1 / math.sqrt(num_in)
     shapes = [(num_in, num_out), (num_out,)]
     return [
@@ -24,7 +24,7 @@ def mlp(layers, x):
 
 
 def bpd(params, x, key):
-    """The negative ELBO of images [B,784] of zeros and ones in bits per dimension, mean over the batch."""
+    """Returns the negative ELBO of binary images [B,784] in bits per dimension, as the mean over the batch."""
     encoder, decoder = params
     mean, log_std = jnp.split(mlp(encoder, x), 2, axis=-1)
     logits = mlp(decoder, mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape))
@@ -35,10 +35,10 @@ def bpd(params, x, key):
 
 def epochs(train_images, val_images, hidden_dims, z_dim, lr, batch_size):
     """
-    Trains, an epoch whenever the next item is asked for.
+    Trains one epoch for each item that is requested from the iterator.
     Inputs:
-        train_images, val_images - uint8 arrays [N,H,W], of which intensities above 127 are ones.
-        hidden_dims, z_dim, lr, batch_size - As the flags of train_pl.py.
+        train_images, val_images - uint8 arrays [N,H,W]; a pixel is 1 if its intensity exceeds 127, else 0.
+        hidden_dims, z_dim, lr, batch_size - The flags of train_pl.py with these names.
     Outputs:
         val_bpds - Iterator over the validation bpd after each epoch.
     """

@@ -1,14 +1,14 @@
 """
-Seconds per epoch (training and validation) of this package, of the loop of train_torch.py with nothing around it, of
-JAX, and of two usual ways to write it.
+Measures the seconds per epoch (training and validation) of this package, of the bare loop of train_torch.py, of JAX,
+and of two common ways to write the training.
 
     python benchmarks/speed.py --data_dir ../data/      # or --dataset rendered; --model CNN
 
-Each way has a process of its own, and after an epoch to warm up they take turns, epoch by epoch. Before that, the time
-from the start of `python train_pl.py` to its first training step takes turns with `import torch, torchvision,
-pytorch_lightning`. Takes the GPU where there is one. JAX is for the MLP on a CPU, where
-benchmarks/requirements.txt is installed. Prints a table, and writes it with every single measurement to
-speed_MODEL_DEVICE.json, and as a plot to the .png beside it.
+First measures in turn the time from the start of `python train_pl.py` to its first training step and the time of
+`import torch, torchvision, pytorch_lightning`. Then runs each way to train in a separate process. After one epoch as a
+warm-up, the processes take turns, epoch by epoch. Uses a GPU if one is available. JAX is measured only for the MLP on a
+CPU, if benchmarks/requirements.txt is installed. Prints a table, writes the table and every measurement to
+speed_MODEL_DEVICE.json, and plots the table to speed_MODEL_DEVICE.png.
 """
 
 import argparse
@@ -45,13 +45,13 @@ from train_pl import VAE
 
 WAYS = {
     "package": "python train_pl.py, with its logs, pictures and checkpoints",
-    "package --no_cuda_graph": "the same in ordinary steps, on a GPU",
+    "package --no_cuda_graph": "the same without CUDA graphs, on a GPU",
     "bare loop": "the loop of train_torch.py, minibatches indexed by one shuffled tensor, nothing logged",
     "jax": "the same network, Adam and minibatches in JAX: an epoch is one compiled scan, nothing logged",
     "template": "per-image transforms, 2 workers, Lightning with self.log in every step, Adam not fused",
     "example": "the hundred-line example's loop: 784-400-20, per-image transforms, .item() in every step",
 }
-# A program: train_pl.py, and then a line that says what it held of a GPU's memory, in MiB.
+# A program that runs train_pl.py, and then prints the GPU memory that it used, in MiB.
 WHOLE_RUN = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
@@ -66,15 +66,15 @@ IMPORTS = "import os, torch, torchvision, pytorch_lightning; os._exit(0)"
 
 
 def memory_mib(name):
-    """Memory of this process: VmRSS is what it holds now, VmHWM the most that it ever held."""
+    """Returns the memory of this process in MiB, now if the name is VmRSS, at its peak if the name is VmHWM."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 2**10
 
 
 def turns():
     """
-    A generator that waits until the parent process asks for an epoch. Sent the validation bpd after that epoch, it
-    answers with this, the seconds and the peaks of memory, and waits for the next.
+    Generator that waits until the parent process requests an epoch, and then yields. Send it the validation bpd after
+    the epoch: it prints the bpd, the seconds and the peak memory for the parent, and waits for the next request.
     """
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -86,11 +86,11 @@ def turns():
         seconds = time.perf_counter() - start
         memory = {"memory_mib": memory_mib("VmHWM"), "gpu_mib": gpu_mib}
         print(json.dumps({"seconds": seconds, "val_bpd": val_bpd, **memory}), flush=True)
-    os._exit(0)  # the parent has what it wanted
+    os._exit(0)  # the parent has closed the pipe
 
 
 class Turns(pl.Callback):
-    """An epoch is a turn: from one on_train_epoch_start to the next, so that everything a Trainer does is in it."""
+    """Callback whose turns last from one on_train_epoch_start to the next, and so include all work of the Trainer."""
 
     def __init__(self):
         self.turns = turns()
@@ -100,13 +100,13 @@ class Turns(pl.Callback):
 
 
 def training_flags(args, **changes):
-    """The flags of train_pl.py among those of the benchmark, with changes, as a Namespace."""
+    """Returns a Namespace of the benchmark's flags that are also flags of train_pl.py, with changes."""
     names = train_pl.make_parser().defaults
     return argparse.Namespace(**{name: value for name, value in {**vars(args), **changes}.items() if name in names})
 
 
 def run_package(args):
-    """train_vae as it is; only its report waits for its turn at the start of each epoch."""
+    """Runs train_vae. The only change: its report waits for its turn at the start of each epoch."""
 
     class Report(report.EpochReport):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -121,12 +121,12 @@ def run_package(args):
 
 
 def run_loop(args):
-    """The plain loop of train_torch.py, with its model and the package's data, or with the example's."""
+    """Runs the plain loop of train_torch.py, with its model and the package's data, or with those of the example."""
     if args.way == "example":
         model, fused = ExampleVAE(), None
         train_loader, val_loader = per_image_loaders(args, num_workers=0)
     else:
-        torch.set_flush_denormal(True)  # as its main does
+        torch.set_flush_denormal(True)  # like train_torch.main
         model, fused = make_vae(args, train_torch.VAE), True
         train_loader, val_loader = (
             Minibatches(loader.dataset, args.batch_size, shuffle)
@@ -139,11 +139,11 @@ def run_loop(args):
     while True:
         train_torch.train_vae(model, train_loader, optimizer)
         bpd, *_ = train_torch.test_vae(model, val_loader)
-        epochs.send(bpd if args.way == "bare loop" else None)  # the example's loss is another
+        epochs.send(bpd if args.way == "bare loop" else None)  # the example has another loss
 
 
 class Minibatches:
-    """The minibatches of a data set, with less around them than a DataLoader has."""
+    """The minibatches of a data set, with less overhead than a DataLoader."""
 
     def __init__(self, data_set, batch_size, shuffle):
         self.data_set, self.batch_size, self.shuffle = data_set, batch_size, shuffle
@@ -164,20 +164,20 @@ def run_jax(args):
         epochs.send(next(val_bpds))
 
 
-def left_out(way, args):
-    """Why a way is not measured; None where it is."""
+def reason_to_skip(way, args):
+    """Returns why a way is not measured, or None if it is measured."""
     if way == "package --no_cuda_graph" and not torch.cuda.is_available():
-        return "on a CPU there are no graphs"
+        return "CUDA graphs need a GPU"
     if way == "jax":
         if torch.cuda.is_available() or args.model != "MLP":
-            return "for the MLP on a CPU alone"
+            return "only for the MLP on a CPU"
         if not all(map(importlib.util.find_spec, ["jax", "optax"])):
-            return "not installed, see benchmarks/requirements.txt"
+            return "not installed: pip install -r benchmarks/requirements.txt"
     return None
 
 
 class TemplateVAE(VAE):
-    """The same network, written as a first Lightning module is."""
+    """The same network, written like a first LightningModule."""
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
@@ -203,7 +203,7 @@ class TemplateVAE(VAE):
 
 def run_template(args):
     train_loader, val_loader = per_image_loaders(args, num_workers=2)
-    with process_settings(), tempfile.TemporaryDirectory() as log_dir:  # quiet, and else as the template is
+    with process_settings(), tempfile.TemporaryDirectory() as log_dir:  # no warnings; all else as in the template
         torch.set_flush_denormal(False)
         torch.backends.cudnn.deterministic = False
         trainer = pl.Trainer(
@@ -219,7 +219,7 @@ def run_template(args):
 
 
 class ExampleVAE(nn.Module):
-    """784-400-20 and back, the widely used example's network."""
+    """The network of the widely used example: 784-400-20 and back."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,7 @@ class ExampleVAE(nn.Module):
         return self.decoder.device
 
     def forward(self, imgs):
-        """As train_torch.VAE, but that the sum of the losses over the batch is minimised, and read at once."""
+        """Returns the losses like train_torch.VAE, but summed over the batch, and reads the loss in every step."""
         mean, logvar = self.encoder(imgs)
         z = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
         probs = torch.sigmoid(self.decoder(z))
@@ -244,7 +244,7 @@ class ExampleVAE(nn.Module):
 
 
 class PerImage(Dataset):
-    """The images of a split one by one, each as a PIL image through torchvision's transforms, as its MNIST does it."""
+    """Data set that applies torchvision's transforms to one PIL image at a time, like torchvision's MNIST."""
 
     def __init__(self, split):
         self.split = split
@@ -259,7 +259,7 @@ class PerImage(Dataset):
 
 
 def per_image_loaders(args, num_workers):
-    """Loaders of the training and the validation images, image by image."""
+    """Returns loaders of the training and the validation images that load image by image."""
     train_loader, val_loader, _ = load_data(args)
     return (
         DataLoader(PerImage(train_loader.dataset), args.batch_size, shuffle=True, num_workers=num_workers),
@@ -290,7 +290,7 @@ RUN = {
 
 
 def measure_start(command, rounds):
-    """Seconds from the start of a process to its first training step, and of the imports alone, in turn."""
+    """Measures, in turn, the seconds from the start of a process to its first training step, and of the imports."""
     commands = {"first step": [*command, "--way", "start"], "imports": [sys.executable, "-c", IMPORTS]}
     seconds = {name: [] for name in commands}
     for _ in range(rounds + 1):
@@ -298,14 +298,14 @@ def measure_start(command, rounds):
             start = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}  # the first ones found cold files
+    return {name: values[1:] for name, values in seconds.items()}  # the first round reads uncached files
 
 
 def measure_epochs(command, ways, rounds):
-    """Per way, a list with what each of its turns answered (see turns)."""
+    """Returns a dict from each way to the list of the answers in its turns (see turns)."""
     pipes, children = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}, {}
     for way in ways:
-        # What importing the package sets is the package's alone.
+        # Only the package may set variables that make torch faster.
         variables = os.environ if way.startswith("package") else {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
         children[way] = subprocess.Popen([*command, "--way", way], env=variables, **pipes)
     answers = {way: [] for way in ways}
@@ -315,7 +315,7 @@ def measure_epochs(command, ways, rounds):
                 print("go", file=process.stdin, flush=True)
                 answer = next((line for line in process.stdout if line.startswith("{")), None)
                 if answer is None:
-                    sys.exit(f"speed.py: error: {way} ended with code {process.wait()}")
+                    sys.exit(f"speed.py: error: the process of {way} ended with code {process.wait()}")
                 answers[way].append(json.loads(answer))
     finally:
         for process in children.values():
@@ -325,13 +325,13 @@ def measure_epochs(command, ways, rounds):
 
 def measure_whole_run(flags, log_dir, timeout=None):
     """
-    Measures a run of `python train_pl.py` in a process of its own.
+    Measures a run of `python train_pl.py` in a separate process.
     Inputs:
         flags - List of its flags, as on the command line.
         log_dir - Folder for the run.
-        timeout - Most seconds of the process.
+        timeout - Time limit of the process, in seconds.
     Outputs:
-        measured - Dict: seconds of the process and of its trainer.fit, test_bpd, and what it held of a GPU's memory.
+        measured - Dict: seconds of the process and of its trainer.fit, test_bpd, and the GPU memory that it used.
     """
     start = time.perf_counter()
     command = [sys.executable, "-c", WHOLE_RUN, *flags, "--log_dir", log_dir]
@@ -343,7 +343,7 @@ def measure_whole_run(flags, log_dir, timeout=None):
 
 
 def machine():
-    """What the measurements were made on, as a dict."""
+    """Returns a dict that describes the machine and the versions."""
     names = [
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -361,8 +361,8 @@ def machine():
 
 def summary(answers):
     """
-    Per way: median, lowest and highest seconds, median ratios to the turn of the bare loop and of JAX, the validation
-    bpd after the last turn, and peak memory in MiB.
+    Returns a dict for each way, with the median, lowest and highest seconds, the median ratios to the turns of the bare
+    loop and of JAX, the validation bpd after the last turn, and the peak memory in MiB.
     """
     rows = {}
     for way, turns in answers.items():
@@ -402,22 +402,22 @@ def main():
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
     parser.add_argument("--batch_size", default=128, type=int, help="Images per minibatch (default: %(default)s)")
     parser.add_argument("--hidden_dims", default=[512], type=int, nargs="+", help="Widths of the MLP (default: 512)")
-    parser.add_argument("--threads", type=int, help="Threads of a CPU, but JAX's (default: as many as cores)")
-    parser.add_argument("--rounds", default=7, type=int, help="Counted turns of each way (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads, except of JAX (default: one per core)")
+    parser.add_argument("--rounds", default=7, type=int, help="Measured turns of each way (default: %(default)s)")
     parser.add_argument(
-        "--ways", default=list(WAYS), choices=WAYS, nargs="+", help="What is measured (default: all; the bare loop is)"
+        "--ways", default=list(WAYS), choices=WAYS, nargs="+", help="Ways to measure, and the bare loop (default: all)"
     )
     parser.add_argument(
         "--whole_run",
         default=0,
         type=int,
         metavar="EPOCHS",
-        help="Also time a whole run of that many epochs (default: 80 on a GPU, none on a CPU)",
+        help="Also measure a whole run of this many epochs (default: 80 on a GPU, none on a CPU)",
     )
     parser.add_argument("--out", default=".", help="Directory of the JSON file and the plot (default: %(default)s)")
-    parser.add_argument("--way", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # the way that a separate process measures
     args = parser.parse_args(namespace=argparse.Namespace(**{**train_pl.make_parser().defaults, "threads": None}))
-    # All at once they would take each other for company.
+    # An explicit number, so that all processes use the same number of threads.
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     if args.way:
@@ -428,7 +428,7 @@ def main():
     start = measure_start(command, args.rounds)
     ratio = statistics.median(first / imports for first, imports in zip(start["first step"], start["imports"]))
     print(
-        f"first training step after {statistics.median(start['first step']):.2f} s, the imports alone take "
+        f"first training step after {statistics.median(start['first step']):.2f} s, the imports take "
         f"{statistics.median(start['imports']):.2f} s, ratio {ratio:.2f} (medians of {args.rounds})\n",
         flush=True,
     )
@@ -443,7 +443,7 @@ def main():
             "test bpd {test_bpd:.4f}\n".format(**whole_run),
             flush=True,
         )
-    reasons = {way: left_out(way, args) for way in args.ways}
+    reasons = {way: reason_to_skip(way, args) for way in args.ways}
     answers = measure_epochs(command, [way for way, reason in reasons.items() if reason is None], args.rounds)
     rows, platform_info = summary(answers), machine()
 
@@ -458,7 +458,7 @@ def main():
         )
     for way, reason in reasons.items():
         if reason is not None:
-            print(f"{way:16} left out: {reason}")
+            print(f"{way:16} skipped: {reason}")
     print(
         f"{args.model} on {args.dataset}; medians of {args.rounds} turns each; ratios to the bare loop and to JAX, "
         f"turn by turn; val bpd after {args.rounds + 1} epochs; memory: peak of the main process"

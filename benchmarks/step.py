@@ -1,9 +1,11 @@
 """
-Where the time of a training step goes on a CPU: by kinds of operators, from torch.profiler, and what lies between them.
+Measures how the time of a training step on a CPU is divided between kinds of operators (from torch.profiler) and the
+time between the operators.
 
     python benchmarks/step.py --data_dir ../data/      # or --dataset rendered; --model CNN
 
-The first line is of steps without the profiler, whose own work is in the second column of the table.
+The first line of the output is the time of a step without the profiler. The table below it includes the overhead of the
+profiler.
 """
 
 import argparse
@@ -36,9 +38,9 @@ def main():
     parser.add_argument("--data_dir", default="../data/", help="Directory of MNIST (default: %(default)s)")
     parser.add_argument("--dataset", default="mnist", choices=SOURCES)
     parser.add_argument("--model", default="MLP", choices=train_pl.FLAGS["model"]["model"].choices)
-    parser.add_argument("--steps", default=100, type=int, help="Steps without and with the profiler")
+    parser.add_argument("--steps", default=100, type=int, help="Steps without, then with the profiler")
     args = parser.parse_args(namespace=train_pl.make_parser().parse_args([]))
-    torch.set_flush_denormal(True)  # as a run does
+    torch.set_flush_denormal(True)  # like a run
     model = use_fast_layout(train_pl.make_vae(args))
     optimizer = model.configure_optimizers()
     train_set = load_data(args)[0].dataset

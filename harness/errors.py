@@ -1,4 +1,4 @@
-"""Errors that a user can mend, how a program ends on them, and lines of output."""
+"""Errors that a user can fix, how they end a program, and printed lines."""
 
 import argparse
 import contextlib
@@ -12,16 +12,16 @@ import textwrap
 import threading
 import traceback
 
-DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of a disk, or within a quota
-FREE_SPACE_HINT = "make room and give the same command again"
-OUT_OF_MEMORY = (  # what Python and torch say then
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # a full disk, a size limit, a quota
+FREE_SPACE_HINT = "free disk space and give the same command again"
+OUT_OF_MEMORY = (  # parts of the messages of Python and torch
     "OutOfMemory|MemoryError|allocate memory|Storage size calculation overflowed|integer multiplication overflow|"
     "Overflow when unpacking long|out of memory|ALLOC_FAILED"
 )
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what is wrong and what to do."""
+    """An error that the user can fix; the message is one line that says what is wrong and what to do."""
 
 
 class FlagError(UserError, ValueError):
@@ -33,13 +33,13 @@ class DataError(UserError):
 
 
 class DiskFullError(UserError):
-    """A disk is full or a quota used up: with room again, the same command resumes the run."""
+    """The disk is full, or a quota is used up. Once disk space is free again, the same command resumes the run."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM has come. Raised where the program is, it ends it with the exit code that a shell expects then, 143."""
+    """SIGTERM was received. Ends the program with exit code 143, which shells use for this signal."""
 
-    already_reported = False  # whether the user has been told
+    already_reported = False  # whether a message has been printed
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
@@ -48,13 +48,14 @@ class Terminated(SystemExit):
 @contextlib.contextmanager
 def exit_on_error(parser: argparse.ArgumentParser):
     """
-    Runs a program's main body: a UserError, a full disk, a lack of memory, Ctrl-C and SIGTERM end it with a one-line
-    message and an exit code that is not 0. Any other error is a bug, the user's or ours, and ends with its traceback.
+    Context manager for a program's main body. A UserError, a full disk, out of memory, Ctrl-C and SIGTERM end the
+    program with a one-line message and a nonzero exit code. Any other error is a bug, in the user's code or in this
+    package, and ends the program with a traceback.
     Inputs:
-        parser - The program's argparse.ArgumentParser, whose name begins the message.
+        parser - The program's argparse.ArgumentParser; messages begin with its program name.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be printed on any terminal
+        sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed on any terminal
     try:
         with sigterm_raises():
             yield
@@ -72,13 +73,13 @@ def exit_on_error(parser: argparse.ArgumentParser):
         if is_disk_full(error):
             sys.exit(f"{parser.prog}: error: {error}; {FREE_SPACE_HINT}")
         if is_out_of_memory(error):
-            sys.exit(f"{parser.prog}: error: the memory is too small ({one_line(error)})")
+            sys.exit(f"{parser.prog}: error: out of memory ({one_line(error)})")
         raise
 
 
 @contextlib.contextmanager
 def sigterm_raises():
-    """A context in which SIGTERM raises Terminated, unless the program handles it already."""
+    """Context manager in which SIGTERM raises Terminated, unless the program has its own handler."""
     handles_it = threading.current_thread() is threading.main_thread() and (
         signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
@@ -92,22 +93,22 @@ def sigterm_raises():
 
 
 def terminate(signum, frame):
-    """A handler of SIGTERM."""
+    """Handler of SIGTERM."""
     raise Terminated
 
 
 def print_line(text: str):
-    """Prints lines at once. If they go nowhere any more, as into a closed pipe, the program goes on without."""
+    """Prints text and flushes it. If stdout is broken, such as a closed pipe, the program continues without output."""
     try:
         print(text, flush=True)
     except OSError as error:
-        warn(f"note: nothing more can be printed here ({error.strerror}); everything else goes on")
+        warn(f"note: the output cannot be printed any more ({error.strerror}); the program continues")
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def warn(text: str, num_processes: int = 1):
-    """Prints a line on stderr, at once, if it can be; of several processes of a run, rank 0 alone does."""
+    """Prints a line on stderr and flushes it. If a run has several processes, only rank 0 prints."""
     lightning = sys.modules.get("pytorch_lightning.utilities")
     if num_processes > 1 and lightning and lightning.rank_zero_only.rank != 0:
         return
@@ -116,36 +117,36 @@ def warn(text: str, num_processes: int = 1):
 
 
 def supports_progress_bar(stream):
-    """Whether stdout or stderr is a terminal or a notebook, where a progress bar can be drawn."""
+    """Returns whether stdout or stderr is a terminal or a notebook, which can show a progress bar."""
     return stream is not None and (stream.isatty() or hasattr(sys, "ps1"))
 
 
 @contextlib.contextmanager
 def best_effort(what: str):
     """
-    A context for what may fail without harm to the rest, such as a picture: its error becomes a line on stderr. If a
-    disk is full, the rest will fail, too, so that error is raised.
+    Context manager for code whose failure does not harm the rest of the program, such as saving a picture. An error
+    becomes a warning on stderr. Only the error of a full disk is raised, because the rest would fail too.
     """
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
             raise
-        warn(f"warning: {what} failed, the rest goes on ({one_line(error)}{location_of(error)})")
+        warn(f"warning: {what} failed and is skipped ({one_line(error)}{location_of(error)})")
 
 
 def is_disk_full(error):
-    """Whether an error says that a disk is full or a quota used up."""
+    """Returns whether an error says that the disk is full or a quota is used up."""
     return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_FULL)
 
 
 def is_out_of_memory(error):
-    """Whether an error, or None, says that memory is too small, a GPU's or the machine's."""
+    """Returns whether an error, or None, says that a GPU or the machine is out of memory."""
     return re.search(OUT_OF_MEMORY, repr(error)) is not None
 
 
 def location_of(error: BaseException) -> str:
-    """Where an error comes from, as ", FILE, line N": the last line outside of libraries and this folder, if any."""
+    """Returns the innermost line of an error outside of libraries and this folder, as ", FILE, line N", or ''."""
     frames = [] if isinstance(error, UserError) else traceback.extract_tb(error.__traceback__)
     others = (sysconfig.get_path("stdlib") + os.sep, os.path.dirname(__file__) + os.sep, "<frozen")
     own = [frame for frame in frames if not frame.filename.startswith(others) and "-packages" not in frame.filename]
@@ -153,6 +154,6 @@ def location_of(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line: its type, unless it is a UserError or an OSError, and the beginning of its text."""
+    """Returns the start of an error's message as one line, after its type unless it is a UserError or OSError."""
     text = textwrap.shorten(str(error).split("\n\n")[0], 300, placeholder=" ...")
     return text if isinstance(error, (UserError, OSError)) and text else f"{type(error).__name__}: {text}"

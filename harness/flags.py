@@ -1,4 +1,4 @@
-"""Flags: what each one may be, one validation for the command line and for notebooks, and the flags of every run."""
+"""Flags: their types and limits, one validation for the command line and for notebooks, and the flags of every run."""
 
 import argparse
 import dataclasses
@@ -12,34 +12,34 @@ from typing import Any
 from harness.errors import FlagError, UserError, warn
 from harness.files import checksum
 
-# Flags that say where and how a run is computed, not what: with another value the same run resumes.
+# Flags that say where and how a run is computed, not what it computes. A run resumes even if their values change.
 RUNTIME_FLAGS = {
     *("run_name", "log_dir", "data_dir", "num_workers", "progress_bar"),
     *("accelerator", "devices", "num_nodes", "no_cuda_graph", "threads"),
 }
-CHECKSUM = "_sha256"  # NAME_sha256 is the checksum of the file that the flag NAME gives; it, not the path, is compared
+CHECKSUM = "_sha256"  # NAME_sha256 is the checksum of the file of the flag NAME; runs compare checksums, not paths
 MAX_INT, MAX_FLOAT = 2**32 - 1, 3.4e38  # the largest seed, and the largest float32
-MAX_THREADS = 1024  # with millions, OpenMP ends a program without a message
+MAX_THREADS = 1024  # with millions of threads, OpenMP ends a program without a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of the command line. Its type is that of its default; None is that of an optional string."""
+    """A flag of the command line. Its type is the type of its default; None stands for an optional string."""
 
     default: Any
     help: str
     choices: list | None = None  # the possible values
     minimum: float | None = None  # the smallest value of a number, or of each number in a list
-    above: float | None = None  # what a number must be larger than
-    parse: Callable | None = None  # returns the flag's value for what was given; a ValueError says what it must be
+    above: float | None = None  # a number must be larger than this
+    parse: Callable | None = None  # converts the given value; its ValueError says what the value must be
 
 
 class Parser(argparse.ArgumentParser):
     """
-    A parser that shows defaults, and ends with exit code 2 and one line on an invalid flag.
+    Parser whose help shows the defaults. An invalid flag ends the program with exit code 2 and a one-line message.
     Inputs:
         description - What the program does.
-        flags - Dict from a group's title to its flags, a dict from a flag's name to its Flag.
+        flags - Dict from the title of a group to its flags, which are a dict from a flag's name to its Flag.
     """
 
     def __init__(self, description: str, flags: dict[str, dict[str, Flag]] | None = None):
@@ -52,18 +52,19 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def defaults(self) -> dict:
-        """Dict of the flags' defaults."""
+        """Dict from a flag's name to its default."""
         return {name: flag.default for name, flag in self.flags.items()}
 
     def complete(self, args: argparse.Namespace) -> argparse.Namespace:
         """
-        Completes flags, which may come from a notebook, and validates them.
+        Completes and validates flags, which may come from a notebook.
         Inputs:
-            args - Namespace of some flags. Numbers may be NumPy's or tensors, lists arrays or tuples, strings paths.
+            args - Namespace of some flags. Numbers may be NumPy's or tensors, lists may be arrays or tuples, and
+                strings may be paths.
         Outputs:
-            args - Namespace of every flag, as plain values, with the default of each one that was not there.
+            args - Namespace of all flags, as plain values. A flag that was not given has its default.
         Raises:
-            FlagError - if a value is invalid, or a name is that of no flag but close to one.
+            FlagError - if a value is invalid, or if a name is unknown but similar to a flag's name.
         """
         given = vars(args)
         others = sorted(given.keys() - self.flags)
@@ -80,7 +81,7 @@ class Parser(argparse.ArgumentParser):
                 raise FlagError(f"--{name} must be {error}, got {got}") from None
         if others:
             num_processes = flags.get("devices", 1) * flags.get("num_nodes", 1)
-            warn(f"warning: no flags, and without effect: {', '.join(others)}", num_processes)
+            warn(f"warning: ignored unknown flags: {', '.join(others)}", num_processes)
         return argparse.Namespace(**flags)
 
     def error(self, message):
@@ -89,15 +90,15 @@ class Parser(argparse.ArgumentParser):
 
 def complete_file(args: argparse.Namespace, name: str, open_file: Callable | None = None):
     """
-    Completes a flag that gives a file by what identifies it: its absolute path, and its checksum as NAME_sha256.
+    Completes a flag whose value is a file: makes the path absolute, and adds the file's checksum as NAME_sha256.
     Inputs:
         args - Namespace of the flags.
         name - Name of the flag. Its value is None if no file is given.
-        open_file - Function from a path to the context of an open file; by default Python's.
+        open_file - Function that opens a path as a context manager; by default Python's open.
     Raises:
         UserError - if the file cannot be read.
     """
-    vars(args).pop(f"{name}{CHECKSUM}", None)  # of another run's flags
+    vars(args).pop(f"{name}{CHECKSUM}", None)  # may be left from the flags of another run
     given = vars(args)[name]
     if given is not None:
         path = os.path.abspath(os.path.expanduser(given))
@@ -109,7 +110,7 @@ def complete_file(args: argparse.Namespace, name: str, open_file: Callable | Non
 
 
 def argparse_options(flag: Flag) -> dict:
-    """What argparse's add_argument is told about a flag."""
+    """Returns the keyword arguments of argparse's add_argument for a flag."""
     if isinstance(flag.default, bool):
         return {"action": "store_true"}
     if isinstance(flag.default, list):
@@ -118,7 +119,7 @@ def argparse_options(flag: Flag) -> dict:
 
 
 def plain_value(value):
-    """A value as Python's own type: numbers and arrays of NumPy or torch, paths, tuples; any other as it is."""
+    """Converts numbers and arrays of NumPy and torch, paths and tuples to Python's types; returns others unchanged."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, os.PathLike):
@@ -128,8 +129,8 @@ def plain_value(value):
 
 def validate(value, flag: Flag):
     """
-    A plain value as one of the flag's type: an int for 20.0, "32" for 32. Raises a ValueError if it is invalid, whose
-    text says what the flag must be.
+    Converts a plain value to the type of a flag, such as 20.0 to 20 or 32 to "32". Raises a ValueError if the value is
+    invalid; its message says what the flag must be.
     """
     kind, is_number = type(flag.default), isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None and flag.default is None:
@@ -137,7 +138,7 @@ def validate(value, flag: Flag):
     if flag.parse:
         return flag.parse(value)
     if kind is bool:
-        if value in (False, True):  # 0 and 1, too
+        if value in (False, True):  # also 0 and 1
             return bool(value)
         raise ValueError("True or False")
     if kind is list:
@@ -153,15 +154,15 @@ def validate(value, flag: Flag):
             return values
         raise ValueError(f"one or more numbers from {flag.minimum} to {MAX_INT:,}")
     if flag.choices:
-        value = str(value) if is_number and kind is str else value  # 32 for "32"
+        value = str(value) if is_number and kind is str else value  # 32 means "32"
         if value in flag.choices and not isinstance(value, bool):
             return flag.choices[flag.choices.index(value)]
         raise ValueError(f"one of {', '.join(map(str, flag.choices))}")
     if kind not in (int, float):
         if not isinstance(value, str):
-            raise ValueError("a text")
+            raise ValueError("a string")
         if "\0" in value or value != value.encode(errors="replace").decode():
-            raise ValueError("a text that files and their names can hold")
+            raise ValueError("a string that can be part of a file and of a file name")
         return value
     if kind is int and not (is_number and value == value // 1):
         raise ValueError("a whole number")
@@ -176,7 +177,7 @@ def validate(value, flag: Flag):
 
 
 def parse_threads(value):
-    """The value of --threads. Raises a ValueError that says what it must be."""
+    """Converts the value of --threads. Raises a ValueError that says what it must be."""
     if value == "auto":
         return value
     value = int(value) if isinstance(value, float) and value == value // 1 else value
@@ -187,42 +188,44 @@ def parse_threads(value):
 
 def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
     """
-    The flags of every run, whatever it trains, for a Parser; log_dir is the default of the directory of all runs. A run
-    also has the flags epochs, batch_size and seed, which stand with those of the training.
+    Returns the flags of every run for a Parser, independent of the model. `log_dir` is the default of --log_dir. A run
+    also has the flags epochs, batch_size and seed, which belong to the group of the training.
     """
     return {
         "run": {
-            "log_dir": Flag(log_dir, "Directory in which the runs' folders are made"),
-            "run_name": Flag(None, "The run's folder in log_dir, continued if it is there; by default a new one"),
-            "progress_bar": Flag(False, "Show a progress bar instead of a line per epoch; not for batch jobs"),
+            "log_dir": Flag(log_dir, "Directory that contains the run folders"),
+            "run_name": Flag(None, "Name of the run folder in --log_dir; an existing run is resumed"),
+            "progress_bar": Flag(False, "Show a progress bar instead of a line per epoch; ignored in batch jobs"),
         },
         "devices": {
-            "accelerator": Flag("auto", "Device that trains; auto takes a GPU if there is one", ["auto", "cpu", "gpu"]),
-            "devices": Flag(1, "Number of GPUs, or of processes on a CPU, per node", minimum=1),
+            "accelerator": Flag("auto", "Device for training; auto uses a GPU if possible", ["auto", "cpu", "gpu"]),
+            "devices": Flag(1, "Number of GPUs per node, or of processes per node on a CPU", minimum=1),
             "num_nodes": Flag(1, "Number of nodes", minimum=1),
-            "precision": Flag("32", "Of the networks: float32, or bfloat16 where it is safe", ["32", "bf16"]),
-            "threads": Flag("auto", "Threads of a CPU: a number, or auto, at most 8", parse=parse_threads),
-            "no_cuda_graph": Flag(False, "On a GPU, train without CUDA graphs, in ordinary steps"),
+            "precision": Flag("32", "Arithmetic of the networks: float32, or bfloat16 mixed", ["32", "bf16"]),
+            "threads": Flag("auto", "Number of CPU threads, or auto (at most 8)", parse=parse_threads),
+            "no_cuda_graph": Flag(False, "On a GPU, train without CUDA graphs"),
         },
     }
 
 
 def check_run_flags(args: argparse.Namespace):
-    """Checks the flags that say where a run is and what computes it. Raises a FlagError if one is invalid."""
+    """Checks the flags for a run's folder and its devices. Raises a FlagError if one is invalid."""
     if args.batch_size % (args.devices * args.num_nodes):
         raise FlagError(
-            f"--batch_size {args.batch_size} is the minibatch over all devices: it must be a multiple of "
-            f"--devices {args.devices} x --num_nodes {args.num_nodes}"
+            f"--batch_size {args.batch_size} counts the images of all devices, so it must be a multiple "
+            f"of --devices {args.devices} x --num_nodes {args.num_nodes}"
         )
     name = args.run_name
     if name is None:
         return
     log_dir = os.path.join(os.path.realpath(os.path.expanduser(args.log_dir)), "")
     if os.path.isdir(name) and not os.path.isdir(os.path.join(log_dir, name)):
-        path = os.path.realpath(name)  # from the working directory, as a shell completes it
+        path = os.path.realpath(name)  # relative to the working directory, as a shell completes it
         if path.startswith(log_dir):
-            raise FlagError(f"--run_name {name} is not found from the log directory: give {path.removeprefix(log_dir)}")
+            raise FlagError(
+                f"--run_name must be relative to --log_dir, got {name}: use --run_name {path.removeprefix(log_dir)}"
+            )
     if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
-        raise FlagError(f"--run_name must be a folder inside the log directory, got {name!r}")
+        raise FlagError(f"--run_name must be a folder inside --log_dir, got {name!r}")
     if not name.isprintable():
-        raise FlagError(f"--run_name must be a name that can be printed, got {name!r}")
+        raise FlagError(f"--run_name must be printable, got {name!r}")

@@ -1,4 +1,4 @@
-"""The folder of a run: made or found, distinguished from what is somebody else's, and used by one process at a time."""
+"""The folder of a run: created or resumed, distinguished from other folders, and used by one process at a time."""
 
 import contextlib
 import os
@@ -13,28 +13,28 @@ from harness.errors import UserError, is_disk_full, warn
 from harness.files import UNFINISHED, folder_lock, read_results, write_text
 from harness.flags import CHECKSUM, RUNTIME_FLAGS
 
-LOCK_TIMEOUT = 10  # seconds; data loader workers of a process that was killed hold its lock until they notice
-IDENTIFYING_FLAGS = {"epochs", "run_name", "log_dir"}  # distinguish the hparams.yaml of a run from others
-LOGS = (".log", ".out", ".err", ".txt")  # what a shell or SLURM may write into a run's folder, ahead of the run
+LOCK_TIMEOUT = 10  # seconds; data loader workers keep the lock of a killed process until they notice its end
+IDENTIFYING_FLAGS = {"epochs", "run_name", "log_dir"}  # keys that the hparams.yaml of every run has
+LOGS = (".log", ".out", ".err", ".txt")  # files that a shell or SLURM may write into a folder before the run starts
 
 
 class RunError(UserError):
-    """The run cannot be started or continued."""
+    """The run cannot be started or resumed."""
 
 
 class RunState(NamedTuple):
-    """Where a run is, and how far it has come."""
+    """Folder and progress of a run."""
 
     folder: str
     checkpoint: str | None  # the checkpoint to resume from
-    epoch: int  # its number of epochs, 0 without one
-    seconds: float  # that these epochs took
-    device: str | None  # what trained them, as in results.json
+    epoch: int  # number of epochs that are trained; 0 without a checkpoint
+    seconds: float  # duration of these epochs
+    device: str | None  # the device that trained them, as in results.json
 
 
 @contextlib.contextmanager
 def folder_errors(folder):
-    """A context in which an OSError, in the folder of a run, becomes a RunError."""
+    """Context manager that turns an OSError in a run's folder into a RunError."""
     try:
         yield
     except OSError as error:
@@ -46,12 +46,12 @@ def folder_errors(folder):
 
 def finished_results(folder, flags, defaults, experiment, report_line=None):
     """
-    What the results.json of a finished run contains; None if the run is unfinished or new. Changes nothing. Raises a
-    RunError if the folder is another one's: other hyperparameters, or no run at all.
+    Returns the content of a finished run's results.json, or None if the run is unfinished or new. Changes nothing.
+    Raises a RunError if the folder contains a run with other hyperparameters, or files that are not a run's.
     Inputs:
         folder - The run's folder.
         flags, defaults, experiment - See Run.
-        report_line - Function of a line, which is called for what is damaged; None: nothing is said of it.
+        report_line - Function that is called with a message for each damaged file, or None.
     """
     with folder_errors(folder):
         existing = read_flags(folder, report_line)
@@ -59,23 +59,23 @@ def finished_results(folder, flags, defaults, experiment, report_line=None):
         return None
     existing = {**defaults, **existing}
     shared = [name for name in flags if name in existing and name not in RUNTIME_FLAGS | {"epochs"}]
-    files = {name.removesuffix(CHECKSUM) for name in shared if name.endswith(CHECKSUM)}  # wherever they are now
+    files = {name.removesuffix(CHECKSUM) for name in shared if name.endswith(CHECKSUM)}  # compared by checksum only
     differences = [
         f"--{name} was {existing[name]}, is {flags[name]}"
         if not name.endswith(CHECKSUM)
-        else f"what the file --{name.removesuffix(CHECKSUM)} holds"
+        else f"the content of the file --{name.removesuffix(CHECKSUM)}"
         for name in shared
         if name not in files and existing[name] != flags[name]
     ]
     if differences:
         raise RunError(
-            f"{folder} holds a run with other hyperparameters ({'; '.join(differences)}): "
-            "give the same ones to continue it, or choose another --run_name"
+            f"{folder} contains a run with other hyperparameters ({'; '.join(differences)}): "
+            "give the same hyperparameters to resume it, or choose another --run_name"
         )
     if existing["epochs"] != flags["epochs"] and experiment.fixed_epochs:
         raise RunError(
-            f"{folder} holds a run with --epochs {existing['epochs']}, {experiment.fixed_epochs}: it cannot be "
-            f"one with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
+            f"{folder} contains a run with --epochs {existing['epochs']}, {experiment.fixed_epochs}: it cannot be "
+            f"resumed with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
         )
     with folder_errors(folder):
         try:
@@ -85,20 +85,21 @@ def finished_results(folder, flags, defaults, experiment, report_line=None):
         except ValueError:
             if report_line:
                 path = os.path.join(folder, "results.json")
-                report_line(f"warning: {path} is damaged; it is regenerated from the run's checkpoints")
+                report_line(f"warning: {path} is damaged and is regenerated from the run's checkpoints")
             return None
-    return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None  # of fewer, it goes on
+    # Results of another number of epochs: the run is not finished.
+    return results if results["hyperparameters"].get("epochs") == flags["epochs"] else None
 
 
 def read_flags(folder, report_line):
     """
-    The flags of the run in a folder, as its hparams.yaml or, if that is damaged, its checkpoints have them; None
-    if the folder is not there or can be used. Raises a RunError if it is another one's.
+    Reads the flags of the run in a folder, from hparams.yaml or, if this file is damaged, from the checkpoints. Returns
+    None if the folder does not exist or is free for a new run. Raises a RunError if it contains something else.
     """
     if not os.path.isdir(folder):
         return None
     path = os.path.join(folder, "hparams.yaml")
-    problem = f"{folder} holds a run of another program: choose another --run_name"
+    problem = f"{folder} contains a run of another program: choose another --run_name"
     try:
         with open(path, encoding="utf-8") as file:
             flags = yaml.safe_load(file)
@@ -106,7 +107,7 @@ def read_flags(folder, report_line):
         if all(map(is_allowed_in_new_folder, os.scandir(folder))):
             return None
         flags = None
-        problem = f"{folder} is there already, but holds no run: choose another --run_name"
+        problem = f"{folder} exists already but contains no run: choose another --run_name"
     except (yaml.YAMLError, UnicodeDecodeError):
         flags = None
     if isinstance(flags, dict) and flags.keys() >= IDENTIFYING_FLAGS:
@@ -114,18 +115,18 @@ def read_flags(folder, report_line):
     kept = checkpoints.flags_in_checkpoints(os.path.join(folder, "checkpoints"))
     if kept is not None:
         if report_line:
-            report_line(f"warning: {path} is damaged or gone; it is regenerated from the run's checkpoints")
+            report_line(f"warning: {path} is damaged or missing and is regenerated from the run's checkpoints")
         return kept
     if not isinstance(flags, dict) and os.path.exists(path):
         problem = (
-            f"{path} is damaged, and no checkpoint says what the run is: delete {folder} to start over, or choose "
-            "another --run_name"
+            f"{path} is damaged, and no checkpoint contains the run's flags: delete {folder} to start over, or "
+            "choose another --run_name"
         )
     raise RunError(problem)
 
 
 def is_allowed_in_new_folder(entry):
-    """Whether a folder can become a run's that has this os.DirEntry: a log, something hidden, an empty folder."""
+    """Returns whether the folder of a new run may contain this os.DirEntry (a log, a hidden file, an empty folder)."""
     if entry.is_dir():
         return entry.name.startswith(".") or not os.listdir(entry)
     return entry.name.startswith(".") or entry.name.endswith((*LOGS, UNFINISHED))
@@ -134,14 +135,14 @@ def is_allowed_in_new_folder(entry):
 @contextlib.contextmanager
 def open_folder(log_dir, name, flags, defaults, experiment):
     """
-    Makes the folder of a run, or makes it that of the epoch to resume from, and keeps it to this process while the
-    context lasts. Raises a UserError if the folder cannot be made, is in use, or is another one's.
+    Context manager that creates the folder of a run, or resets it to the epoch from which the run resumes, and locks it
+    for this process. Raises a UserError if the folder cannot be created, is in use, or contains something else.
     Inputs:
         log_dir - Directory of all runs.
-        name - The run's folder in it; if None, `lightning_logs/version_N` with the next free N, as Lightning does.
+        name - Name of the run's folder in log_dir; if None, `lightning_logs/version_N` with the next free N.
         flags, defaults, experiment - See Run.
     Outputs:
-        state, checkpoint - A RunState, and the checkpoint to resume from or None.
+        state, checkpoint - A RunState, and the checkpoint from which the run resumes, or None.
     """
     with contextlib.ExitStack() as stack:
         with folder_errors(os.path.join(log_dir, name or "lightning_logs")):
@@ -149,15 +150,15 @@ def open_folder(log_dir, name, flags, defaults, experiment):
             os.makedirs(folder, exist_ok=True)
             stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
             if finished_results(folder, flags, defaults, experiment, report_line=warn):
-                raise RunError(f"{folder} was finished by another process just now")
+                raise RunError(f"the run in {folder} was just finished by another process")
             path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
             kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
             history = kept["history"]
             epoch = history[-1]["epoch"] if history else 0
             if epoch > flags["epochs"]:
                 raise RunError(
-                    f"{folder} holds a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: give "
-                    f"--epochs {epoch} or more, or choose another --run_name"
+                    f"{folder} contains a run that has trained {epoch} epochs, more than --epochs {flags['epochs']}: "
+                    f"give --epochs {epoch} or more, or choose another --run_name"
                 )
             set_aside_results(folder, epoch, experiment.metric)
             for unfinished in Path(folder).rglob(f"*{UNFINISHED}"):
@@ -169,24 +170,26 @@ def open_folder(log_dir, name, flags, defaults, experiment):
 
 def set_aside_results(folder, epoch, metric):
     """
-    Renames the results of fewer epochs, which say that the run is finished, until it is. Raises a RunError if `epoch`,
-    that of the checkpoint to resume from, is before theirs: they would be lost.
+    Renames the results of fewer epochs, because results.json marks a run as finished. `epoch` is the epoch from which
+    the run resumes. Raises a RunError if it is earlier than the epoch of these results, which would be lost.
     """
     try:
         results = read_results(folder, metric)
-        epochs = results.get("epochs", results["hyperparameters"].get("epochs", 0))  # fewer if it stopped early
+        epochs = results.get(
+            "epochs", results["hyperparameters"].get("epochs", 0)
+        )  # "epochs" is smaller after early stopping
     except (FileNotFoundError, ValueError):
         return
     if epoch < epochs:
         raise RunError(
-            f"{folder} holds the results of {epochs} epochs, but no checkpoint of them to go on from: choose another "
-            "--run_name"
+            f"{folder} contains the results of {epochs} epochs, but no checkpoint of them to resume from: choose "
+            "another --run_name"
         )
     os.replace(os.path.join(folder, "results.json"), os.path.join(folder, f"results_{epochs}.json"))
 
 
 def numbered_folder(log_dir):
-    """Makes the next free folder `<log_dir>/lightning_logs/version_N`, for this process alone."""
+    """Creates the next free folder `<log_dir>/lightning_logs/version_N`, which no other process gets."""
     version = TensorBoardLogger(log_dir).version
     while True:
         folder = os.path.join(log_dir, "lightning_logs", f"version_{version}")
@@ -194,4 +197,4 @@ def numbered_folder(log_dir):
             os.makedirs(folder)
             return folder
         except FileExistsError:
-            version += 1  # another process was faster
+            version += 1  # another process has just created it

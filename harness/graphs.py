@@ -1,9 +1,10 @@
 """
-Training by CUDA graphs (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), on a single GPU. Without
-them Python launches some sixty kernels per step one by one, and with a small network the GPU waits for that. An epoch's
-first minibatch is an ordinary step. Then a step is captured, which runs no kernel: if that fails, training goes on with
-ordinary steps. For each further full minibatch the captured step is replayed. The next epoch captures again, so
-whatever changes between epochs is followed. A replay runs no Python: if a step uses it, there is no graph.
+Training with CUDA graphs (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) on a single GPU. Without
+graphs, Python launches about sixty kernels per step one by one, and with a small network the GPU waits for Python. The
+first minibatch of an epoch is an ordinary step. Then a step is captured, which runs no kernel. For each further full
+minibatch, the captured step is replayed. If the capture fails, training continues with ordinary steps. The next epoch
+captures again, so changes between epochs take effect. A replay runs no Python code: if a step depends on Python code,
+training uses no graph.
 """
 
 import contextlib
@@ -25,24 +26,23 @@ from harness.graph_checks import (
     python_state,
 )
 
-MINIBATCHES_PER_BLOCK = (
-    64  # in a Lightning batch: many, so that the Trainer costs little, but a progress bar still moves
-)
+# Minibatches in a Lightning batch: many, so that the Trainer takes little time, but a progress bar still moves.
+MINIBATCHES_PER_BLOCK = 64
 VAL_PIXELS = 8192 * 28 * 28  # the most in a validation minibatch, whose images are all decoded at once
-FAILED_GRAPHS = []  # graphs whose capture failed, kept alive: torch's allocator of pinned memory may still use them
+FAILED_GRAPHS = []  # kept alive after a failed capture: torch's allocator of pinned memory may still use them
 
 
 def has_graphs(device):
-    """Whether training steps can be captured on a torch.device."""
+    """Returns whether training steps can be captured on a torch.device."""
     return device.type == "cuda"
 
 
 @contextlib.contextmanager
 def cuda_graphs(trainer, model, train_loader, val_loader):
     """
-    A context in which a Trainer trains a module by CUDA graphs, if it can; if not, a line says why. Yields what to give
-    to trainer.fit instead of the loaders, which are such as bmnist.ImageLoader. The module's training_step returns the
-    loss, or a dict that has it as "loss".
+    Context manager in which a Trainer trains a module with CUDA graphs. If this is impossible, it prints the reason. It
+    yields the loaders for trainer.fit. The given loaders must work like bmnist.ImageLoader, and the module's
+    training_step must return the loss, or a dict with the loss under "loss".
     """
     loaders, device = (train_loader, val_loader), trainer.strategy.root_device
     with contextlib.ExitStack() as undo:
@@ -69,8 +69,8 @@ def cuda_graphs(trainer, model, train_loader, val_loader):
 
 class IndexBlockLoader:
     """
-    A loader of images whose batches are indices, int64 [N]: those of the first minibatch, then of many at a time. All
-    else that it is asked for, such as its sampler, is the loader's.
+    Loader whose batches are indices of images, int64 [N]: first those of one minibatch, then those of blocks of many
+    minibatches. Its other attributes, such as the sampler, are those of the wrapped loader.
     """
 
     def __init__(self, loader):
@@ -97,15 +97,15 @@ class IndexBlockLoader:
 
 
 class GraphedSteps:
-    """The steps of a training, for the batches of an IndexBlockLoader."""
+    """The training steps for the batches of an IndexBlockLoader."""
 
     def __init__(self, trainer, model, loader):
         self.trainer, self.model, self.data_set, self.batch_size = trainer, model, loader.dataset, loader.batch_size
         self.use_graphs = True
-        self.graph = self.indices = None  # that of the epoch, and where it reads the indices of a minibatch
+        self.graph = self.indices = None  # the epoch's graph, and the tensor from which it reads a minibatch's indices
 
     def training_step(self, indices, batch_idx):
-        """In place of the strategy's, for a Lightning batch. Returns what an epoch's first step returned, or None."""
+        """Replaces the strategy's training_step. Returns the output of an epoch's first step, and None for others."""
         if batch_idx == 0:
             self.num_steps = 0
             return self.begin_epoch(indices)
@@ -118,7 +118,7 @@ class GraphedSteps:
                 self.ordinary_step(minibatch)
 
     def begin_epoch(self, indices):
-        """Trains on the first minibatch, then captures a step. Returns what the module's step returned."""
+        """Trains on the first minibatch, then captures a step. Returns the output of the module's training_step."""
         if not self.use_graphs:
             return self.ordinary_step(indices)
         why, before = None, None
@@ -132,22 +132,22 @@ class GraphedSteps:
             why or self.capture(indices)
         except Exception as error:
             why = explain_error(error)
-        if why:  # by now the error is gone, and with it what it held of the GPU's memory
+        if why:  # not in the except clause: there, the error would keep memory of the GPU in use
             self.use_graphs, self.graph = False, None
             gc.collect()
             warn(f"note: training without CUDA graphs: {why}")
         return output
 
     def ordinary_step(self, indices):
-        """A step as Lightning makes it."""
+        """Performs a step as Lightning does."""
         batch = self.data_set[indices]
-        self.trainer._logger_connector.on_batch_start(batch)  # whose size weighs what the step logs
+        self.trainer._logger_connector.on_batch_start(batch)  # its size is the weight of logged values
         output = self.step(batch, self.num_steps)
         self.count_step()
         return apply_to_collection(output, torch.Tensor, torch.Tensor.detach)
 
     def step(self, batch, batch_idx):
-        """Forward, backward and update, in Lightning's order. Returns what the module's training_step returned."""
+        """Forward, backward and update, in Lightning's order. Returns the output of the module's training_step."""
         optimizer = self.trainer.optimizers[0]
         with self.trainer.precision_plugin.train_step_context():
             output = self.model.training_step(batch, batch_idx)
@@ -159,7 +159,7 @@ class GraphedSteps:
         return output
 
     def capture(self, indices):
-        """Captures a step as the epoch's graph. Raises an error, of any kind, if that cannot be."""
+        """Captures a step as the epoch's graph. Raises an error of any kind if the capture fails."""
         optimizer, trainer = self.trainer.optimizers[0], self.trainer
         check_modules(self.model, optimizer)
         self.indices, before = indices.clone(), [group["capturable"] for group in optimizer.param_groups]
@@ -167,7 +167,7 @@ class GraphedSteps:
             self.model.trainer = FORBIDDEN_TRAINER
             for group in optimizer.param_groups:
                 group["capturable"] = True
-            # The new graph takes over the memory of the one before, which lives until then.
+            # The new graph reuses the memory of the previous graph, which must exist until then.
             self.graph = capture(self.graph_step, self.graph)
         finally:
             self.model.trainer = trainer
@@ -175,13 +175,13 @@ class GraphedSteps:
                 group["capturable"] = capturable
 
     def graph_step(self):
-        """The step that is captured."""
+        """Performs the step that is captured."""
         self.step(self.data_set[self.indices], FORBIDDEN_BATCH_IDX)
 
     def count_step(self):
         """
-        Counts a step where Lightning reads its global step from, by each of its ways to optimise, so that a checkpoint
-        continues either way. It has no documented way to count a step that it did not make.
+        Adds a step to Lightning's counters for automatic and for manual optimisation, so that a run can resume from a
+        checkpoint with and without graphs. Lightning has no documented way to count a step that it did not perform.
         """
         self.num_steps += 1
         loop = self.trainer.fit_loop.epoch_loop
@@ -193,7 +193,7 @@ class GraphedSteps:
 
 @contextlib.contextmanager
 def side_stream(device):
-    """A context in which a CUDA device works on a stream of its own: on the default one nothing can be captured."""
+    """Context manager in which a CUDA device uses a separate stream. The default stream allows no capture."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
@@ -205,30 +205,31 @@ def side_stream(device):
 
 def capture(function, previous):
     """
-    Captures what a function does on the GPU, without doing it. The graph takes over the memory of a previous one, which
-    is not replayed any more, or None. (torch.cuda.graph would also empty torch's cache of memory.)
+    Captures the work of a function on the GPU without executing it. Returns the graph, which reuses the memory of the
+    previous graph; `previous` may be None, and is not replayed again. (torch.cuda.graph would also empty torch's memory
+    cache.)
     """
     device, mode = torch.cuda.current_device(), torch.cuda.get_sync_debug_mode()
     graph, pool = torch.cuda.CUDAGraph(), previous.pool() if previous else torch.cuda.graph_pool_handle()
     generator = torch.cuda.default_generators[device]
     random_numbers = generator.clone_state()
     torch.cuda.synchronize()
-    gc.disable()  # a graph or a tensor of another stream that dies in the midst of the capture would spoil it
+    gc.disable()  # a capture fails if a graph or a tensor of another stream is freed during it
     try:
         graph.capture_begin(pool)
         try:
-            torch.cuda.set_sync_debug_mode("error")  # ahead of CUDA's own error, which would leave it in a bad state
+            torch.cuda.set_sync_debug_mode("error")  # raises before CUDA does: CUDA's error would leave a bad state
             function()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             graph.capture_end()
-    except BaseException:  # Ctrl-C, too
-        # After an error of CUDA's, the random numbers and the allocator of memory still wait for the capture's end, and
-        # torch 2.6 to 2.14 have no public function for the latter.
+    except BaseException:  # also Ctrl-C
+        # After a CUDA error, the random number generator and the memory allocator are still in capture mode. torch 2.6
+        # to 2.14 have no public function that ends it for the allocator.
         generator.graphsafe_set_state(random_numbers)
-        names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]  # of newer and of older ones
+        names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]  # of newer and older versions
         for end in [getattr(torch._C, name) for name in names if hasattr(torch._C, name)][:1]:
-            with contextlib.suppress(RuntimeError):  # it has come to its end, after all
+            with contextlib.suppress(RuntimeError):  # the capture has ended already
                 end(device, pool)
                 torch._C._cuda_releasePool(device, pool)
                 FAILED_GRAPHS.append(graph)
@@ -239,8 +240,8 @@ def capture(function, previous):
 
 
 def explain_error(error):
-    """Why there is no graph, in a few words."""
-    while error.__context__ is not None:  # what ends a capture after an error raises one of its own
+    """Returns the reason why no graph is used, in a few words."""
+    while error.__context__ is not None:  # ending a capture after an error raises another error
         error = error.__context__
     if isinstance(error, RuntimeError) and re.search("synchronizing CUDA|stream is captur", str(error)):
         return f"training_step waits for the GPU, as .item() and print do ({one_line(error)})"

@@ -1,4 +1,4 @@
-"""The processes of a run: their start, their shares of each minibatch and its noise, the seeds, SIGTERM."""
+"""The processes of a run: their start, their shares of each minibatch and of its noise, their seeds, SIGTERM."""
 
 import contextlib
 import math
@@ -16,8 +16,9 @@ from torch.utils.data.distributed import DistributedSampler
 from harness import slurm
 from harness.devices import match_optimizer_layout
 
-# What torchrun sets in each process, besides what Lightning sets in those that it starts, as does who starts them by
-# hand (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
+# Environment variables that torchrun sets in each process, and those that Lightning sets in the processes that it
+# starts. Users who start the processes by hand set the latter, too
+# (https://lightning.ai/docs/pytorch/stable/clouds/cluster_intermediate_1.html).
 TORCHRUN = {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"}
 RENDEZVOUS_VARS = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
 STALE_VARS = RENDEZVOUS_VARS | {"LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}
@@ -25,25 +26,26 @@ STALE_VARS = RENDEZVOUS_VARS | {"LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK"
 
 def cluster_environment(devices, num_nodes, run_name):
     """
-    Lightning's ClusterEnvironment for a run, by who starts its processes. Variables that others have left in the
-    environment, an old shell or an interactive allocation, change nothing. Raises a ValueError that says what to give
-    if the processes that were started cannot be those of the run.
+    Returns Lightning's ClusterEnvironment for the launcher that starts the run's processes. Ignores environment
+    variables that an old shell or an interactive allocation has left behind. Raises a ValueError, which says what flags
+    to give, if the number of started processes does not match the run.
     Inputs:
         devices, num_nodes - Number of processes per node, and of nodes.
-        run_name - The run's own name, or None.
+        run_name - The run's name, or None.
     """
     launcher, started, kind = "torchrun", torchrun_processes(), TorchElasticEnvironment
     if started == (1, 1):
         launcher, started, kind = "srun", slurm.srun_tasks(), slurm.cluster_environment
     is_one_process = (num_nodes, devices) == (1, 1)
-    if started != (1, 1) and not (is_one_process and launcher == "srun" and run_name):  # each task is a run of its own
+    # Several tasks of srun, with a run name each, may also be separate runs.
+    if started != (1, 1) and not (is_one_process and launcher == "srun" and run_name):
         check_started(launcher, *started, wanted=(num_nodes, devices))
         return kind()
     if is_one_process:
         environment = LightningEnvironment()
-        environment.set_global_rank(0)  # Lightning took another one from such variables when it was imported
+        environment.set_global_rank(0)  # when Lightning was imported, it read the rank from such variables
         return environment
-    if num_nodes == 1 and not {*RENDEZVOUS_VARS, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them, here
+    if num_nodes == 1 and not {*RENDEZVOUS_VARS, "LOCAL_RANK"} <= os.environ.keys():  # Lightning starts them
         for name in STALE_VARS:
             os.environ.pop(name, None)
     check_variables(devices, num_nodes)
@@ -51,7 +53,7 @@ def cluster_environment(devices, num_nodes, run_name):
 
 
 def torchrun_processes():
-    """Number of nodes, and of processes on each, that torchrun has started; 1, 1 if it has not started this one."""
+    """Returns the number of nodes, and of processes per node, that torchrun has started; 1, 1 without torchrun."""
     if not os.environ.keys() >= TORCHRUN:
         return 1, 1
     try:
@@ -62,27 +64,27 @@ def torchrun_processes():
 
 
 def check_started(launcher, num_nodes, num_per_node, wanted):
-    """Checks that a launcher has started what is wanted: number of nodes, and of processes on each."""
+    """Raises a ValueError unless a launcher has started the wanted number of nodes and of processes per node."""
     if not num_per_node:
-        raise ValueError("srun has not started as many tasks on each node: give it --ntasks-per-node")
+        raise ValueError("srun must start the same number of tasks on each node: give srun --ntasks-per-node")
     if (num_nodes, num_per_node) != wanted:
         other = {
-            "srun": "a --run_name of its own to each for several runs",
-            "torchrun": "unset TORCHELASTIC_RUN_ID if it is left from another time",
+            "srun": "for several runs a different --run_name to each process",
+            "torchrun": "unset TORCHELASTIC_RUN_ID if it is left from another session",
         }
         raise ValueError(
             f"{launcher} has started {num_nodes * num_per_node} processes: give --devices {num_per_node} "
-            f"--num_nodes {num_nodes} for one run of them all, or {other[launcher]}"
+            f"--num_nodes {num_nodes} for one run in all of them, or {other[launcher]}"
         )
 
 
 def check_variables(devices, num_nodes):
-    """Checks the variables by which the processes of a run find each other, if no launcher has set them."""
+    """Checks the environment variables with which a run's processes find each other, if no launcher has set them."""
     missing = RENDEZVOUS_VARS - os.environ.keys()
     if num_nodes > 1 and missing:
         raise ValueError(
-            f"--num_nodes {num_nodes} needs srun or torchrun, which start its processes, or on each node in the "
-            f"environment {', '.join(sorted(missing))}"
+            f"--num_nodes {num_nodes} needs srun or torchrun to start the processes, or on each node the environment "
+            f"variables {', '.join(sorted(missing))}"
         )
     for name, possible in [
         ("LOCAL_RANK", range(devices)),
@@ -92,42 +94,42 @@ def check_variables(devices, num_nodes):
         if name in os.environ and os.environ[name] not in map(str, possible):
             raise ValueError(
                 f"{name}={os.environ[name]} in the environment does not fit --devices {devices} --num_nodes "
-                f"{num_nodes}: give those that do, or unset LOCAL_RANK if it is left from another time"
+                f"{num_nodes}: give matching flags, or unset LOCAL_RANK if it is left from another session"
             )
 
 
 @contextlib.contextmanager
 def process_group(trainer):
     """
-    A context in which a Trainer's processes run and are connected. Lightning would start them only in fit, validate or
-    test. It would not disconnect them, and gloo's threads, if they still run when Python ends, at times abort it.
+    Context manager that starts and connects a Trainer's processes. Lightning would start them only in fit, validate or
+    test, and would not disconnect them: if gloo's threads still run when Python exits, they sometimes abort it.
     """
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(trainer.strategy.setup_environment)
     yield
-    disconnect()  # not after an error, when a process may be in the middle of an exchange
+    disconnect()  # not after an error: a process may be in the middle of a collective operation
 
 
 def disconnect():
-    """Takes the connection to other processes down, if there is one."""
+    """Closes the connection to the other processes, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def on_rank_zero(trainer, function, *args):
-    """Calls a function in rank 0 alone; all ranks return its result. An error is raised there, and ends all of them."""
+    """Calls a function only in rank 0; all ranks return its result. An error is raised in rank 0 and ends all ranks."""
     result = error = None
     if trainer.is_global_zero:
         try:
             result = function(*args)
-        except Exception as caught:  # the others must not wait for a process that has given up
+        except Exception as caught:  # the other ranks must not wait for a rank that has failed
             error = caught
     return broadcast_or_exit(trainer, result, error)
 
 
 @contextlib.contextmanager
 def rank_zero_first(trainer):
-    """Rank 0 runs the block first, then the other ranks; an error in rank 0 is raised there, and ends all of them."""
+    """Context manager: rank 0 runs the block first, then the other ranks. An error in rank 0 ends all ranks."""
     error = None
     if trainer.is_global_zero:
         try:
@@ -140,7 +142,7 @@ def rank_zero_first(trainer):
 
 
 def broadcast_or_exit(trainer, result, error=None):
-    """Sends the result of rank 0 to all ranks, which return it. If rank 0 has an error instead, all of them end."""
+    """Returns the result of rank 0 in all ranks. If rank 0 has an error instead, raises it there and ends all ranks."""
     result, error = trainer.strategy.broadcast((result, error))
     if error is not None:
         disconnect()
@@ -150,13 +152,13 @@ def broadcast_or_exit(trainer, result, error=None):
 
 def sampler(dataset, shuffle, trainer, seed):
     """
-    The order of a data set's images, and which of them belong to this process: every W-th image of every minibatch,
-    with W processes. If it is shuffled and W does not divide the number of images, up to W - 1 come twice; if it is
-    not, the shares differ in length and each image comes once.
+    Creates the sampler of a data set for this process. With W processes, each gets every W-th image of every minibatch.
+    If W does not divide the number of images: with shuffling, up to W - 1 images come twice; without shuffling, the
+    shares differ in length and each image comes once.
     Inputs:
         dataset - The data set.
-        shuffle - If True, the order is random, and another one for each epoch; it depends on seed and epoch alone.
-        trainer - The Trainer, once it is in its process_group.
+        shuffle - If True, the order is random and changes with each epoch; it depends only on seed and epoch.
+        trainer - The Trainer, inside its process_group.
         seed - The run's seed.
     """
     if shuffle:
@@ -166,10 +168,10 @@ def sampler(dataset, shuffle, trainer, seed):
 
 
 class EpochSampler(DistributedSampler):
-    """A sampler whose order, and the seed for sampled images, depend on seed and epoch alone; see set_epoch."""
+    """Sampler whose order, and whose seed for sampled images, depend only on seed and epoch; see set_epoch."""
 
     def order(self):
-        """The indices of the epoch, int64 tensor [N]."""
+        """Returns the indices of the epoch, int64 tensor [N]."""
         order = torch.arange(len(self.dataset))
         if self.shuffle:
             order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + self.epoch))
@@ -180,23 +182,23 @@ class EpochSampler(DistributedSampler):
         return iter(self.order().tolist())
 
     def resampling_seed(self):
-        """Seed of the images of this epoch, for a data set that samples them again for each."""
+        """Returns the seed of this epoch's images, for a data set that samples its images again in each epoch."""
         return derive_seed(self.seed, self.epoch)
 
 
 def derive_seed(*numbers, dtype=np.uint64):
-    """A seed from several numbers; other numbers, however close, give an unrelated one."""
+    """Derives a seed from several numbers; different numbers, even close ones, lead to unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, dtype)[0])
 
 
 class RunHooks(pl.Callback):
     """
-    What a run does when its training, its validation or its test begins:
+    Callback for the start of training, validation and test:
 
-    - Every epoch, the validation before the first one, and the test begin with random numbers that depend on seed and
-      epoch alone. So a run that continues from an epoch's checkpoint goes on as if it had never stopped.
-    - SIGTERM is left to the handler that it had before, slurm's too: Lightning's would end the training with code 0.
-    - The optimizer's state gets the layout of the weights, see devices.match_optimizer_layout.
+    - Every epoch, the validation before the first epoch, and the test start with random numbers that depend only on
+      seed and epoch. So a run that resumes from an epoch's checkpoint continues as if it had never stopped.
+    - SIGTERM keeps its previous handler, such as slurm's: Lightning's handler would end the training with exit code 0.
+    - The optimiser's state gets the memory layout of the weights, see devices.match_optimizer_layout.
     """
 
     def __init__(self, seed):
@@ -207,7 +209,7 @@ class RunHooks(pl.Callback):
         self.handler = signal.getsignal(signal.SIGTERM)
 
     def restore_handler(self):
-        """Gives SIGTERM its handler back."""
+        """Restores the previous handler of SIGTERM."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handler)
 
@@ -229,9 +231,9 @@ class RunHooks(pl.Callback):
 
 class SharedNoise(TorchFunctionMode):
     """
-    A context in which torch.randn_like, in each of several processes, samples the noise of the whole minibatch and
-    takes the process's share: every world_size-th image, from number `rank` on. So the number of processes changes
-    nothing but the rounding.
+    Context manager for one of several processes. In it, torch.randn_like samples the noise of the whole minibatch and
+    returns the share of this process: every world_size-th image, starting at image `rank`. So the number of processes
+    changes only the rounding.
     """
 
     def __init__(self, rank, world_size):

@@ -1,4 +1,4 @@
-"""What a run reports of each epoch: a line, a row of metrics.csv, TensorBoard's curves, what each checkpoint keeps."""
+"""Reports each epoch of a run: prints a line, writes metrics.csv, logs to TensorBoard, adds to each checkpoint."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from harness.errors import Terminated, UserError, print_line, warn
 from harness.files import write_text
 from harness.tensorboard import STAGES
 
-CONTENTION = 0.7  # of an epoch's time: if the training thread had a CPU for less, others have taken it
+CONTENTION = 0.7  # share of an epoch's time: if the training thread had a CPU for less, other processes used it
 
 
 class TrainingDiverged(UserError):
@@ -24,17 +24,18 @@ class TrainingDiverged(UserError):
 
 class EpochReport(Checkpoint):
     """
-    Keeps the metrics of every epoch, in `history` (a list of dicts) and in the run's metrics.csv, logs them to
-    TensorBoard, and prints a line for each epoch. Epoch 0 is the untrained model: `trainer.validate` before
-    `trainer.fit`. Stops a run whose loss is no longer finite, before that epoch's weights replace the last good
-    checkpoint.
+    Callback that keeps the metrics of every epoch in `history` (a list of dicts) and in the run's metrics.csv, logs
+    them to TensorBoard, and prints a line for each epoch. Epoch 0 is the untrained model: call `trainer.validate`
+    before `trainer.fit`. If the loss is no longer finite, stops the run before this epoch's weights replace the last
+    good checkpoint.
 
-    A Checkpoint for Lightning, which calls those after all others: what the module logs at the end of an epoch is
-    there by then. In the list of callbacks it comes before those that write checkpoints.
+    The class is a Checkpoint because Lightning calls Checkpoints after all other callbacks. By then, everything that
+    the module logs at the end of an epoch exists. In the list of callbacks, it must come before the callbacks that
+    write checkpoints.
     Inputs:
         experiment - The run's Experiment.
-        flags - Dict of every flag, kept in each checkpoint for whoever finds it.
-        print_lines - If False, the epochs' lines are not printed.
+        flags - Dict of all flags. Each checkpoint contains them, so that it says how it was trained.
+        print_lines - If False, no line is printed for an epoch.
     """
 
     def __init__(self, experiment, flags, print_lines=True):
@@ -42,10 +43,10 @@ class EpochReport(Checkpoint):
         self.metric, self.experiment = experiment.metric, experiment
         self.flags = flags
         self.print_lines = print_lines
-        self.device = None  # what trains, as in results.json
+        self.device = None  # the device that trains, as in results.json
         self.history = []
-        self.first_step = None  # the metric of the very first minibatch of training, before any update
-        self.should_stop = False  # whether a callback, such as EarlyStopping, has ended the training that is resumed
+        self.first_step = None  # the metric of the first minibatch of training, before any update
+        self.should_stop = False  # whether a callback, such as EarlyStopping, has stopped the run that is resumed
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         checkpoint[RUN] = {
@@ -62,7 +63,7 @@ class EpochReport(Checkpoint):
         self.should_stop = checkpoint[RUN].get("should_stop", False)
 
     def on_fit_start(self, trainer, pl_module):
-        trainer.should_stop = self.should_stop  # Lightning does not resume it
+        trainer.should_stop = self.should_stop  # Lightning does not restore it
         trainer.logger.epoch = self.history[-1]["epoch"] if self.history else 0
 
     def on_validation_start(self, trainer, pl_module):
@@ -93,7 +94,7 @@ class EpochReport(Checkpoint):
             if not math.isfinite(value):
                 if not trainer.is_global_zero:
                     sys.exit(1)
-                kept = f"the checkpoints of the epochs before are kept in {trainer.logger.log_dir}"
+                kept = f"the checkpoints of the epochs before are in {trainer.logger.log_dir}"
                 raise TrainingDiverged(
                     f"{name} became {value} in epoch {epoch}: {self.experiment.if_not_finite} "
                     f"({kept if epoch > 1 else 'no checkpoint was written yet'})"
@@ -102,16 +103,16 @@ class EpochReport(Checkpoint):
 
     @property
     def names(self):
-        """Dict from the names of the metric that chooses the best checkpoint to what the epochs' lines call them."""
+        """Dict from the names of the metric in training and validation to their labels in the epochs' lines."""
         return {f"{stage}_{self.metric}": f"{stage} {self.experiment.metric_label}" for stage in STAGES}
 
     def begin_epoch(self, trainer):
-        """Takes the time, and keeps what the trainer holds of earlier epochs."""
+        """Starts the clock, and remembers the metrics of earlier epochs that the trainer still has."""
         self.start, self.cpu_start = time.perf_counter(), time.thread_time()
         self.earlier = dict(trainer.callback_metrics)
 
     def report(self, trainer, epoch):
-        """Adds the metrics of an epoch, that is those which the trainer did not hold before it, to the history."""
+        """Adds an epoch to the history, with the metrics that the trainer did not have before this epoch."""
         metrics = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
@@ -132,15 +133,15 @@ class EpochReport(Checkpoint):
             print_line(f"epoch {epoch:3}/{trainer.max_epochs}  {'  '.join(values)}  {seconds:.1f} s")
 
     def warn_of_contention(self, trainer):
-        """Suggests --threads 1, once a run, if other processes seem to take the CPU of its training steps."""
+        """Suggests --threads 1, once per run, if other processes seem to use the CPU of the training steps."""
         threads, wall = torch.get_num_threads(), time.perf_counter() - self.start
         share = (time.thread_time() - self.cpu_start) / max(wall, 1e-9)
         on_cpu = trainer.is_global_zero and (self.device or "").startswith("cpu")
-        waits_for_workers = self.flags.get("num_workers")  # of its own data loader
+        waits_for_workers = self.flags.get("num_workers")  # the thread waits for its data loader
         if share < CONTENTION and wall > 1 and threads > 1 and on_cpu and not waits_for_workers:
             warn(
-                f"note: training had a CPU for {share:.0%} of this epoch, so other processes seem to use it, and its "
-                f"{threads} threads wait for each other: --threads 1 may be faster"
+                f"note: the training thread had a CPU for only {share:.0%} of this epoch: other processes seem to use "
+                f"it, and the {threads} threads wait for each other. --threads 1 may be faster"
             )
 
     def on_exception(self, trainer, pl_module, exception):
@@ -148,24 +149,24 @@ class EpochReport(Checkpoint):
             exception.already_reported = True
             epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
             is_there = os.path.exists(os.path.join(folder, "checkpoints", LAST))
-            checkpoints = "checkpoints of the best and the last complete one" if is_there else "no checkpoint yet"
-            name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if it was given
+            checkpoints = "checkpoints of the best and of the last complete epoch" if is_there else "no checkpoint yet"
+            name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if --run_name was given
             print_line(
                 f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
                 f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
-                "continues it"
+                "resumes it"
             )
 
 
 def metric_names(names):
-    """Those names of a dict that begin with a stage, such as train_loss."""
+    """Returns the names that begin with a stage, such as train_loss."""
     return [name for name in names if name.startswith(tuple(f"{stage}_" for stage in STAGES))]
 
 
 def write_metrics(folder, history, quantities):
     """
-    Writes metrics.csv, a row for each epoch: the quantities of training and validation, then whatever else was logged
-    under such names, then the seconds.
+    Writes metrics.csv, with a row for each epoch. Its columns are the quantities of training and validation, then the
+    other quantities that were logged as train_NAME or val_NAME, then the seconds.
     """
     columns = ["epoch", *(f"{stage}_{name}" for stage in STAGES for name in quantities)]
     others = {name for row in history for name in metric_names(row)} - set(columns)

@@ -1,4 +1,4 @@
-"""Settings of the whole process, during a run or an evaluation; afterwards everything is as it was."""
+"""Settings of the whole process during a run or an evaluation, which are restored afterwards."""
 
 import contextlib
 import gc
@@ -11,22 +11,22 @@ import warnings
 
 import torch
 
-QUIET_LOGGERS = {  # start-up notes and tips; how matplotlib is getting on with its font cache
+QUIET_LOGGERS = {  # hides start-up notes and tips, and matplotlib's messages about its font cache
     **dict.fromkeys(["pytorch_lightning", "lightning_fabric"], logging.WARNING),
     "matplotlib": logging.ERROR,
 }
 IGNORED_WARNINGS = [
     ".*does not have many workers.*",  # the images are in memory
-    "Checkpoint directory .* exists and is not empty",  # of a run that resumes
-    "The `srun` command is available",  # on a login node, too
-    "The value of the smallest subnormal",  # NumPy's: they are switched off
-    "The AccumulateGrad node's stream",  # of DDP, which means it so
-    "Please use the new API settings to control TF32",  # torch's own
+    "Checkpoint directory .* exists and is not empty",  # if a run resumes
+    "The `srun` command is available",  # also shown on a login node
+    "The value of the smallest subnormal",  # NumPy's: subnormal numbers are flushed to 0
+    "The AccumulateGrad node's stream",  # DDP's, which does this on purpose
+    "Please use the new API settings to control TF32",  # caused by torch itself
     "Synchronization debug mode is a prototype",  # see graphs.py
-    "GPU available but not used",  # --accelerator cpu means it so
+    "GPU available but not used",  # --accelerator cpu asks for this
 ]
-# Trainers, figures and data refer to each other and wait for Python's garbage collection. After a run or an evaluation
-# that took longer than this, in seconds, the next one collects them, which takes 0.2 s.
+# Trainers, figures and data refer to each other, so they stay in memory until Python's garbage collection. After a run
+# or an evaluation of more than COLLECT_AFTER seconds, the next one starts with a collection, which takes 0.2 s.
 COLLECT_AFTER, LAST = 1, {"seconds": 0}
 SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if hasattr(signal, name)]
 
@@ -34,9 +34,10 @@ SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if
 @contextlib.contextmanager
 def process_settings():
     """
-    A context in which a program trains or evaluates: tiny numbers are 0, a seed repeats itself bit for bit on a GPU,
-    libraries print errors and real warnings only. At its end these settings, the environment, the handlers of signals
-    and threading.excepthook are as before, whatever the code within did to them.
+    Context manager for a training or an evaluation. In it, subnormal numbers are flushed to 0, results on a GPU are
+    bit-identical for the same seed, and libraries print only errors and relevant warnings. At the end, these settings,
+    the environment variables, the signal handlers and threading.excepthook are restored, even if the block changed
+    them.
     """
     if LAST["seconds"] > COLLECT_AFTER:
         gc.collect()
@@ -48,7 +49,7 @@ def process_settings():
     handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main_thread}
 
     def report_error_of_thread(args):
-        """An error of TensorBoard's thread is raised again where something is logged."""
+        """Reports the error of a thread. Ignores TensorBoard's thread: its error is raised again by the next log."""
         if not type(args.thread).__module__.startswith("tensorboard"):
             excepthook(args)
 
@@ -56,23 +57,23 @@ def process_settings():
         with warnings.catch_warnings():
             for message in IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
-            # Names that Lightning uses and newer versions of torch call old.
+            # Lightning uses names that newer versions of torch deprecate.
             warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning|lightning_fabric")
             for name, level in QUIET_LOGGERS.items():
                 logging.getLogger(name).setLevel(level)
             threading.excepthook = report_error_of_thread
             cudnn.deterministic = True
-            torch.set_flush_denormal(True)  # tiny moments of Adam, of pixels that are hardly ever set, slow a CPU down
+            torch.set_flush_denormal(True)  # Adam's tiny moments, for pixels that are rarely 1, slow a CPU down
             yield
     finally:
         LAST["seconds"] = time.perf_counter() - LAST["start"]
         torch.set_flush_denormal(flushed)
-        torch.set_num_threads(num_threads)  # Lightning sets it for several processes
+        torch.set_num_threads(num_threads)  # Lightning changes it if there are several processes
         cudnn.deterministic, threading.excepthook = deterministic, excepthook
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         for number, handler in handlers.items():
-            if handler is not None and signal.getsignal(number) is not handler:  # None: set by C code
+            if handler is not None and signal.getsignal(number) is not handler:  # None means set by C code
                 signal.signal(number, handler)
         if os.environ != environment:
             os.environ.clear()

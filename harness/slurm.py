@@ -14,12 +14,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
-# What srun sets in each task, and is used here or by Lightning.
+# Environment variables that srun sets in each task, and that this module or Lightning reads.
 SRUN = {
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE"),
     *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
 }
-# A word in the command line of a notebook's kernel: Jupyter's, VS Code's and PyCharm's, Colab's, Spyder's, marimo.
+# Found in the command line of a notebook's kernel: Jupyter, VS Code and PyCharm, Colab, Spyder, marimo.
 KERNEL = re.compile(
     rb"(^|[\0/])(jupyter[\w-]*|ipykernel(_launcher)?|colab_kernel_launcher|spyder_kernels\.console|marimo)(\.py)?\0"
 )
@@ -27,7 +27,7 @@ MAX_GRACE = 600  # seconds from SIGTERM to SIGKILL, as in slurm/job.sh
 
 
 def is_interactive():
-    """Whether somebody may sit at this process: it has a terminal, or is or was started by a notebook or a prompt."""
+    """Returns whether a person may control this process or its parent, with a terminal, a notebook or a prompt."""
     if hasattr(sys, "ps1") or any(map(KERNEL.search, parent_commands())):
         return True
     try:
@@ -38,7 +38,7 @@ def is_interactive():
 
 
 def parent_commands():
-    """The command lines of the processes that have started this one, as far as Linux tells; a zero ends each word."""
+    """Yields the command lines of this process's ancestors, if Linux shows them; each word ends with a zero byte."""
     pid = os.getppid()
     with contextlib.suppress(OSError):
         while pid:
@@ -48,8 +48,8 @@ def parent_commands():
 
 
 def job_id():
-    """The job's id as scontrol takes it, '<id>' or '<array id>_<task>'; None outside of batch jobs."""
-    if SLURMEnvironment.job_id() is None or is_interactive():  # an interactive job is no one run's
+    """Returns the job's id for scontrol, '<id>' or '<array id>_<task>'; None outside of batch jobs."""
+    if SLURMEnvironment.job_id() is None or is_interactive():  # an interactive job may start many runs
         return None
     if {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} <= os.environ.keys():
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -57,16 +57,16 @@ def job_id():
 
 
 def run_name():
-    """The name of the run of this batch job, which is the same after a requeue; None outside of batch jobs."""
+    """Returns the name of this batch job's run, which is the same after a requeue; None outside of batch jobs."""
     return f"job_{job_id()}" if job_id() else None
 
 
 def srun_tasks():
     """
-    The number of nodes, and of tasks on each (0 if they differ), that srun has started, this process among them. What a
-    job has asked for does not tell: a batch script is one process, and srun starts any part of the tasks.
+    Returns the number of nodes, and of tasks per node (0 if it differs), that srun has started, including this process.
+    The variables of the job do not show this: a batch script is one process, and srun may start only some of the tasks.
     """
-    if not os.environ.keys() >= SRUN or is_interactive():  # srun --pty has one terminal, whatever it was asked for
+    if not os.environ.keys() >= SRUN or is_interactive():  # srun --pty always starts one interactive process
         return 1, 1
     per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
     return int(os.environ["SLURM_STEP_NUM_NODES"]), int(per_node[1]) if per_node else 0
@@ -74,10 +74,10 @@ def srun_tasks():
 
 def cluster_environment():
     """
-    Lightning's environment for one run in all tasks of srun, without its way to requeue, which saves a checkpoint in
-    the middle of a step, from which training could not continue exactly.
+    Returns Lightning's environment for one run in all tasks of srun. Lightning's own requeueing is switched off: it
+    saves a checkpoint in the middle of a step, and from there training could not resume exactly.
     """
-    # Lightning looks at the job where another step may run beside this one, on other nodes or the same.
+    # Lightning derives address and port from the job. But another step of the job may run at the same time.
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     root = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
     os.environ.setdefault("MASTER_ADDR", root)
@@ -88,18 +88,20 @@ def cluster_environment():
 
 class RequeueOnTimeLimit(pl.Callback):
     """
-    Lets a batch job resume after SLURM ends it. At SIGUSR1, which announces the time limit (sbatch --signal=USR1@20),
-    the job is requeued, unless it has not finished an epoch since it started: then it never would. SIGTERM announces a
-    preemption and is ignored, until SIGKILL comes: SLURM requeues a preempted job that it had to kill, but takes one
-    that ended by itself for done. An error after SIGTERM waits for SIGKILL, too: SIGTERM has killed the worker
-    processes of the data loaders.
+    Callback that lets a batch job resume after SLURM ends it.
+
+    SIGUSR1 announces the time limit (sbatch --signal=USR1@20): the job is requeued. If it has not finished an epoch
+    since it started, it is not requeued, because it would never make progress. SIGTERM announces a preemption. It is
+    ignored, and the job continues until SIGKILL: SLURM requeues a preempted job if it had to kill it, but regards a job
+    that ended by itself as done. SIGTERM also kills the worker processes of the data loaders, so an error after SIGTERM
+    waits for SIGKILL, too.
     """
 
     def __init__(self):
         self.job_id, self.pid = job_id(), os.getpid()
-        self.is_ending = False  # whether SIGTERM has come
-        self.has_advanced = False  # whether there is a checkpoint of an epoch since this job started, or restarted
-        if threading.current_thread() is threading.main_thread():  # Run puts the handlers of before back
+        self.is_ending = False  # whether SIGTERM was received
+        self.has_advanced = False  # whether the job has finished an epoch since it started or restarted
+        if threading.current_thread() is threading.main_thread():  # Run restores the previous handlers
             signal.signal(signal.SIGUSR1, self.requeue)
             signal.signal(signal.SIGTERM, self.handle_sigterm)
 
@@ -117,25 +119,26 @@ class RequeueOnTimeLimit(pl.Callback):
             time.sleep(MAX_GRACE)
 
     def handle_sigterm(self, signum, frame):
-        """A handler of SIGTERM; unlike with SIG_IGN, programs that this process starts do not ignore it as well."""
+        """Handler of SIGTERM. Unlike SIG_IGN, it does not make the programs that this process starts ignore SIGTERM."""
         self.is_ending = True
 
     def requeue(self, signum, frame):
-        """A handler of SIGUSR1, in each process of the run."""
-        if os.getpid() != self.pid:  # a data loader's worker: it has inherited the handler, and SLURM signals it, too
+        """Handler of SIGUSR1, in each process of the run."""
+        if os.getpid() != self.pid:  # a data loader's worker has the same handler, and SLURM signals it, too
             return
         if not self.has_advanced:
             sys.exit(
-                f"error: job {self.job_id} has not finished an epoch and its time is almost up, so it is not requeued: "
-                "give a longer --time"
+                f"error: job {self.job_id} has not finished an epoch and its time limit is near, so it is not "
+                "requeued: give a longer --time"
                 if rank_zero_only.rank == 0
                 else 1
             )
         if rank_zero_only.rank != 0:
             return
-        os.write(1, f"Time is almost up: requeueing job {self.job_id}\n".encode())  # print may be what was interrupted
+        # Not print: the signal may have interrupted a print.
+        os.write(1, f"note: the time limit is near: requeueing job {self.job_id}\n".encode())
         try:
             subprocess.run(["scontrol", "requeue", self.job_id], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            text = f"Job {self.job_id} is not requeued ({error}): training goes on until the time limit\n"
+            text = f"warning: job {self.job_id} cannot be requeued ({error}): training continues until the time limit\n"
             os.write(2, text.encode())

@@ -10,17 +10,17 @@ from torch.utils.tensorboard.summary import hparams
 from harness.errors import best_effort
 from harness.flags import RUNTIME_FLAGS
 
-STAGES = ["train", "val"]  # of which each epoch has metrics, named STAGE_NAME
+STAGES = ["train", "val"]  # each epoch has metrics of these stages, named STAGE_NAME
 
 
 class EpochLogger(TensorBoardLogger):
     """
-    TensorBoard logger of a run's folder. Curves of training, validation and test share one x axis, the number of epochs
-    trained. EpochReport sets `epoch`; it is 0 until training begins.
+    TensorBoard logger of a run's folder. The curves of training, validation and test share one x axis, the number of
+    epochs trained. EpochReport sets `epoch`; it is 0 until training begins.
     Inputs:
         folder - The run's folder.
-        first_epoch - The first epoch that is logged. What a process that was killed has logged of this epoch and of
-            later ones, TensorBoard hides at once, or, with its data server, once that epoch is logged again.
+        first_epoch - The first epoch that is logged. If a killed process has logged this epoch or later ones,
+            TensorBoard hides these values at once or, with its data server, when the epoch is logged again.
     """
 
     epoch = 0
@@ -28,25 +28,26 @@ class EpochLogger(TensorBoardLogger):
 
     def __init__(self, folder, first_epoch=0):
         super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=first_epoch)
-        self.logged = {}  # by name of a metric: the epoch of its last value
+        self.logged = {}  # dict from the name of a metric to the epoch of its last value
 
     @rank_zero_only
     def set_up_dashboard(self, flags, experiment):
         """
-        Tells TensorBoard the flags that define the run, for a row of its table of hyperparameters with test_METRIC, and
-        to show training and validation of each quantity in one chart (its tab Custom Scalars); see run.Experiment.
+        Sets up two of TensorBoard's tabs: HParams gets a row with the flags that define the run and test_METRIC, and
+        Custom Scalars gets a chart with training and validation of each quantity. See run.Experiment.
         """
         self.log_unless_failed(self.write_dashboard, flags, experiment)
 
     def write_dashboard(self, flags, experiment):
-        """See set_up_dashboard."""
+        """Writes the summaries of set_up_dashboard."""
         flags = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in flags.items()
             if name not in RUNTIME_FLAGS
         }
         summaries = hparams(flags, {f"test_{experiment.metric}": None})
-        # TensorBoard sorts them by name, but for those that differ between runs, and shows the first five.
+        # TensorBoard shows the first five flags: those that are marked as different between runs, then the others by
+        # name.
         plugin_data = summaries[0].value[0].metadata.plugin_data
         table = HParamsPluginData.FromString(plugin_data.content)
         for info in table.experiment.hparam_infos:
@@ -66,7 +67,7 @@ class EpochLogger(TensorBoardLogger):
         return self.save_dir
 
     def log_metrics(self, metrics, step=None):
-        """Logs metrics of the current epoch, each one once: EpochReport does so ahead of Lightning."""
+        """Logs metrics of the current epoch, each only once: EpochReport logs them before Lightning does."""
         new = {name for name in metrics if name != "epoch" and self.logged.get(name) != self.epoch}
         self.logged.update(dict.fromkeys(new, self.epoch))
         self.log_unless_failed(
@@ -75,7 +76,7 @@ class EpochLogger(TensorBoardLogger):
 
     @rank_zero_only
     def flush(self):
-        """Writes all that was logged so far to the disk."""
+        """Writes everything that was logged so far to the disk."""
         self.log_unless_failed(self.experiment.flush)
 
     def save(self):
@@ -83,7 +84,7 @@ class EpochLogger(TensorBoardLogger):
 
     @rank_zero_only
     def close(self):
-        """Ends the writer of the files, and its thread."""
+        """Closes the writer of the files and ends its thread."""
         with contextlib.suppress(OSError):
             self.experiment.close()
 
@@ -92,7 +93,7 @@ class EpochLogger(TensorBoardLogger):
             self.log_unless_failed(super().finalize, status)
 
     def log_unless_failed(self, function, *args):
-        """Calls a function that logs. Once one has failed, the run goes on without; a full disk ends it."""
+        """Calls a function that logs. After a failure, the run continues without logging; a full disk ends the run."""
         if not self.has_failed:
             self.has_failed = True
             with best_effort(f"logging to TensorBoard's files in {self.log_dir}"):

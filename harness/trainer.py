@@ -1,4 +1,4 @@
-"""The Trainer of a run, and what is checked before it trains."""
+"""The Trainer of a run, and the checks before training."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from harness.errors import one_line, supports_progress_bar, warn
 from harness.folder import RunError
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's names
-NO_WORKERS_HINT = "give --num_workers 0, which is the fastest, since the images are in memory"
+NO_WORKERS_HINT = "give --num_workers 0, which is the fastest because the images are in memory"
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, as Lightning's default, whose new context for each of a step's 45 actions takes longer."""
+    """Measures nothing. Lightning's default is slower: it makes a context manager for each of a step's 45 actions."""
 
     def profile(self, action_name):
         return contextlib.nullcontext()
@@ -28,31 +28,31 @@ class NoProfiler(PassThroughProfiler):
 
 def make_trainer(args, root_dir, callbacks):
     """
-    The Trainer that the flags ask for, without a logger as long as the run has no folder. Raises a RunError if they do
-    not fit the machine, or the processes that were started.
+    Creates the Trainer for the flags. It has no logger yet, because the run has no folder yet. Raises a RunError if the
+    flags do not match the machine or the processes that were started.
     Inputs:
-        args - Namespace of every flag.
-        root_dir - The run's own folder: under SLURM, Lightning loads an hpc_ckpt_N.ckpt that it finds there.
-        callbacks - The run's callbacks; those that any Trainer has are added.
+        args - Namespace of all flags.
+        root_dir - The run's own folder: under SLURM, Lightning loads an hpc_ckpt_N.ckpt that is in this folder.
+        callbacks - The run's callbacks. The callbacks that every Trainer needs are added.
     """
     num_processes = args.devices * args.num_nodes
-    ignored = [name for name in os.environ if name.startswith("PL_TRAINER_")]  # Lightning takes them for arguments
+    ignored = [name for name in os.environ if name.startswith("PL_TRAINER_")]  # Lightning would use them as arguments
     for name in ignored:
         del os.environ[name]
     if ignored:
         names = ", ".join(ignored)
-        warn(f"note: {names} in the environment: without effect, a run is what its flags say", num_processes)
+        warn(f"note: ignored environment variables: {names}; only flags change a run", num_processes)
     callbacks = [
         processes.RunHooks(args.seed),
         *callbacks,
-        *([TQDMProgressBar()] if has_progress_bar(args) else []),  # not rich's, if that is installed
+        *([TQDMProgressBar()] if has_progress_bar(args) else []),  # else Lightning uses rich if it is installed
     ]
     try:
         kind = devices.pick_device(args.accelerator, num_processes)
         if kind == "cuda":
             devices.check_number_of_gpus(args.devices, slurm.srun_tasks()[1])
         if args.precision == "bf16" and not devices.has_bf16(kind):
-            slower = "--precision bf16 is slower here than 32: this processor has no arithmetic for it"
+            slower = "--precision bf16 is slower than 32 here: this processor has no native bfloat16"
             warn(f"warning: {slower}", num_processes)
         return pl.Trainer(
             default_root_dir=root_dir,
@@ -80,8 +80,8 @@ def make_trainer(args, root_dir, callbacks):
 
 def check_shared_memory(num_workers, loader):
     """
-    Raises a RunError if the shared memory has no room for the minibatches that the worker processes of two such data
-    loaders send: torch would wait for them for ever.
+    Raises a RunError if shared memory is too small for the minibatches that the worker processes of two such data
+    loaders send. torch would wait for these minibatches forever.
     """
     size = sum(part.nbytes for part in default_collate([loader.dataset[0]])) * min(
         loader.batch_size, len(loader.dataset)
@@ -95,7 +95,7 @@ def check_shared_memory(num_workers, loader):
 
 
 def check_validation_size(num_val, num_processes):
-    """Raises a RunError if there is no validation image for each process."""
+    """Raises a RunError if there are fewer validation images than processes."""
     if num_val < num_processes:
         raise RunError(
             f"{num_val} validation images are too few for {num_processes} processes: lower --devices or --num_nodes"
@@ -103,5 +103,5 @@ def check_validation_size(num_val, num_processes):
 
 
 def has_progress_bar(args):
-    """Whether there is a progress bar."""
+    """Returns whether the run shows a progress bar."""
     return args.progress_bar and supports_progress_bar(sys.stdout)

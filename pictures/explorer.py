@@ -1,4 +1,4 @@
-"""Writes the latent-space explorer, one HTML file: the page explorer.html with a model's weights, points and facts."""
+"""Writes the latent-space explorer, a single HTML file: explorer.html with a model's weights, points and facts."""
 
 import base64
 import hashlib
@@ -15,19 +15,19 @@ from harness.files import write_text
 from pictures.latent_space import Plane
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
-MAX_WEIGHTS = 12_000_000  # of encoder and decoder together: a file of 32 MB
-MAX_PRODUCTS = 40_000_000  # multiplications for one image: more than a tenth of a second
+MAX_WEIGHTS = 12_000_000  # weights of encoder and decoder together, in a file of 32 MB
+MAX_PRODUCTS = 40_000_000  # multiplications per image; more take longer than a tenth of a second
 MAX_POINTS = 10_000
-MAX_FULL_PRECISION_WEIGHTS = 100_000  # of a layer; for a larger one the file has space for half precision only
-# What the page says about the model: values of evaluation.json, the name of the run, and what the labels are.
+MAX_FULL_PRECISION_WEIGHTS = 100_000  # weights of a layer; larger layers are stored in half precision
+# What the page shows about the model: values of evaluation.json, the name of the run, and the kind of labels.
 FACTS = ["run", "legend", "model", "dataset", "binarization", "epoch", "test_images", "iw_samples", "active_units"]
 FACTS += [name + error for name in ["test_bpd", "elbo", "log_likelihood"] for error in ["", "_standard_error"]]
-ACTIVATIONS = {nn.ReLU: "ReLU", nn.GELU: "GELU", nn.Tanh: "Tanh", nn.SiLU: "SiLU"}  # their names in the template
-IGNORED = [nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout]  # they change neither numbers nor their order
+ACTIVATIONS = {nn.ReLU: "ReLU", nn.GELU: "GELU", nn.Tanh: "Tanh", nn.SiLU: "SiLU"}  # names in the template
+IGNORED = [nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout]  # layers that change neither numbers nor their order
 
 
 class ExplorerError(UserError):
-    """There is no explorer for this model; the message says why."""
+    """Raised if there can be no explorer for a model. The message says why."""
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def write_explorer(
     path: Path, encoder: nn.Module, decoder: nn.Module, imgs: Tensor, means: Tensor, plane: Plane, facts: dict
 ):
     """
-    Writes the page.
+    Writes the explorer of a model as an HTML file.
     Inputs:
         path - The HTML file to write.
         encoder, decoder - The networks: images [B,1,H,W] to mean and log_std, each [B,D]; latents [B,D] to logits
@@ -43,13 +43,13 @@ def write_explorer(
         imgs - The test set, images of shape [N,1,H,W].
         means - Tensor of shape [N,D], the means of their posteriors.
         plane - The Plane on which the images are shown.
-        facts - Dict of plain values, of which the page shows FACTS.
+        facts - Dict of plain values. The page shows FACTS and ignores the others.
     Raises:
         ExplorerError - if a network is too large, or the page cannot compute it.
     """
     num_weights = sum(weight.numel() for net in [encoder, decoder] for weight in net.parameters())
     if num_weights > MAX_WEIGHTS:
-        raise ExplorerError(f"the networks have {num_weights:,} weights, more than {MAX_WEIGHTS:,}")
+        raise ExplorerError(f"the networks have {num_weights:,} weights, but at most {MAX_WEIGHTS:,} are possible")
     few_imgs, few_means = imgs[:10].to(decoder.device), means[:10].to(decoder.device)
     networks, numbers = {}, []
     for name, net, x, y in [
@@ -59,13 +59,15 @@ def write_explorer(
         networks[name], weights = export_layers(net, x, y, name)
         num_products = sum(map(num_multiplications, networks[name]))
         if num_products > MAX_PRODUCTS:
-            raise ExplorerError(f"the {name} takes {num_products:,} multiplications, more than {MAX_PRODUCTS:,}")
+            raise ExplorerError(
+                f"the {name} needs {num_products:,} multiplications, but at most {MAX_PRODUCTS:,} are possible"
+            )
         numbers += [part for weight in weights for part in split_to_half(weight.flatten().cpu())]
     classes = plane.labels[plane.labels >= 0].unique()
     shown = torch.linspace(0, len(imgs) - 1, min(len(imgs), MAX_POINTS)).long()
     places = plane.places[shown]
     low, high = places.amin(dim=0), places.amax(dim=0)
-    half_span = (0.53 * (high - low)).clamp(min=1)  # at least that of the prior, if all posteriors are alike
+    half_span = (0.53 * (high - low)).clamp(min=1)  # at least the size of the prior, even if all posteriors are equal
     low, high = (low + high) / 2 - half_span, (low + high) / 2 + half_span
     in_bytes = [*((places - low) / (high - low) * 255).round().T, torch.searchsorted(classes, plane.labels[shown])]
     numbers += [part.to(torch.uint8).numpy() for part in in_bytes]
@@ -83,15 +85,15 @@ def write_explorer(
         "units": means.var(dim=0).argsort(descending=True).tolist(),
         "num_active": facts["active_units"],
         "largest": means.abs().amax(dim=0).tolist(),
-        "facts": {name: facts.get(name) for name in FACTS},  # what is not known yet is null
+        "facts": {name: facts.get(name) for name in FACTS},  # facts that are not known yet are null
     }
     write_text(path, render_page(data, b"".join(array.tobytes() for array in numbers)))
 
 
 def split_to_half(weights):
     """
-    A layer's weights [N] as a list of arrays in half precision: the rounded weights and, for up to
-    MAX_FULL_PRECISION_WEIGHTS of them, the rounding errors. Raises an ExplorerError if a weight is too large.
+    Converts a layer's weights [N] to a list of arrays in half precision: the rounded weights and, for up to
+    MAX_FULL_PRECISION_WEIGHTS weights, the rounding errors. Raises an ExplorerError if a weight is too large.
     """
     halves = [weights.half()]
     if not halves[0].isfinite().all():
@@ -102,7 +104,7 @@ def split_to_half(weights):
 
 
 def num_multiplications(layer):
-    """Number of multiplications of a layer for one image."""
+    """Returns the number of multiplications of a layer for one image."""
     if "kernel_size" not in layer:
         return layer.get("num_weights", 0)
     small = layer["output" if layer["kind"] == "convolution" else "input"]
@@ -111,11 +113,11 @@ def num_multiplications(layer):
 
 def export_layers(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list, list]:
     """
-    A network as a list of layers that the page can compute.
+    Converts a network to a list of layers that the page can compute.
     Inputs:
         net - The network, a Module.
         x, y - An input of the network and the output for it, flattened or not.
-        name - Name of the network for the messages.
+        name - Name of the network for messages.
     Outputs:
         layers - List of dicts of plain values: the kind of each layer and its sizes.
         weights - List of the layers' weights and biases in their order.
@@ -123,7 +125,7 @@ def export_layers(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list
         ExplorerError - if the page cannot compute the network.
     """
     layers, weights = [], []
-    different = ExplorerError(f"the {name} does something else than its layers one after the other")
+    different = ExplorerError(f"the {name} does not simply apply its layers one after the other")
     for module in [module for module in net.modules() if not list(module.children())]:
         kind, before = type(module), x.flatten(start_dim=1) if isinstance(module, nn.Linear) else x
         try:
@@ -150,7 +152,7 @@ def export_layers(net: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[list
 
 
 def is_convolution(module):
-    """Whether a module is a convolution or transposed convolution that the page can compute."""
+    """Returns whether a module is a convolution or transposed convolution that the page can compute."""
     return (
         type(module) in [nn.Conv2d, nn.ConvTranspose2d]
         and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
@@ -160,18 +162,18 @@ def is_convolution(module):
 
 def render_page(data, numbers):
     """
-    The content of the page.
+    Returns the HTML of the page.
     Inputs:
-        data - Data that JSON can hold, the user's strings among them.
-        numbers - Bytes.
+        data - Data that JSON can represent, including strings of the user.
+        numbers - Bytes of the weights and points.
     Outputs:
-        text - The template with both. No string can become markup or a script: in the JSON, "<" is escaped, the page
-            shows strings as text only, and the policy allows nothing but the template's own script and style.
+        text - The template with data and numbers. No string can become markup or a script: in the JSON, "<" is escaped;
+            the page shows strings only as text; and the policy allows only the template's script and style.
     """
     template = TEMPLATE.read_text(encoding="utf-8")
 
     def source(tag):
-        """The template's own element of a kind, as a content security policy names it: by its SHA-256 checksum."""
+        """Returns the SHA-256 checksum by which a content security policy identifies the template's script or style."""
         content = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
         return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 

@@ -1,4 +1,4 @@
-"""Figures of a run and of a trained model. Import this before what imports matplotlib itself, as Lightning does."""
+"""Figures of a run and of a trained model. Import this before any module that imports matplotlib, such as Lightning."""
 
 import importlib
 import logging
@@ -18,16 +18,16 @@ from harness.files import atomic_write
 
 BPD_TICKS = [0.05, 0.07, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.5, 0.7, 1]  # the range of MNIST's curves
 DPI = 150
-MAX_PIXELS = 4000  # along a side of a table of large images
-CELL = 0.45  # side of an image in a table, in inches
-MAX_IN_LEGEND = 50  # labels, in two columns
-SETTINGS = ["MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"]  # matplotlib's, in the environment
+MAX_PIXELS = 4000  # maximum along a side of a table of images
+CELL = 0.45  # inches: side of an image in a table
+MAX_IN_LEGEND = 50  # labels in a legend of two columns; more get a colour scale
+SETTINGS = ["MPLBACKEND", "MPLCONFIGDIR", "MATPLOTLIBRC"]  # matplotlib's environment variables
 
 
 def import_matplotlib():
     """
-    Imports matplotlib with the user's settings, such as the backend of a notebook, or without them if it refuses them.
-    It prints nothing about them. The environment is the same afterwards.
+    Imports matplotlib with the user's settings, such as the backend of a notebook, or without these settings if
+    matplotlib refuses them. Nothing is printed about them. The environment variables are restored afterwards.
     """
     logger, environment = logging.getLogger("matplotlib"), {name: os.environ.get(name) for name in SETTINGS}
     level = logger.level
@@ -39,9 +39,9 @@ def import_matplotlib():
                 importlib.import_module("matplotlib.pyplot")
             except Exception:
                 for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-                    del sys.modules[name]  # imported in part
+                    del sys.modules[name]  # the failed import left them
                 os.environ.update(dict.fromkeys(SETTINGS, ""), MPLCONFIGDIR=os.path.join(os.devnull, "unusable"))
-                importlib.import_module("matplotlib.pyplot")  # with an empty folder of settings, which it makes
+                importlib.import_module("matplotlib.pyplot")  # with an empty folder of settings
     finally:
         logger.setLevel(level)
         for name, value in environment.items():  # matplotlib changes MPLCONFIGDIR if it cannot write there
@@ -58,7 +58,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
-default_settings = style.context("default")  # a decorator: a function plots as if the user had no settings
+default_settings = style.context("default")  # decorator: the function ignores the user's settings
 
 
 @default_settings
@@ -89,14 +89,14 @@ def bpd_curves(path: str | Path, train: dict, val: dict, test_bpd: float, title:
 
 
 def bpd_locator(low, high):
-    """The locator of some ticks on a logarithmic axis of bits per dimension from low to high."""
+    """Returns a locator of ticks for a logarithmic axis of bits per dimension from low to high."""
     if sum(low <= tick <= high for tick in BPD_TICKS) > 2 and high < 25 * low:
         return FixedLocator(BPD_TICKS)
     return MaxNLocator(6) if high < 3 * low else LogLocator(subs=[1, 2, 3, 5, 7])
 
 
 def training_curves(path: str, run, metric: str, title: str):
-    """Plots a metric of a finished harness.Run: of training, from its first step on, of validation and of the test."""
+    """Plots a metric of a finished harness.Run over the epochs: training (from the first step on), validation, test."""
     train = {0: run.results.get(f"first_step_{metric}"), **run.curve(f"train_{metric}")}
     bpd_curves(path, train, run.curve(f"val_{metric}"), run.results[f"test_{metric}"], title)
 
@@ -104,11 +104,11 @@ def training_curves(path: str, run, metric: str, title: str):
 @default_settings
 def samples_over_training(path: str | Path, run=None):
     """
-    Saves a picture of a run's samples: those of the untrained model, of epoch 10 or the last one before it, and of the
-    last epoch that has any.
+    Saves a picture of a run's samples: of the untrained model, of epoch 10 (or the last epoch before it that has
+    samples), and of the last epoch that has samples.
     Inputs:
         path - The PNG file to write, in the folder of the files epoch_N_samples.png.
-        run - The harness.Run that gives the path.
+        run - Not used; a harness.Run passes itself.
     """
     folder = Path(path).parent
     matches = [re.fullmatch(r"epoch_(\d+)_samples.png", file.name) for file in folder.iterdir()]
@@ -125,12 +125,13 @@ def samples_over_training(path: str | Path, run=None):
 @default_settings
 def bpd_by_setting(path: str | Path, bpds: dict):
     """
-    Plots the test bpd of many runs, a row per setting: each run, their mean and their standard deviation.
+    Plots the test bpd of many runs in one row per setting: each run, their mean and their standard deviation.
     Inputs:
         path - The PNG file to write.
         bpds - Dict from setting to the list of its runs' test bpd.
     """
-    # In a third of the width. A null character hides the space between a flag and its value, where no line may end.
+    # Labels get a third of the width. A null character replaces the space between a flag and its value, so that no line
+    # ends there.
     lines = [textwrap.fill(re.sub("(?<!,) ", "\0", name), 40, break_on_hyphens=False) for name in bpds]
     names = [name.replace("\0", " ") for name in lines]
     lines_per_row = max(name.count("\n") for name in names) + 1
@@ -143,7 +144,7 @@ def bpd_by_setting(path: str | Path, bpds: dict):
         axes.errorbar(mean(values), row, xerr=width, fmt="|", color="black", markersize=14, capsize=4, label=all_runs)
     axes.set(xlabel="test bpd, bits per dimension")
     axes.set_yticks(range(len(bpds)), names, parse_math=False)
-    axes.set_ylim(len(bpds) - 0.5, -0.5)  # the first row on top, as in a table
+    axes.set_ylim(len(bpds) - 0.5, -0.5)  # the first row is at the top, as in a table
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     save(figure, path)
@@ -160,8 +161,8 @@ def image_table(
         images - Array of shape [R,C,H,W], values between 0 and 1.
         rows, columns - Lists of R and C labels, or empty.
         title - Title of the table, or empty.
-        axis_names - Names of the horizontal and vertical axis of a plane of images, which has no gaps between them and
-            the columns' labels below.
+        axis_names - Names of the horizontal and vertical axis if the table is a plane of images. There are then no gaps
+            between the images, and the labels of the columns are below the table.
     """
     (num_rows, num_columns), gap = images.shape[:2], 0 if axis_names else 2
     tiles = np.pad(images, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=0.5)
@@ -180,7 +181,7 @@ def image_table(
     x_name, y_name = axis_names or (None, None)
     axes.set(title=title, xlabel=x_name, ylabel=y_name)
     axes.spines[:].set_visible(False)
-    # Enough dots for each pixel of an image, even if labels take a part of the width; within limits.
+    # Enough dots to show each pixel of an image even if labels take a part of the width, but a limited size.
     dpi = max(DPI, min(math.ceil(1.15 * side / CELL), int(MAX_PIXELS / max(figsize))))
     save(figure, f"{name}.png", f"{name}.pdf", dpi=dpi)
 
@@ -191,10 +192,10 @@ def latent_space(name: Path, points: ArrayLike, labels: ArrayLike, axis_names: l
     Plots images as points of a plane, coloured by their labels, as a PNG and a PDF file.
     Inputs:
         name - Path of the files without .png and .pdf.
-        points, labels - Arrays of shape [N,2] and [N]; without a legend if all labels are negative.
+        points, labels - Arrays of shape [N,2] and [N]. If all labels are negative, there is no legend.
         axis_names - Names of the two coordinates.
         title - Title of the plot.
-        legend - What the labels are.
+        legend - Title of the legend, the kind of labels.
     """
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The pictures of a model's latent space that evaluate.py saves, and the plane on which test images are shown."""
+"""Saves the pictures of a model's latent space for evaluate.py, and computes the plane that shows the test images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ class Plane(NamedTuple):
     """
     A plane of the latent space, on which images are shown.
     Attributes:
-        places - Tensor of shape [N,2], where each image is.
+        places - Tensor of shape [N,2], the place of each image.
         labels - Tensor of shape [N]; an unknown label is -1.
         axes - Names of the two coordinates.
-        center, directions - Tensors of shape [D] and [D,2]: latents z are at (z - center) @ directions.
+        center, directions - Tensors of shape [D] and [D,2]: the place of latents z is (z - center) @ directions.
     """
 
     places: Tensor
@@ -31,13 +31,13 @@ class Plane(NamedTuple):
 
 class PictureData(NamedTuple):
     """
-    What the pictures show, all on the CPU.
+    The data that the pictures show, all on the CPU.
     Attributes:
         decode - Function from latents [...,D] to the means of the pixels [...,H,W], between 0 and 1.
         imgs, labels - The test set, tensors of shape [N,H,W] and [N]; an unknown label is -1.
         means - Tensor of shape [N,D], the means of the posteriors.
         samples, sample_means - Tensors of shape [R,C,H,W], sampled images and the means of their pixels.
-        legend - What the labels are.
+        legend - The kind of labels, such as digit.
     """
 
     decode: Callable[[Tensor], Tensor]
@@ -51,11 +51,11 @@ class PictureData(NamedTuple):
 
 def plane(means: Tensor, labels: Tensor, legend: str = "digit") -> Plane:
     """
-    The plane on which test images are shown: with 2 latents that of the latents themselves, with more that of their
-    first two principal components; a single latent is shown over the label.
+    Returns the plane on which test images are shown. With 2 latents, it is the latent space; with more, the plane of
+    the first two principal components. A single latent is shown on the horizontal axis, and the label on the vertical.
     Inputs:
         means - Tensor of shape [N,D], the means of the posteriors.
-        labels, legend - Tensor of shape [N], and what the labels are.
+        labels, legend - Tensor of shape [N], and the kind of labels.
     """
     z_dim = means.shape[1]
     if z_dim <= 2:
@@ -73,7 +73,7 @@ def plane(means: Tensor, labels: Tensor, legend: str = "digit") -> Plane:
 
 
 def first_three_per_label(labels: Tensor) -> Tensor:
-    """Indices [3,C] of the first three images of each label, of at most ten labels; without labels, of 30 images."""
+    """Returns indices [3,C] of three images per label, for up to ten labels; without labels, of the first 30 images."""
     by_label = [(labels == label).nonzero().squeeze(1)[:3] for label in labels.unique() if label >= 0]
     triples = [indices for indices in by_label if len(indices) == 3][:10]
     return torch.stack(triples, dim=1) if len(triples) > 1 else torch.arange(len(labels))[:30].view(3, -1)
@@ -88,7 +88,7 @@ def reconstructions(name, shown):
 
 
 def interpolations(name, shown):
-    """Saves a picture of decoded points of the straight lines in latent space between test images."""
+    """Saves a picture of decoded points on straight lines in latent space between test images."""
     start, second, _ = first_three_per_label(shown.labels)
     end = second.roll(-1)  # 0 to 1, 1 to 2, ..., 9 to 0
     weights = torch.linspace(0, 1, 11)
@@ -100,7 +100,7 @@ def interpolations(name, shown):
 
 
 def traversals(name, shown):
-    """Saves a picture in which each active unit, the most active first, changes from -3 to 3 and the others do not."""
+    """Saves a picture with a row per active unit, the most active first: it changes from -3 to 3, the others do not."""
     active = active_units(shown.means).nonzero().squeeze(1)
     active = active[shown.means.var(dim=0)[active].argsort(descending=True)]
     if not len(active):
@@ -146,25 +146,25 @@ FILES = [f"{picture.__name__}.{kind}" for picture in PICTURES for kind in ["png"
 @torch.no_grad()
 def save_pictures(folder: Path, model: nn.Module, imgs: Tensor, labels: Tensor, means: Tensor, legend: str = "digit"):
     """
-    Saves the PICTURES of a model as PNG and PDF files. Those of an earlier evaluation are removed first. A picture that
-    fails is a line on stderr, unless the disk is full.
+    Saves the PICTURES of a model as PNG and PDF files. The pictures of an earlier evaluation are removed first. If a
+    picture fails, a warning is printed on stderr and the others are saved. A full disk is an error.
     Inputs:
         folder - Folder of the files.
         model - The VAE.
         imgs, labels - The test set, tensors of shape [N,1,H,W] and [N]; an unknown label is -1.
         means - Tensor of shape [N,D], the means of the posteriors.
-        legend - What the labels are.
+        legend - The kind of labels, such as digit.
     """
 
     def decode(z):
         x_mean = torch.sigmoid(model.decoder(z.flatten(0, -2).to(model.device)))
         return x_mean.squeeze(-3).unflatten(0, z.shape[:-1]).cpu()
 
-    sampled = [drawn.squeeze(1).unflatten(0, [8, 8]).cpu() for drawn in model.sample(64)]
+    sampled = [part.squeeze(1).unflatten(0, [8, 8]).cpu() for part in model.sample(64)]
     shown = PictureData(decode, imgs.squeeze(1), labels, means, *sampled, legend)
     for name in FILES:
         with best_effort(f"removing {folder / name}"):
             (folder / name).unlink(missing_ok=True)
     for save_picture in PICTURES:
-        with best_effort(f"drawing {folder / save_picture.__name__}"):
+        with best_effort(f"saving {folder / save_picture.__name__}"):
             save_picture(folder / save_picture.__name__, shown)

@@ -1,4 +1,4 @@
-"""Pictures of a training: in TensorBoard, and as PNG files."""
+"""Saves pictures during training: in TensorBoard, and as PNG files."""
 
 import io
 from pathlib import Path
@@ -11,19 +11,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 def save_picture(trainer, name: str, picture: Tensor, epoch: int, save_to_disk: bool = False):
     """
-    Adds a picture to TensorBoard, if the Trainer has TensorBoard's logger, and saves it as epoch_N_name.png. The file
-    is in the folder of the first logger; without one, or if that has no folder, in the Trainer's default_root_dir.
+    Adds a picture to TensorBoard, if the Trainer has a TensorBoard logger, and saves it as epoch_N_name.png. The file
+    is in the folder of the first logger. If there is no logger, or the first one has no folder, the file is in the
+    Trainer's default_root_dir.
     Inputs:
         trainer - The PyTorch Lightning Trainer, with any loggers.
         name - Tag of the picture.
         picture - Tensor of shape [3,H,W] of values between 0 and 1.
         epoch - N, the number of epochs trained so far.
-        save_to_disk - If False, no file is written.
+        save_to_disk - If False, the PNG file is not written.
     """
     png = encode(picture)
     for logger in list(trainer.loggers) or [trainer.logger]:
         writer = getattr(logger, "experiment", None)
-        if isinstance(writer, SummaryWriter):  # its add_image would encode the picture once more
+        if isinstance(writer, SummaryWriter):  # its add_image would encode the picture again
             height, width = picture.shape[1:]
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
             writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
@@ -36,7 +37,7 @@ def save_picture(trainer, name: str, picture: Tensor, epoch: int, save_to_disk: 
 
 
 def encode(picture: Tensor) -> bytes:
-    """The content of the PNG file of a picture [3,H,W]."""
+    """Encodes a picture [3,H,W] as the content of a PNG file."""
     pixels, file = picture.mul(255).round().byte().permute(1, 2, 0).cpu(), io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "png", compress_level=1)  # 6, the default, takes three times as long
     return file.getvalue()

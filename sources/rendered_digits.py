@@ -1,11 +1,14 @@
 """
-Digits to train on if MNIST cannot be downloaded: rendered from the fonts that matplotlib ships, in MNIST's format.
+Renders digits in MNIST's format from the fonts that matplotlib ships: training data if MNIST cannot be downloaded.
 
-They keep to MNIST's rules: 28x28 pixels of 0 (paper) to 255 (ink), the digit in a box of 20x20 pixels in its own
-proportions, its centre of mass within half a pixel of pixel (14, 14). 60,000 images take about a second on one core.
-Each digit of each font is rendered once, large, and turned into a distance field: how far each point lies inside the
-ink. An image is a random affine map of this field; what is added to the distance before it turns to grey is the weight
-of the pen (Green, "Improved Alpha-Tested Magnification for Vector Textures and Special Effects", SIGGRAPH 2007).
+The images follow MNIST's rules: 28x28 pixels from 0 (paper) to 255 (ink). A digit keeps its proportions, fits into a
+box of 20x20 pixels, and has its centre of mass within half a pixel of pixel (14, 14). Rendering 60,000 images takes
+about a second on one core.
+
+Each digit of each font is rendered once, large, and converted to a distance field: how far each point lies inside the
+ink. An image is a random affine map of this field. A number that is added to the distance, before the distance is
+converted to grey, sets the width of the pen (Green, "Improved Alpha-Tested Magnification for Vector Textures and
+Special Effects", SIGGRAPH 2007).
 """
 
 import functools
@@ -20,8 +23,8 @@ from torch import Tensor
 
 from harness.errors import DataError
 
-# Fonts with ten plain digits, and the width of their thinnest strokes in em. Left out: a zero with a dot in it
-# (DejaVuSansMono), old-style figures (cmmi10), symbols, and slanted cuts that the random shear makes anyway.
+# Fonts with ten plain digits, and the width of their thinnest strokes in em. Not included: a zero with a dot in it
+# (DejaVuSansMono), old-style figures (cmmi10), symbols, and slanted variants, since the random shear slants all digits.
 FONTS = {
     "DejaVuSans": 0.06,
     "DejaVuSans-Bold": 0.105,
@@ -35,39 +38,41 @@ FONTS = {
 EM = 88  # pixels: the size in which the glyphs are rendered
 CANVAS = 96  # pixels: each side of the square on which they are rendered
 FIELD = 48  # samples: each side of a distance field
-IMAGES_PER_BLOCK = 1_000  # images made at a time, which bounds the memory
+IMAGES_PER_BLOCK = 1_000  # images that are rendered at a time; this bounds the memory
 
-# Sampled uniformly between two limits for each image, chosen to come near MNIST's own spread.
+# Each parameter is sampled uniformly between two limits for each image. The limits make images as varied as MNIST's.
 LIMITS = {
-    "stretch": (0.9, 1.3),  # width relative to the font's: type is narrower than handwriting
+    "stretch": (0.9, 1.3),  # width relative to the font's: handwriting is wider than type
     "shear": (-0.15, 0.45),  # pixels to the right per pixel up: handwriting leans to the right
-    "rotation": (-0.15, 0.15),  # radians clockwise, far from turning a 6 into a 9
+    "rotation": (-0.15, 0.15),  # radians clockwise, far too small to turn a 6 into a 9
     "shift_x": (-0.5, 0.5),  # pixels: MNIST's digits are centred to the nearest pixel
     "shift_y": (-0.5, 0.5),  # pixels
-    "box": (18.5, 19.5),  # pixels: longer side of the digit, to the middle of its grey edge
-    "pen": (1.1, 2.1),  # pixels: the thinnest stroke of the digit
+    "box": (18.5, 19.5),  # pixels: longer side of the digit, measured to the middle of its grey edge
+    "pen": (1.1, 2.1),  # pixels: width of the digit's thinnest stroke
 }
-EDGE = 1.2  # pixels from paper to ink across the grey edge
+EDGE = 1.2  # pixels: width of the grey edge between paper and ink
 
-SYSTEM_DATA = Path("/usr/share/matplotlib/mpl-data")  # where Debian's and Ubuntu's matplotlib has the same fonts
+SYSTEM_DATA = Path("/usr/share/matplotlib/mpl-data")  # the fonts of Debian's and Ubuntu's matplotlib
 
 
 def font_path(name: str) -> Path:
     """
-    The file of one of matplotlib's FONTS. (Importing matplotlib to ask would take longer and make its settings folder.)
-    Raises a DataError if it is missing. A font of the same name from elsewhere may have other digits.
+    Returns the file of one of matplotlib's FONTS. Raises a DataError if it is missing, since a font of the same name
+    from elsewhere may have other digits. matplotlib is not imported, because this takes longer and makes its settings
+    folder.
     """
     spec = importlib.util.find_spec("matplotlib")
-    own_data = [Path(spec.origin).parent / "mpl-data"] if spec and spec.origin else []  # a mere folder has no origin
+    # A folder of this name that is not matplotlib has no origin.
+    own_data = [Path(spec.origin).parent / "mpl-data"] if spec and spec.origin else []
     for data in [*own_data, SYSTEM_DATA]:
         if (path := data / "fonts" / "ttf" / f"{name}.ttf").is_file():
             return path
     problem = f"rendered digits need matplotlib's font {name}.ttf, which is missing"
-    raise DataError(f"{problem}: pip install --force-reinstall matplotlib")
+    raise DataError(f"{problem}: run `pip install --force-reinstall matplotlib`")
 
 
 def render_glyph(font, digit):
-    """Ink of one large digit with its centre of mass in the middle: bool array [CANVAS, CANVAS]."""
+    """Renders one large digit, its centre of mass in the middle. Returns its ink, a bool array [CANVAS, CANVAS]."""
     image = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(image).text((CANVAS / 2, CANVAS / 2), str(digit), fill=255, font=font, anchor="mm")
     ink = np.asarray(image) > 127
@@ -77,8 +82,9 @@ def render_glyph(font, digit):
 
 def distance_to(mask):
     """
-    Distances in pixels, float32 [FIELD,FIELD], to the nearest point of a mask, bool [CANVAS,CANVAS]. Squared distances
-    take one pass per axis (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions", 2012).
+    Returns the distances in pixels, float32 [FIELD,FIELD], to the nearest point of a mask, bool [CANVAS,CANVAS].
+    Squared distances need one pass per axis (Felzenszwalb and Huttenlocher, "Distance Transforms of Sampled Functions",
+    2012).
     """
     samples = np.linspace(0, CANVAS - 1, FIELD, dtype=np.float32)
     steps = (samples[:, None] - np.arange(CANVAS, dtype=np.float32)) ** 2
@@ -91,19 +97,19 @@ def distance_to(mask):
 @functools.cache
 def glyphs():
     """
-    The G = 10 * len(FONTS) glyphs, digit d of font f at 10 * f + d. Lengths are in halves of the canvas, and (0, 0) is
-    its middle.
+    Renders the G = 10 * len(FONTS) glyphs; the index of digit d of font f is 10 * f + d. The unit of length is half the
+    side of the canvas, and (0, 0) is its middle.
     Outputs:
         fields - Tensor of shape [G,FIELD,FIELD], distances to the outline, positive inside.
         corners - Tensor of shape [G,32,2], (x, y) of the outermost ink in 32 directions.
-        hairlines - Tensor of shape [G], the thinnest strokes.
+        hairlines - Tensor of shape [G], the widths of the thinnest strokes.
     Raises:
         DataError - if a font is missing.
     """
     fields, corners, hairlines = [], [], []
     angles = np.arange(32) * (2 * np.pi / 32)
     for name, thinnest in FONTS.items():
-        # The basic layout: the other one depends on a library that not every machine has.
+        # The basic layout, since the other one needs a library that not every machine has.
         font = ImageFont.truetype(str(font_path(name)), EM, layout_engine=ImageFont.Layout.BASIC)
         for digit in range(10):
             ink = render_glyph(font, digit)
@@ -117,39 +123,41 @@ def glyphs():
 
 
 def render(glyph, stretch, shear, rotation, shift_x, shift_y, box, pen):
-    """Images uint8 [N, 28, 28] of the glyphs int64 [N]; the other arguments are float [N], in the units of LIMITS."""
+    """Renders images, uint8 [N,28,28], of glyphs, int64 [N]. The other arguments are float [N], in LIMITS' units."""
     fields, corners, hairlines = (table[glyph] for table in glyphs())
 
-    # Glyph (x, y) goes to scale * (xx x + xy y, yx x + yy y): stretched, sheared, then rotated. y grows downwards.
+    # A glyph is stretched, sheared, then rotated: (x, y) moves to scale * (xx x + xy y, yx x + yy y). y points down.
     cos, sin = rotation.cos(), rotation.sin()
     xx, xy, yx, yy = cos * stretch, -cos * shear - sin, sin * stretch, cos - sin * shear
     x_min, x_max = (xx[:, None] * corners[..., 0] + xy[:, None] * corners[..., 1]).aminmax(dim=1)
     y_min, y_max = (yx[:, None] * corners[..., 0] + yy[:, None] * corners[..., 1]).aminmax(dim=1)
     size = torch.maximum(x_max - x_min, y_max - y_min)
 
-    # The pen adds `added` pixels on either side of a stroke. Box and pen are to come out as asked:
+    # The pen adds `added` pixels on each side of a stroke. Two equations determine `scale` and `added`:
     # scale * size + 2 * added = box and scale * hairline + 2 * added = pen.
-    # Lengths grow by sqrt(stretch), the mean of the two axes. The thinnest stroke sets the pen, so that none breaks.
+    # Stretching widens strokes by sqrt(stretch) on average. The pen is the width of the thinnest stroke, so that no
+    # stroke breaks.
     hairlines = hairlines * stretch.sqrt()
     scale = (box - pen) / (size - hairlines)
     added = (pen - scale * hairlines) / 2
 
-    # grid_sample asks where in the glyph a pixel comes from: the inverse of the map, of determinant scale^2 * stretch.
+    # grid_sample needs the point of the glyph for each pixel: the inverse of the map. Its determinant is
+    # scale^2 * stretch.
     pixels = torch.arange(28) - 14
     x, y = pixels - shift_x[:, None, None], pixels[:, None] - shift_y[:, None, None]
     xx, xy, yx, yy = (entry[:, None, None] / (scale * stretch)[:, None, None] for entry in (xx, xy, yx, yy))
     grid = torch.stack([yy * x - xy * y, xx * y - yx * x], dim=1).movedim(1, -1)
     distance = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
-    # Pixels of distance to shades of grey: 127.5 where the added ink ends, 255 / EDGE per pixel.
+    # Distances in pixels become shades of grey: 127.5 at the end of the added ink, and 255 / EDGE more per pixel.
     contrast, middle = scale * stretch.sqrt() * (255 / EDGE), added * (255 / EDGE) + 127.5
     return (distance * contrast[:, None, None] + middle[:, None, None]).clamp(0, 255).to(torch.uint8)
 
 
 def rendered_digits(num_images: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
-    Renders digits in MNIST's format. Any slice of them is a fair sample, with the ten digits about equally often.
+    Renders digits in MNIST's format. Every slice of them is a random sample with about equally many of each digit.
     Inputs:
-        num_images - Number of images; the images of a smaller number are the first of a larger one.
+        num_images - Number of images. A smaller number returns the first images of a larger number.
         seed - The same seed gives the same images.
     Outputs:
         images - uint8 tensor of shape [num_images,28,28], 0 (paper) to 255 (ink).
@@ -159,19 +167,19 @@ def rendered_digits(num_images: int = 60_000, seed: int = 0) -> tuple[Tensor, Te
         DataError - if matplotlib's fonts are missing.
     """
     if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, not {num_images}")
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.tensor(list(LIMITS.values())).T
     images = torch.empty(num_images, 28, 28, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)
-    # One thread: a second saves little on an idle machine, and with other processes the two wait for each other.
+    # One thread: a second one saves little on an idle machine, and under CPU contention the two wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for some_images, some_labels in zip(
             images.split(IMAGES_PER_BLOCK), labels.split(IMAGES_PER_BLOCK), strict=True
         ):
-            # Sampled for a whole chunk even if fewer are wanted, so that an image does not depend on num_images.
+            # Sampled for a whole block even if it has fewer images, so that an image does not depend on num_images.
             glyph = torch.randint(10 * len(FONTS), (IMAGES_PER_BLOCK,), generator=generator)[: len(some_images)]
             values = (
                 torch.rand(IMAGES_PER_BLOCK, len(LIMITS), generator=generator)[: len(some_images)] * (high - low) + low

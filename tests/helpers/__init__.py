@@ -1,8 +1,8 @@
-"""What several tests share. Every name is imported as `from tests.helpers import NAME`."""
+"""Helpers that several test modules share. Import them with `from tests.helpers import NAME`."""
 # ruff: noqa: F401, I001
 
 from tests.helpers.common import MNIST_DIR, NO_MNIST, NO_NETWORK, REPOSITORY, Killed, SeededTest, printed_lines
-from tests.helpers.fake_data import idx, known_files, mirror, small_loaders, small_mnist, stand_in_code
+from tests.helpers.fake_data import idx, known_files, mirror, mock_mnist_code, small_loaders, small_mnist
 from tests.helpers.processes import CommandTest, Forked
 from tests.helpers.runs import GraphTest, NamedRunTest, TrainingTest, assert_left_the_same, few_digits, hold
 from tests.helpers.runs import load, metrics, results, scalars_and_images, summaries, use_few_digits

@@ -1,4 +1,4 @@
-"""Stand-ins for data: loaders of a few rendered digits, a small MNIST on a local mirror, and your own .npz file."""
+"""Mock data: loaders of a few rendered digits, a small MNIST on a local mirror, and a user's .npz file."""
 
 import contextlib
 import gzip
@@ -16,7 +16,7 @@ from sources.rendered_digits import rendered_digits
 
 
 def small_loaders(args, download=True, sampler=None, sizes=(300, 50, 50)):
-    """Loaders of rendered digits, as load_data returns them: 300 to train on, 50 to validate, 50 to test."""
+    """Returns the loaders of load_data for rendered digits: by default 300 training, 50 validation, 50 test images."""
     num_train, num_val, num_test = sizes
     images, labels = rendered_digits(sum(sizes))
     test = slice(num_train + num_val, None)
@@ -28,47 +28,53 @@ def small_loaders(args, download=True, sampler=None, sizes=(300, 50, 50)):
 
 
 def own_images(number, height=20, width=14):
-    """Digits of another size than MNIST's, as a NumPy array."""
+    """Returns digits of another size than MNIST's, as a NumPy array."""
     return rendered_digits(number)[0].repeat(1, 2, 2)[:, 4 : 4 + height, 4 : 4 + width].numpy()
 
 
 def write_npz(folder, name="own.npz", **arrays):
-    """The path of a file of 200 training and 100 test images, with changes; None leaves an array out."""
+    """Writes a file of 200 training and 100 test images, and returns its path. An array that is None is not written."""
     arrays = {"train_images": own_images(200), "test_images": own_images(100), **arrays}
     np.savez(folder / name, **{name: array for name, array in arrays.items() if array is not None})
     return folder / name
 
 
 def idx(tensor):
-    """The bytes of an IDX file, MNIST's format, of a uint8 tensor."""
+    """Returns the bytes of a uint8 tensor in IDX, the format of MNIST's files."""
     head = (0x0800 + tensor.dim()).to_bytes(4, "big") + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
     return head + tensor.to(torch.uint8).numpy().tobytes()
 
 
 def small_mnist(num_train=60, num_test=10):
-    """A small stand-in for MNIST: the content of its four files by name; the same compressed; images and labels."""
+    """
+    Makes a small mock of MNIST. Returns a dict with the contents of its four files, a dict with the compressed
+    contents, the images and the labels.
+    """
     images, labels = rendered_digits(num_train + num_test)
     parts = [images[:num_train], labels[:num_train], images[num_train:], labels[num_train:]]
     content = dict(zip(mnist_files.FILES, map(idx, parts)))
-    packed = {f"{name}.gz": gzip.compress(data) for name, data in content.items()}  # once: gzip writes the time
+    packed = {
+        f"{name}.gz": gzip.compress(data) for name, data in content.items()
+    }  # only once, because gzip writes the time into the file
     return content, packed, images, labels
 
 
 def known_files(content):
-    """The value of mnist_files.FILES for a stand-in: MD5 and size by name."""
+    """Returns the value of mnist_files.FILES for mock files: a dict from name to MD5 and size."""
     return {name: (hashlib.md5(data).hexdigest(), len(data)) for name, data in content.items()}
 
 
 def known_resources(packed):
-    """The value of the attribute `resources` of torchvision's class for a stand-in: names and MD5."""
+    """Returns the attribute `resources` of torchvision's class for mock files: a list of names and MD5."""
     return [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
 
 
 @contextlib.contextmanager
 def mirror(packed, write=None):
     """
-    A context with a local HTTP server as MNIST's only mirror, with the files `packed` (content by name). `write`, if
-    given, is a function of (name, content, output file) that answers. Yields its URL and the list of requested names.
+    Context manager that runs a local HTTP server with the files `packed` (a dict from name to content), as MNIST's only
+    mirror. If `write` is given, this function of (name, content, output file) writes the answers. Yields the server's
+    URL and a list, to which the server adds each requested name.
     """
     requests = []
 
@@ -86,7 +92,7 @@ def mirror(packed, write=None):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # sees shutdown at once
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # shutdown takes at most 0.01 s
     try:
         yield f"http://127.0.0.1:{server.server_port}/", requests
     finally:
@@ -94,10 +100,11 @@ def mirror(packed, write=None):
         server.server_close()
 
 
-def stand_in_code(address, resources, files, **sizes):
+def mock_mnist_code(address, resources, files, **sizes):
     """
-    Lines of Python, for another process, that import bmnist and make it use a stand-in for MNIST: its only mirror, see
-    mirror, known_resources and known_files. sizes are the values of sources.TRAIN_SIZES and sources.NUM_VAL.
+    Returns Python code for another process. The code imports bmnist and replaces MNIST by mock files on a single
+    mirror, see mirror, known_resources and known_files. `sizes` are the values of sources.TRAIN_SIZES and
+    sources.NUM_VAL.
     """
     return (
         "import sources.mnist_files\n"
@@ -106,5 +113,5 @@ def stand_in_code(address, resources, files, **sizes):
         f"vars(sources).update({sizes!r})\n"
         "sizes = sources.TRAIN_SIZES\n"
         "sources.DATA_FLAGS['data']['train_size'] = sources.Flag(sizes[0], 'few', sizes)\n"
-        "import bmnist\n"  # only now: it takes these sizes
+        "import bmnist\n"  # only now, because the import reads these sizes
     )

@@ -1,4 +1,4 @@
-"""Programs of the repository in processes of their own."""
+"""Runs the programs of the repository in separate processes."""
 
 import concurrent.futures
 import importlib
@@ -16,23 +16,23 @@ from tests.helpers.runs import results
 
 
 class CommandTest(SeededTest):
-    """A test that runs programs of the repository in the test's folder."""
+    """Test case that runs programs of the repository in the test's folder."""
 
     def start(self, *command, **variables):
-        """Starts a process of Python, whose stdout and stderr are pipes."""
-        # With several threads, a run would warn on stderr of CPU contention.
+        """Starts a Python process whose stdout and stderr are pipes."""
+        # With several threads, a run may warn of CPU contention on stderr.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return subprocess.Popen([sys.executable, *map(str, command)], cwd=self.folder, env=environment, **options)
 
     def run_command(self, program, *flags, **variables):
-        """Exit code, stdout and stderr of a program."""
+        """Runs a program. Returns its exit code, stdout and stderr."""
         process = self.start(REPOSITORY / program, *flags, **variables)
         stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
 
     def run_forked(self, program, *flags, setup=None, **variables):
-        """Like run_command, but in a forked process, which saves the seconds that imports take."""
+        """Runs a program in a forked process, which saves the time of the imports. Returns the same as run_command."""
         process = Forked(program, *flags, cwd=self.folder, setup=setup, **variables)
         stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
@@ -46,7 +46,7 @@ class CommandTest(SeededTest):
         return folder, results(folder)
 
     def assert_one_line(self, result, code, *parts):
-        """The command failed with this exit code, and its only line on stderr contains all the parts."""
+        """Asserts that a command failed with this exit code and one line on stderr, which contains all parts."""
         self.assertEqual((result[0], result[2].count("\n")), (code, 1), result)
         for part in parts:
             self.assertIn(str(part), result[2])
@@ -54,9 +54,10 @@ class CommandTest(SeededTest):
 
 class Forked:
     """
-    A program of the repository, in a process forked from one that has imported everything; used like a
-    subprocess.Popen with pipes. It runs in the folder `cwd`, with one thread and added environment variables, and
-    first calls `setup`, a function of a module. It is not for a run with several processes, which Lightning starts.
+    A program of the repository in a process that is forked from a process with all imports. It has the methods of a
+    subprocess.Popen with pipes. The process uses one thread, changes to the folder `cwd`, sets the environment
+    `variables`, calls `setup` (a function of a module), and runs the program. Runs with several processes cannot be
+    forked, because Lightning starts their processes.
     """
 
     def __init__(self, program, *flags, cwd, setup=None, **variables):
@@ -74,7 +75,7 @@ class Forked:
 
     @property
     def returncode(self):
-        """The exit code, or minus the number of the signal that ended the process."""
+        """Exit code, or minus the number of the signal that ended the process."""
         return self.process.exitcode
 
     def kill(self):
@@ -82,7 +83,7 @@ class Forked:
         self.process.kill()
 
     def communicate(self, timeout=600):
-        """The rest of stdout and stderr. Waits for the end of the process, and kills it after `timeout` seconds."""
+        """Waits for the process, and kills it after `timeout` seconds. Returns the rest of stdout and stderr."""
         killer = threading.Timer(timeout, self.kill)
         killer.daemon = True
         killer.start()
@@ -95,13 +96,13 @@ class Forked:
 
 
 def run_program(words, cwd, setup, variables, stdout, stderr):
-    """Does in a Forked process what `python PROGRAM FLAGS` does."""
+    """Runs in a Forked process, and has the effect of `python PROGRAM FLAGS`."""
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in [1, 2])
     os.chdir(cwd)
     os.environ.update(variables)
-    multiprocessing.set_start_method(None, force=True)  # in this process it was forkserver
+    multiprocessing.set_start_method(None, force=True)  # the start method of this process is forkserver
     torch.set_num_threads(1)
     if setup:
         setup()

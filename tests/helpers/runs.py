@@ -1,4 +1,4 @@
-"""Short training runs on a few digits, and what they leave in their folders."""
+"""Short training runs on a few digits, and functions that read the files of a run."""
 
 import argparse
 import contextlib
@@ -26,22 +26,22 @@ from tests.helpers.fake_data import small_loaders
 
 
 def leave_empty_figures(run):
-    """A stand-in for Run.make_figures, which takes longer than the few epochs of a test."""
+    """Mock of Run.make_figures that writes empty files, because figures take longer than the few epochs of a test."""
     for name in run.experiment.figures:
-        open(Path(run.folder, name), "a").close()  # leaves the time of an existing file as it is
+        open(Path(run.folder, name), "a").close()  # does not change the time of an existing file
 
 
 def use_few_digits(sizes=(300, 50, 50)):
-    """Makes the programs of this process train on few digits: for the setup of a Forked program."""
+    """Makes the programs of this process train on few digits. Use it as the setup of a Forked program."""
     import evaluate
 
     train_pl.load_data = evaluate.load_data = functools.partial(small_loaders, sizes=sizes)
 
 
 def few_digits(folder, sizes=(300, 50, 50)):
-    """Environment variables that make a process of Python train on few digits and find the repository."""
+    """Writes a sitecustomize.py. Returns environment variables with which Python trains on few digits."""
     num_train, num_val, num_test = sizes
-    (folder / "sitecustomize.py").write_text(  # which Python runs at its start
+    (folder / "sitecustomize.py").write_text(  # Python runs this file when it starts
         "import sources\n"
         "rendered_mnist = sources.rendered_mnist\n"
         f"sources.rendered_mnist = lambda num_train: rendered_mnist(num_train, {num_test})\n"
@@ -53,7 +53,7 @@ def few_digits(folder, sizes=(300, 50, 50)):
 
 
 def hold(folder, epoch):
-    """Makes rank 0 of a few_digits run wait, after that many epochs, until its folder contains the file `go_on`."""
+    """Makes rank 0 of a few_digits run wait after `epoch` epochs, until its working directory contains `go_on`."""
     with open(folder / "sitecustomize.py", "a") as file:
         file.write(
             "import os, time\nfrom harness import report\n"
@@ -66,18 +66,20 @@ def hold(folder, epoch):
 
 
 class TrainingTest(SeededTest):
-    """A test that trains on few digits."""
+    """Test case that trains on few digits."""
 
-    draws_figures = False  # whether each run plots its figures at its end
+    makes_figures = False  # whether each run plots its figures when it is finished
 
     def setUp(self):
         self.enter(mock.patch.object(train_pl, "load_data", small_loaders))
-        self.enter(mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32))  # TensorBoard's, in Python, is slow
-        if not self.draws_figures:
+        self.enter(
+            mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32)
+        )  # TensorBoard's version, in Python, is slow
+        if not self.makes_figures:
             self.enter(mock.patch.object(run.Run, "make_figures", leave_empty_figures))
 
     def namespace(self, **flags):
-        """The flags of the assignment's template, and no others unless they are given."""
+        """Returns the flags of the assignment's template, and other flags only if they are given."""
         template = dict(model="MLP", z_dim=2, hidden_dims=[16], num_filters=4, lr=1e-3, batch_size=128, epochs=6)
         template.update(seed=42, num_workers=0, log_dir=str(self.folder), progress_bar=False)
         return argparse.Namespace(**{**template, **flags})
@@ -89,11 +91,11 @@ class TrainingTest(SeededTest):
         return self.run_folder(), output.getvalue()
 
     def run_folder(self):
-        """Folder of the newest numbered run."""
+        """Returns the folder of the newest numbered run."""
         return max((self.folder / "lightning_logs").iterdir(), key=lambda path: int(path.name.split("_")[1]))
 
     def main(self, *flags):
-        """Exit code and error message of `python train_pl.py FLAGS`."""
+        """Returns the exit code and the error message of `python train_pl.py FLAGS`."""
         argv, error = mock.patch.object(sys, "argv", ["train_pl.py", *flags]), io.StringIO()
         with argv, contextlib.redirect_stderr(error), printed_lines(), self.assertRaises(SystemExit) as caught:
             train_pl.main()
@@ -102,7 +104,7 @@ class TrainingTest(SeededTest):
 
 
 class GraphTest(TrainingTest):
-    """A test that trains on a CPU with a stand-in for CUDA graphs, in Lightning batches of at most 2 minibatches."""
+    """Test case that trains on a CPU with a mock of CUDA graphs, in blocks of at most 2 minibatches."""
 
     def setUp(self):
         super().setUp()
@@ -113,8 +115,8 @@ class GraphTest(TrainingTest):
 
     def capture(self, function, previous):
         """
-        A stand-in for graphs.capture: runs a step, then undoes its changes to tensors and random numbers, since a
-        capture executes nothing. A replay runs the step again.
+        Mock of graphs.capture. Runs a step, then undoes its changes to tensors and random numbers, because a capture
+        executes nothing. Returns a mock graph, whose replay runs the step again.
         """
         steps = function.__self__
         model, optimizer = steps.model, steps.trainer.optimizers[0]
@@ -132,16 +134,18 @@ class GraphTest(TrainingTest):
 
 
 class NamedRunTest(TrainingTest):
-    """A test of the run named `run`, which may be stopped and resumed."""
+    """Test case with one run, named `run`, which can be stopped and resumed."""
 
     def namespace(self, **flags):
-        return super().namespace(**{"run_name": "run", "z_dim": 3, **flags})  # 3 latents: no manifold, which is slow
+        return super().namespace(
+            **{"run_name": "run", "z_dim": 3, **flags}
+        )  # only 2 latents have a manifold, which is slow
 
     def run_folder(self):
         return self.folder / "run"
 
     def stop_at(self, owner, name, epoch, **flags):
-        """Trains, and kills the run when a method is called in the epoch with that index."""
+        """Trains, and kills the run when owner.name is called in the epoch with the index `epoch`."""
         original, make_trainer, trainers = getattr(owner, name), run.make_trainer, []
 
         def method(*args, **kwargs):
@@ -157,7 +161,7 @@ class NamedRunTest(TrainingTest):
             self.assertRaises(Killed, self.train, **flags)
 
     def contents(self):
-        """The files of the run with their contents and times, but for the lock, which may be taken and released."""
+        """Returns the contents and times of the run's files, except the lock file, which every process may change."""
         return {
             path: (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
             for path in [self.run_folder(), *self.run_folder().rglob("*")]
@@ -166,25 +170,25 @@ class NamedRunTest(TrainingTest):
 
 
 def metrics(folder):
-    """The rows of a run's metrics.csv, without the column of seconds."""
+    """Returns the rows of a run's metrics.csv, without the column of seconds."""
     with open(folder / "metrics.csv") as file:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
 def results(folder):
-    """The content of a run's results.json."""
+    """Returns the content of a run's results.json."""
     return json.loads((folder / "results.json").read_text())
 
 
 def load(folder, name):
-    """The content of a run's checkpoint `best`, `last` or `previous`."""
+    """Returns the content of a run's checkpoint `best`, `last` or `previous`."""
     return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
 def summaries(folder):
     """
-    (step, summary) of all that TensorBoard shows of a run: without what a process that was killed had logged of epochs
-    that were trained again.
+    Returns the list of (step, summary) that TensorBoard shows of a run. If a killed process has logged epochs that were
+    trained again, TensorBoard shows only the second training.
     """
     shown = []
     for path in sorted(folder.glob("events.out*"), key=lambda path: path.stat().st_mtime_ns):
@@ -197,8 +201,8 @@ def summaries(folder):
 
 def scalars_and_images(folder):
     """
-    How often TensorBoard shows each (tag, step, value) of a run. The test result counts once: a process that is killed
-    between its test and its results.json leaves the same point as the next one.
+    Returns how often TensorBoard shows each (tag, step, value) of a run. The test result counts once: if a process is
+    killed between its test and its results.json, the next process logs the same point again.
     """
     shown = Counter(
         (summary.tag, step, summary.tensor.SerializeToString())
@@ -209,7 +213,7 @@ def scalars_and_images(folder):
 
 
 def what_a_run_left(folder):
-    """Everything in a run's folder that must not depend on whether the run was interrupted, by name."""
+    """Returns a dict of everything in a run's folder that must not depend on whether the run was interrupted."""
     left = {
         "metrics.csv": metrics(folder),
         "TensorBoard": scalars_and_images(folder),
@@ -229,7 +233,7 @@ def what_a_run_left(folder):
 
 
 def assert_left_the_same(test, folder, other):
-    """Two runs left bit-identical results."""
+    """Asserts that two runs left bit-identical results."""
     left, other_left = map(what_a_run_left, [folder, other])
     test.assertEqual(left.keys(), other_left.keys())
     for name in left:

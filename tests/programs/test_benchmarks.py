@@ -1,5 +1,5 @@
 """
-Tests that the benchmarks run and write what they announce, whatever they measure: `python -m unittest
+Tests that the benchmarks run and write their files; the speed itself is not tested: `python -m unittest
 tests/programs/test_benchmarks.py`.
 """
 
@@ -12,7 +12,7 @@ from tests.helpers import CommandTest, few_digits
 class TestBenchmarks(CommandTest):
     def assert_written(self, name, *flags):
         variables = few_digits(self.folder, (6400, 200, 200))  # with fewer than 50 steps, Lightning would warn
-        variables["TMPDIR"] = str(self.folder)  # where killed processes leave their runs
+        variables["TMPDIR"] = str(self.folder)  # killed processes leave their runs here
         code, stdout, stderr = self.run_command(f"benchmarks/{name}.py", "--rounds", "1", *flags, **variables)
         self.assertEqual((code, stderr), (0, ""))
         (path,) = self.folder.glob(f"{name}_*.json")
@@ -28,7 +28,7 @@ class TestBenchmarks(CommandTest):
         self.assertGreater(measured["whole_run"]["process"], measured["whole_run"]["fit"])
         self.assertGreater(min(measured["start"]["first step"]), 0)
 
-    def test_step_splits_the_whole_time_of_the_steps(self):
+    def test_the_shares_that_step_prints_add_up_to_100_percent(self):
         variables = few_digits(self.folder, (6400, 200, 200))
         for model in ["MLP", "CNN"]:
             flags = ["--dataset", "rendered", "--steps", "3", "--model", model]
@@ -42,7 +42,7 @@ class TestBenchmarks(CommandTest):
             self.assertAlmostEqual(sum(shares.values()), 100, delta=len(shares))
             self.assertIn("convolutions" if model == "CNN" else "matrix products", shares)
 
-    def test_the_time_outside_of_the_steps_is_below_the_epochs_and_above_its_largest_part(self):
+    def test_the_time_outside_of_the_steps_is_less_than_the_epoch_and_more_than_its_largest_part(self):
         variables = few_digits(self.folder, (2000, 200, 200))
         flags = ["--dataset", "rendered", "--epochs", "3", "--batch_size", "500"]
         code, stdout, stderr = self.run_command("benchmarks/epoch.py", *flags, **variables)
@@ -52,18 +52,18 @@ class TestBenchmarks(CommandTest):
         self.assertTrue(total > outside > float(parts[0]) > 0, stdout)
         self.assertIn("[Callback]EpochReport.on_train_epoch_end", stdout)
 
-    def test_gpu_on_a_machine_without_one_says_what_it_leaves_out(self):
+    def test_gpu_on_a_machine_without_a_gpu_reports_what_it_skips(self):
         variables = {"CUDA_VISIBLE_DEVICES": "", **few_digits(self.folder, (6400, 200, 200))}
         code, stdout, stderr = self.run_command("benchmarks/gpu.py", "--models", "MLP", **variables)
         self.assertEqual((code, stderr), (0, ""))
         measured = json.loads((self.folder / "gpu.json").read_text())
         for name in ["run MLP --no_cuda_graph", "speed MLP", "TestGPU"]:
             self.assertIn({"name": name, "why": "there is no CUDA device"}, measured["left_out"])
-            self.assertIn(f"left out: {name} (there is no CUDA device)\n", stdout)
+            self.assertIn(f"note: {name} is skipped: there is no CUDA device\n", stdout)
         self.assertGreater(measured["run MLP"]["process"], measured["run MLP"]["fit"])
         self.assertLess(measured["evaluation MLP"]["log_likelihood"], -50)
 
-    def test_growth_holds_a_data_set_in_memory_only_once(self):
+    def test_growth_has_a_single_copy_of_the_data_set_in_memory(self):
         _, measured = self.assert_written("growth", "--batch_sizes", "500", "--widths", "16", "--num_images", "200000")
         self.assertTrue(all(measured[name][0]["seconds"] > 0 for name in ["batch size", "hidden width"]))
         images = measured["images"][0]

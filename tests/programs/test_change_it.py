@@ -9,7 +9,7 @@ import re
 
 from tests.helpers import REPOSITORY, CommandTest, metrics, results
 
-# What follows the Python of docs/conditional.md, and prints what the test wants to know.
+# Runs after the Python code of docs/conditional.md, and prints the values that the test checks.
 MEASURE = """
 import json
 images = x_mean.view(10, 12, -1)
@@ -25,12 +25,12 @@ print(json.dumps([list(x_mean.shape), alike, list(samples.shape), samples.unique
 
 
 def diff_blocks(text):
-    """The diff blocks of a page."""
+    """Returns the diff blocks of a page."""
     return re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
 
 
 def apply(block, source):
-    """Applies a diff block to source code, which must contain each line that is not new exactly once."""
+    """Applies a diff block to source code, which must contain each old line of the block exactly once."""
     to_insert, anchor = [], None
     for line in block.splitlines():
         kind, text = line[0], f"\n{line[1:]}\n"
@@ -63,7 +63,7 @@ class TestChangeIt(CommandTest):
         (self.folder / "train_pl.py").write_text(source)
 
     def python(self, *command):
-        """Runs Python in the copy. Returns its stdout. There must be nothing on stderr."""
+        """Runs Python in the copy. Returns its stdout. Fails if Python prints to stderr."""
         process = self.start(*command)
         stdout, stderr = process.communicate(timeout=600)
         self.assertEqual((process.returncode, stderr), (0, ""))

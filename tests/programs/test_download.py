@@ -1,4 +1,4 @@
-"""bmnist.py as a program, and several processes that download: `python -m unittest tests/programs/test_download.py`."""
+"""Tests of bmnist.py and of downloads by several processes: `python -m unittest tests/programs/test_download.py`."""
 
 import contextlib
 import threading
@@ -12,9 +12,9 @@ from tests.helpers.fake_data import (
     known_files,
     known_resources,
     mirror,
+    mock_mnist_code,
     own_images,
     small_mnist,
-    stand_in_code,
     write_npz,
 )
 
@@ -26,12 +26,12 @@ class TestDownload(CommandTest):
         server = contextlib.ExitStack()
         self.addCleanup(server.close)
         address, _ = server.enter_context(mirror(packed, self.write))
-        code = stand_in_code(address, known_resources(packed), known_files(self.content))
+        code = mock_mnist_code(address, known_resources(packed), known_files(self.content))
         self.program = f"{code}print(len(bmnist.bmnist('data')[0].dataset))"
 
     def write(self, name, content, file):
-        """Stops in the middle of the test labels, until the mirror may go on."""
-        half = len(content) // 2  # the labels are fewer than 40 bytes
+        """Sends a file. In the middle of the test labels, waits until `go_on` is set."""
+        half = len(content) // 2  # the labels have fewer than 40 bytes
         file.write(content[:half])
         if "t10k-labels" in name:
             self.stalled.set()
@@ -40,17 +40,17 @@ class TestDownload(CommandTest):
             file.write(content[half:])
 
     def start_program(self):
-        """Starts a process that downloads."""
+        """Starts a process that downloads the mock of MNIST."""
         return self.start("-c", self.program, PYTHONPATH=str(REPOSITORY))
 
     def assert_complete(self):
-        """The folder has the four files and nothing else."""
+        """Asserts that the folder contains the four files and nothing else."""
         folder = self.folder / "data" / "MNIST" / "raw"
         left = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
         self.assertEqual(left, self.content)
 
     def test_one_of_several_processes_downloads(self):
-        """The others wait for it."""
+        """The other processes wait for the download."""
         self.go_on.set()
         processes = [self.start_program() for _ in range(4)]
         outputs = [process.communicate(timeout=300) for process in processes]
@@ -59,7 +59,7 @@ class TestDownload(CommandTest):
         self.assert_complete()
 
     def test_a_killed_download_leaves_no_file(self):
-        """The next process downloads all files, and removes what the first one left."""
+        """The next process downloads all files, and removes the unfinished ones."""
         process = self.start_program()
         self.assertTrue(self.stalled.wait(60))
         process.kill()
@@ -73,11 +73,11 @@ class TestDownload(CommandTest):
 
 class TestCheck(CommandTest):
     def check(self, dataset):
-        """Exit code, stdout and stderr of the program."""
+        """Runs bmnist.py. Returns its exit code, stdout and stderr."""
         return self.run_command("bmnist.py", "--dataset", dataset)
 
     def files(self):
-        """The names in the test's folder."""
+        """Returns the names of the files in the test's folder."""
         return sorted(path.name for path in self.folder.iterdir())
 
     def test_your_own_file_is_checked_and_shown(self):

@@ -1,4 +1,4 @@
-"""`python evaluate.py` as a user runs it: `python -m unittest tests/programs/test_evaluate.py`."""
+"""Tests of `python evaluate.py` as users run it: `python -m unittest tests/programs/test_evaluate.py`."""
 
 import json
 import unittest
@@ -8,14 +8,14 @@ from tests.helpers import MNIST_DIR, NO_MNIST, CommandTest
 
 class TestCommand(CommandTest):
     def test_an_evaluation_prints_its_results(self):
-        """Each error is one line, and leaves no file."""
+        """Each error prints one line and writes no file."""
         run, trained = self.train(
             *("--hidden_dims", "16", "--binarization", "stochastic", "--train_size", "55000"),
             *("--lr_schedule", "cosine", "--data_dir", "nowhere"),
         )
         checkpoint = run / "checkpoints" / "best.ckpt"
         code, stdout, stderr = self.run_command("evaluate.py", checkpoint, "--iw_samples", "2", "--progress_bar")
-        self.assertEqual((code, stderr), (0, ""))  # a progress bar is for terminals
+        self.assertEqual((code, stderr), (0, ""))  # only terminals have a progress bar
         results = json.loads((run / "evaluation" / "evaluation.json").read_text())
         self.assertRegex(stdout, r"MLP, 20 latents, after 1 epoch, on 10,000 test images of rendered \(stochastic\)")
         self.assertRegex(stdout, rf"test bpd +{results['test_bpd']:.4f} \+- 0\.000\d\n")
@@ -36,7 +36,7 @@ class TestCommand(CommandTest):
         self.assertEqual(sorted(self.folder.rglob("*")), before)
 
     @unittest.skipUnless(MNIST_DIR, NO_MNIST)
-    def test_mnist_is_read_from_where_the_training_had_it(self):
+    def test_mnist_is_read_from_the_data_folder_of_the_training(self):
         run, trained = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, "--hidden_dims", "16")
         code, stdout, stderr = self.run_forked("evaluate.py", run / "checkpoints" / "best.ckpt", "--iw_samples", "2")
         self.assertEqual((code, stderr), (0, ""))

@@ -1,4 +1,4 @@
-"""explorer.html in a real browser: `python -m unittest tests/programs/test_explorer.py`."""
+"""Tests of explorer.html in a real browser: `python -m unittest tests/programs/test_explorer.py`."""
 
 import functools
 import json
@@ -27,8 +27,8 @@ TIMEOUT = 60  # seconds
 class Browser:
     """
     A headless Chromium with one page, controlled by the Chrome DevTools Protocol over a pipe
-    (https://chromedevtools.github.io/devtools-protocol/): JSON, each message ended by a zero byte. `requests` are the
-    addresses that the page asked for, `errors` its exceptions and what it wrote to the console.
+    (https://chromedevtools.github.io/devtools-protocol/): JSON messages, each ended by a zero byte. `requests` are the
+    addresses that the page requested, `errors` its exceptions and its messages on the console.
     """
 
     def __init__(self, add_cleanup):
@@ -53,7 +53,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method, **parameters):
-        """Sends a command and returns its result. Events that come before it are kept in `requests` and `errors`."""
+        """Sends a command and returns its result. Events before the result are stored in `requests` and `errors`."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters, **self.session}
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
@@ -67,7 +67,7 @@ class Browser:
         return answer["result"]
 
     def receive(self):
-        """Receives the next message."""
+        """Receives the next message and returns it."""
         while b"\0" not in self.unread:
             is_ready = select.select([self.from_browser], [], [], TIMEOUT)[0]
             part = os.read(self.from_browser, 2**20) if is_ready else b""
@@ -78,7 +78,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, width=1280, height=900):
-        """Opens a file in a window of that size, in pixels."""
+        """Opens a file in a window of this size, in pixels."""
         self.resize(width, height)
         self.send("Page.navigate", url=path.as_uri())
         self.wait_for("document.readyState === 'complete' && typeof vae === 'object'")
@@ -89,7 +89,7 @@ class Browser:
         self.wait_for(f"innerWidth === {width}")
 
     def run(self, expression):
-        """The value of a JavaScript expression, as plain data; that of a promise once it is kept."""
+        """Returns the value of a JavaScript expression as plain data. Waits if the value is a promise."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description"))
@@ -100,7 +100,7 @@ class Browser:
         self.run("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))")
 
     def pixels(self, canvas):
-        """The first 28x28 pixels of a canvas: red, green, blue and opacity of each, from 0 to 255."""
+        """Returns the first 28x28 pixels of a canvas: red, green, blue and opacity of each, from 0 to 255."""
         copy = "Object.assign(document.createElement('canvas'), {width: 28, height: 28}).getContext('2d')"
         image = f"document.getElementById('{canvas}')"
         return self.run(f"(c => (c.drawImage({image}, 0, 0), [...c.getImageData(0, 0, 28, 28).data]))({copy})")
@@ -110,20 +110,20 @@ class Browser:
         end = time.monotonic() + TIMEOUT
         while not self.run(expression):
             if time.monotonic() > end:
-                raise AssertionError(f"this never became true: {expression}")
+                raise AssertionError(f"this expression did not become true: {expression}")
             time.sleep(0.05)
 
     def box(self, selector):
-        """Left, top, width and height of an element's box, in pixels, by name."""
+        """Returns a dict of the left, top, width and height of an element's box, in pixels."""
         return self.run(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
 
     def place(self, selector, x, y):
-        """The coordinates x and y, in pixels and by name, of the place at shares x and y of an element's box."""
+        """Returns a dict of the pixel coordinates x and y of the point at the fractions x and y of an element's box."""
         box = self.box(selector)
         return {"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}
 
     def mouse(self, kind, selector, x, y):
-        """A movement, or a press or release of the left button, at shares x and y of an element's box."""
+        """Moves the mouse, or presses or releases its left button, at the fractions x and y of an element's box."""
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'nearest'}})")
         self.is_down = kind == "mousePressed" or (self.is_down and kind == "mouseMoved")
         button = {"button": "left" if self.is_down or kind == "mouseReleased" else "none", "buttons": int(self.is_down)}
@@ -131,7 +131,7 @@ class Browser:
         self.send("Input.dispatchMouseEvent", type=kind, **self.place(selector, x, y), **button)
 
     def click(self, selector, x=0.5, y=0.5):
-        """Clicks at shares x and y of an element's box."""
+        """Clicks at the fractions x and y of an element's box."""
         for kind in ["mouseMoved", "mousePressed", "mouseReleased"]:
             self.mouse(kind, selector, x, y)
         self.next_frame()
@@ -144,7 +144,7 @@ class Browser:
         self.next_frame()
 
 
-@unittest.skipUnless(CHROMIUM, "there is no Chromium here (Debian: apt install chromium)")
+@unittest.skipUnless(CHROMIUM, "Chromium is not installed (Debian: apt install chromium)")
 class TestExplorer(SeededTest):
     @classmethod
     def setUpClass(cls):
@@ -152,7 +152,7 @@ class TestExplorer(SeededTest):
 
     @torch.no_grad()
     def open(self, model, **facts):
-        """Opens the page of a model with 300 digits, and returns them."""
+        """Writes and opens the page of a model with 300 digits. Returns the digits."""
         images, labels = rendered_digits(300)
         imgs = binarize(images)
         means, _ = model.eval().encoder(imgs)
@@ -168,7 +168,7 @@ class TestExplorer(SeededTest):
 
     @torch.no_grad()
     def vae(self, *args):
-        """A VAE whose latents and pixels vary, as those of a trained VAE."""
+        """Returns a VAE whose latents and pixels vary like those of a trained VAE."""
         model = VAE(*args, lr=1e-3)
         for net in [model.encoder, model.decoder]:
             weights = [layer.weight for layer in net.net if hasattr(layer, "weight")]
@@ -177,31 +177,31 @@ class TestExplorer(SeededTest):
         return model
 
     def assert_quiet(self):
-        """The page asked for nothing else and had no errors."""
+        """Asserts that the page requested nothing else and had no errors."""
         self.assertEqual(self.browser.errors, [])
         requests = {address for address in self.browser.requests if not address.startswith("data:")}
         self.assertEqual(requests, {self.path.as_uri()})
 
     def picture(self, canvas="image"):
-        """The shades of grey [28,28] of a canvas, from 0 to 255."""
+        """Returns the grey values [28,28] of a canvas, from 0 to 255."""
         self.browser.next_frame()
         return torch.tensor(self.browser.pixels(canvas)).view(28, 28, 4)[..., 0]
 
     def tensor(self, expression):
-        """The value of a JavaScript expression as a tensor."""
+        """Returns the value of a JavaScript expression as a tensor."""
         return torch.tensor(self.browser.run(expression))
 
-    latents = functools.partialmethod(tensor, "Array.from(shown)")  # those that are shown
+    latents = functools.partialmethod(tensor, "Array.from(shown)")  # the latents that the page shows
 
     def assert_shows_latents(self):
-        """The picture is the decoder's output for the latents, and the sliders show the latents, too."""
+        """Asserts that the picture is the decoder's output for the latents, and that the sliders show the latents."""
         means = self.tensor("vae.decode(shown)").view(28, 28)
         self.assertLessEqual((self.picture() / 255 - means).abs().max().item(), 1 / 255)
         sliders = self.tensor("sliders.map(({input, unit}) => [unit, input.valueAsNumber])")
         torch.testing.assert_close(sliders[sliders[:, 0].argsort(), 1], self.latents(), atol=1e-4, rtol=0)
 
     def test_decode_and_encode_agree_with_torch(self):
-        """They do for latents and images, with every kind of network and of activation."""
+        """They agree for latents and for images, with every kind of network and of activation."""
         for name, hidden_dims, z_dim in [("MLP", [512], 20), ("MLP", [300, 200, 100], 2), ("CNN", None, 20)]:
             with self.subTest(name, hidden_dims=hidden_dims):
                 model = self.vae(name, hidden_dims, 32, z_dim)
@@ -222,7 +222,7 @@ class TestExplorer(SeededTest):
                 self.browser.run(call)
 
     def test_a_click_on_the_plane_keeps_a_point_and_a_second_one_plays_a_line(self):
-        """Without a click, the pointer decodes the point below it."""
+        """Without a click, the page decodes the point below the pointer."""
         self.open(self.vae("MLP", [64], 32, 3))
         before, start = self.picture(), self.latents()
         self.browser.mouse("mouseMoved", "#plane", 0.9, 0.2)
@@ -265,7 +265,7 @@ class TestExplorer(SeededTest):
 
     @torch.no_grad()
     def check_drawing(self, model):
-        """The drawing is centred and has a posterior, a reconstruction, an ellipse and an ELBO."""
+        """Checks that the drawing is centred and has a posterior, a reconstruction, an ellipse and an ELBO."""
         seen = (self.picture("seen") / 255).float()
         self.assertEqual(seen.unique().tolist(), [0, 1])
         places = seen.nonzero().float()
@@ -285,7 +285,7 @@ class TestExplorer(SeededTest):
         axes = torch.linalg.svdvals(scale @ self.tensor("data.directions") @ log_std[0].exp().diag())
         torch.testing.assert_close(torch.tensor([ellipse["major"], ellipse["minor"]]), axes, rtol=0.01, atol=0.1)
 
-    def test_a_drawing_by_mouse_finger_or_keys_is_encoded(self):
+    def test_a_drawing_with_mouse_finger_or_keyboard_is_encoded(self):
         model = self.vae("MLP", [64], 32, 3)
         self.open(model)
         steps = [0.03 * step for step in range(9)]
@@ -316,7 +316,7 @@ class TestExplorer(SeededTest):
         self.browser.key("ArrowLeft")  # the pen is up
         self.assertTrue(torch.equal(self.latents(), moved))
 
-    def test_the_plane_can_be_used_by_keys(self):
+    def test_the_plane_can_be_used_with_the_keyboard(self):
         self.open(self.vae("MLP", [64], 32, 2))
         self.browser.run("plane.focus()")
         before = self.latents()
@@ -342,7 +342,7 @@ class TestExplorer(SeededTest):
                 self.assertLess(self.browser.box(canvas)["height"], 0.8 * height, (canvas, width))
 
     def test_facts_are_shown_as_text_and_the_network_is_blocked(self):
-        """Even a script in the page itself could not send anything."""
+        """Not even a script in the page could send data."""
         name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"`${1}"
         facts = {"test_bpd": 0.17581, "log_likelihood": -91.234, "test_images": 10_000, "iw_samples": 2, "epoch": 1}
         self.open(self.vae("MLP", [8], 32, 1), run=name, dataset=name, **facts)
@@ -354,7 +354,9 @@ class TestExplorer(SeededTest):
         self.browser.mouse("mouseMoved", "#plane", 0.8, 0.1)
         self.assert_shows_latents()
         place = self.tensor("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
-        torch.testing.assert_close(place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0)  # a single latent: in the middle
+        torch.testing.assert_close(
+            place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0
+        )  # a single latent is shown in the middle
         self.assert_quiet()
         with self.assertRaisesRegex(RuntimeError, "Failed to fetch"):
             self.browser.run("fetch('http://127.0.0.1:9/')")

@@ -1,6 +1,6 @@
 """
 Tests that need a GPU: `python -m unittest tests/programs/test_gpu.py`, some minutes on one CUDA device; skipped without
-one. They use MNIST if it is in ../shared/data or ../data, else rendered digits.
+a CUDA device. They use MNIST if it is in ../shared/data or ../data, else rendered digits.
 """
 
 import argparse
@@ -22,14 +22,14 @@ TRAINING_STEP = VAE.training_step
 
 
 def weights(checkpoint):
-    """The weights in a checkpoint, on the CPU."""
+    """Returns the weights in a checkpoint, on the CPU."""
     return [weight.cpu() for weight in checkpoint["state_dict"].values()]
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA device")
 class GPUTest(SeededTest):
-    def train_somehow(self, **flags):
-        """Trains, with graphs or not. Returns the last checkpoint and the results."""
+    def train_unchecked(self, **flags):
+        """Trains with or without CUDA graphs. Returns the last checkpoint and the results."""
         data = dict(dataset="mnist", data_dir=str(MNIST_DIR)) if MNIST_DIR else dict(dataset="rendered")
         name = tempfile.mkdtemp(dir=self.folder)[-8:]
         flags = {"epochs": 2, "log_dir": str(self.folder), "run_name": name, **data, **flags}
@@ -44,15 +44,15 @@ class GPUTest(SeededTest):
         return load(run, "last"), results(run)
 
     def train(self, epochs=2, no_cuda_graph=False, **flags):
-        """Does the same, and checks that a step of each epoch was captured, or none."""
-        left = self.train_somehow(epochs=epochs, no_cuda_graph=no_cuda_graph, **flags)
+        """Trains like train_unchecked, and asserts that each epoch captured one step, or none with no_cuda_graph."""
+        left = self.train_unchecked(epochs=epochs, no_cuda_graph=no_cuda_graph, **flags)
         self.assertEqual((self.num_captures, self.stderr), (0 if no_cuda_graph else epochs, ""))
         return left
 
 
 class TestGPU(GPUTest):
     def assert_the_same(self, run, other, names=("test_bpd",)):
-        """Two runs have bit-identical weights and the same results of these names."""
+        """Asserts that two runs have bit-identical weights and the same results with these names."""
         self.assertTrue(all(map(torch.equal, weights(run[0]), weights(other[0]))))
         self.assertEqual(*([left[name] for name in names] for _, left in [run, other]))
 
@@ -78,7 +78,7 @@ class TestGPU(GPUTest):
                 self.assertEqual(*(run["optimizer_states"][0]["param_groups"] for run, _ in runs))
                 self.assertEqual({weight.device.type for weight in replayed["state_dict"].values()}, {"cpu"})
 
-    def test_a_run_that_stopped_resumes_as_if_it_had_not(self):
+    def test_a_stopped_run_resumes_as_if_it_had_not_stopped(self):
         def stop(model):
             if model.current_epoch == 2:
                 raise InterruptedError
@@ -86,12 +86,12 @@ class TestGPU(GPUTest):
         for off in [False, True]:
             undisturbed = self.train(epochs=4, no_cuda_graph=off)
             with mock.patch.object(VAE, "on_train_epoch_start", stop), self.assertRaises(InterruptedError):
-                self.train_somehow(epochs=4, no_cuda_graph=off, run_name="stopped")
-            self.assert_the_same(undisturbed, self.train_somehow(epochs=4, no_cuda_graph=off, run_name="stopped"))
+                self.train_unchecked(epochs=4, no_cuda_graph=off, run_name="stopped")
+            self.assert_the_same(undisturbed, self.train_unchecked(epochs=4, no_cuda_graph=off, run_name="stopped"))
             shutil.rmtree(self.folder / "stopped")
 
-    def test_an_evaluation_has_the_same_numbers_on_either_device_up_to_the_noise(self):
-        """The checkpoint may be of the GPU or of the CPU."""
+    def test_an_evaluation_has_the_same_numbers_on_the_gpu_and_the_cpu_up_to_the_noise(self):
+        """The checkpoint may be from a training on the GPU or on the CPU."""
         for accelerator, model, num_samples in [("gpu", "MLP", 10), ("cpu", "MLP", 10), ("gpu", "CNN", 1)]:
             name = f"{accelerator} {model}"
             flags = dict(accelerator=accelerator, model=model, epochs=1, run_name=name)
@@ -133,16 +133,16 @@ class TestGPU(GPUTest):
 
         for step, words in [
             *((step, "training_step waits for the GPU") for step in [waits, copies, invalidates]),
-            (logs, "training_step uses self.trainer, as self.log"),
+            (logs, r"training_step uses self.trainer \(as self.log"),
             (fails, "OutOfMemoryError: injected"),
         ]:
             with self.subTest(step.__name__), mock.patch.object(VAE, "training_step", step):
-                other = self.train_somehow()
+                other = self.train_unchecked()
                 self.assertRegex(self.stderr, f"^note: training without CUDA graphs: .*{words}.*\n$")
-                self.assert_the_same(other, self.train_somehow(no_cuda_graph=True), names=[])
-            self.train()  # CUDA and torch are as before
+                self.assert_the_same(other, self.train_unchecked(no_cuda_graph=True), names=[])
+            self.train()  # CUDA and torch still work after the failed capture
 
-    def test_a_run_leaves_no_memory_behind_and_an_epoch_takes_no_more_than_the_one_before(self):
+    def test_a_run_frees_its_gpu_memory_and_more_epochs_need_no_more_memory(self):
         self.train()
         before = torch.cuda.memory_allocated()
         reserved = []

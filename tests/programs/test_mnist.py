@@ -1,4 +1,4 @@
-"""Programs on MNIST itself, if ../shared/data or ../data has it: `python -m unittest tests/programs/test_mnist.py`."""
+"""Tests on MNIST, if ../shared/data or ../data contains it: `python -m unittest tests/programs/test_mnist.py`."""
 
 import re
 import unittest

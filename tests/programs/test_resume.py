@@ -13,14 +13,14 @@ from harness.checkpoints import LAST
 from tests.helpers import REPOSITORY, CommandTest, Forked, assert_left_the_same, few_digits, hold, use_few_digits
 
 KILLS = 20
-SIZES = (2000, 200, 200)  # so that a kill may hit an epoch or the writing after it
+SIZES = (2000, 200, 200)  # large enough that a kill may hit an epoch or the writing after it
 FLAGS = ["--dataset", "rendered", "--run_name", "run"]
 
 
 def wait_for_lines(process, text, number, seconds):
     """
-    Reads the output of a run until there are `number` lines, not counting that of epoch 0, or the seconds are over.
-    Returns the text read so far, which is the argument, with the new output.
+    Reads the output of a run until it has `number` lines, not counting the line of epoch 0, or until the seconds are
+    over. Returns `text`, the output that was read before, followed by the new output.
     """
     end = time.monotonic() + seconds
     while len(re.findall(r"^(?!epoch +0/).*\n", text, re.MULTILINE)) < number:
@@ -28,7 +28,7 @@ def wait_for_lines(process, text, number, seconds):
             break
         new = os.read(process.stdout.fileno(), 65536).decode()
         if not new:
-            break  # it has ended
+            break  # the process has ended
         text += new
     return text
 
@@ -36,21 +36,23 @@ def wait_for_lines(process, text, number, seconds):
 class ResumeTest(CommandTest):
     @classmethod
     def setUpClass(cls):
-        Forked("train_pl.py", "--help", cwd=REPOSITORY).communicate()  # only the first one waits for the imports
+        Forked(
+            "train_pl.py", "--help", cwd=REPOSITORY
+        ).communicate()  # only the first Forked process waits for the imports
 
     def start_run(self, where, *flags):
-        """Starts a run on few digits in a folder of that name."""
+        """Starts a run on few digits in the folder `where`."""
         (self.folder / where).mkdir(exist_ok=True)
         return Forked(
             *("train_pl.py", *FLAGS, *flags), cwd=self.folder / where, setup=functools.partial(use_few_digits, SIZES)
         )
 
     def run_left(self, where):
-        """The folder of the run that start_run starts there."""
+        """Returns the folder of the run that start_run starts in the folder `where`."""
         return self.folder / where / "VAE_logs" / "run"
 
     def undisturbed(self, *flags):
-        """Trains to the end. Returns the seconds to its first line, from there to its first epoch's, and per epoch."""
+        """Trains to the end. Returns the seconds to the first line, from there to epoch 1's line, and per epoch."""
         start = time.monotonic()
         process = self.start_run("undisturbed", *flags)
         moments = []
@@ -61,42 +63,42 @@ class ResumeTest(CommandTest):
 
     def kill_at_random(self, *flags):
         """
-        Kills a run KILLS times at random moments, then lets it end. The moments are spread evenly over the time before
-        its first line, the time before the line of its first epoch, and, for half of them, a later epoch.
+        Kills a run KILLS times at random moments, then lets it finish. A quarter of the moments is before the first
+        line, a quarter before the line of the first epoch, and half within a later epoch, each spread evenly.
         """
         to_first_line, to_first_epoch, epoch = self.undisturbed(*flags)
         seed = random.randrange(1000)
         moments = random.Random(seed)
         stages = [(0, to_first_line), (1, to_first_epoch), (2, epoch), (2, epoch)]
-        lives = [
+        attempts = [
             (lines, (part + moments.random()) / (KILLS // 4) * seconds)
             for lines, seconds in stages
             for part in range(KILLS // 4)
         ]
-        moments.shuffle(lives)
+        moments.shuffle(attempts)
         print(f"\n{' '.join(flags)}: {KILLS} kills, seed {seed}, after epochs", end=" ", flush=True)
         reported = 0
-        for lines, seconds in lives:
+        for lines, seconds in attempts:
             process = self.start_run("killed", *flags)
             text = wait_for_lines(process, "", lines, 120)
-            # Or at the next line: even on a fast machine, no attempt takes the run further than two epochs.
+            # Kills at the next line at the latest: even on a fast machine, no attempt trains more than two epochs.
             text = wait_for_lines(process, text, lines + 1, seconds)
             process.kill()
             stdout, stderr = process.communicate()
             text += stdout
             self.assertNotIn("finished", text, "too few epochs for so many kills")
             self.assertEqual((stderr, process.returncode), ("", -signal.SIGKILL))
-            if match := re.search(r"(continued after epoch (\d+))?\n", text):
-                continued = int(match[2] or 0)
-                # If writing takes longer than an epoch, its line comes before the checkpoint of the epoch before.
-                self.assertGreaterEqual(continued, reported - 2)
-                print(continued, end=" ", flush=True)
+            if match := re.search(r"(resumed after epoch (\d+))?\n", text):
+                resumed = int(match[2] or 0)
+                # If writing is slower than training, an epoch's line comes before the checkpoint of the previous epoch.
+                self.assertGreaterEqual(resumed, reported - 2)
+                print(resumed, end=" ", flush=True)
             reported = max([reported, *map(int, re.findall(r"^epoch +(\d+)/", text, re.MULTILINE))])
-        has_checkpoint = (self.run_left("killed") / "checkpoints" / LAST).exists()  # not on a slow disk
+        has_checkpoint = (self.run_left("killed") / "checkpoints" / LAST).exists()  # a slow disk may have none yet
         stdout, stderr = self.start_run("killed", *flags).communicate()
         self.assertEqual(stderr, "")
         if has_checkpoint:
-            self.assertIn("continued after epoch", stdout)
+            self.assertIn("resumed after epoch", stdout)
         assert_left_the_same(self, self.run_left("undisturbed"), self.run_left("killed"))
 
     def test_an_mlp_killed_at_random_moments_ends_as_if_it_had_never_been_killed(self):
@@ -105,8 +107,8 @@ class ResumeTest(CommandTest):
     def test_a_cnn_killed_at_random_moments_ends_as_if_it_had_never_been_killed(self):
         self.kill_at_random("--epochs", "30", "--model", "CNN", "--num_filters", "1", "--batch_size", "500")
 
-    def test_two_processes_resume_after_a_kill_of_the_first(self):
-        """The second process ends by itself, since it has lost the first."""
+    def test_a_run_of_two_processes_resumes_after_rank_0_is_killed(self):
+        """Rank 1 ends by itself, because it has lost rank 0."""
         words = [*FLAGS, "--accelerator", "cpu", "--devices", "2", "--epochs", "20", "--hidden_dims", "32"]
         variables = few_digits(self.folder)
         outputs = []
@@ -120,5 +122,5 @@ class ResumeTest(CommandTest):
                 (self.folder / "go_on").touch()
             outputs.append(process.communicate(timeout=120))
         self.assertEqual([stderr for _, stderr in [outputs[0], outputs[2]]], ["", ""])
-        self.assertIn("continued after epoch", outputs[2][0])
+        self.assertIn("resumed after epoch", outputs[2][0])
         assert_left_the_same(self, self.folder / "undisturbed" / "run", self.folder / "killed" / "run")

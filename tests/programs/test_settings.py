@@ -1,4 +1,4 @@
-"""Tests of programs with users' own settings: `python -m unittest tests/programs/test_settings.py`."""
+"""Tests of programs with the settings of users: `python -m unittest tests/programs/test_settings.py`."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from pictures import figures
 from tests.helpers import REPOSITORY, CommandTest, few_digits
 
-# A program that plots a figure, and then imports what Lightning imports.
+# A program that imports what Lightning imports, checks the environment variables, and plots a figure.
 PROGRAM = """
 import os
 before = dict(os.environ)
@@ -22,7 +22,7 @@ class TestSettings(CommandTest):
     def test_figures_do_not_depend_on_matplotlibs_settings_even_if_these_are_invalid(self):
         figures.bpd_by_setting(self.folder / "plot", {"z_dim 2": [0.2, 0.24], "z_dim 20": [0.15]})
         expected = (self.folder / "plot").read_bytes()
-        nowhere = self.folder / "plot" / "x"  # a folder cannot be below a file
+        nowhere = self.folder / "plot" / "x"  # a file cannot contain a folder
         wanted = self.folder / "wanted"
         wanted.write_text("text.usetex: True\nsavefig.transparent: True\nlines.linewidth: 9\nno.such.key: 1\nnonsense")
         damaged = self.folder / "matplotlibrc"
@@ -51,7 +51,7 @@ class TestSettings(CommandTest):
                 self.assertEqual((folder / "plot").read_bytes(), expected)
 
     def test_programs_run_with_the_matplotlib_backend_of_a_notebook(self):
-        """Every command that is started from a notebook has it."""
+        """A notebook passes this setting to every command that it starts."""
         variables = {"MPLBACKEND": "module://of_a_notebook", "MPLCONFIGDIR": os.devnull + "/x", "LOCAL_RANK": ""}
         variables |= few_digits(self.folder, (300, 50, 200))
         folder, left = self.train("--z_dim", "2", run=self.run_command, **variables)
@@ -61,8 +61,8 @@ class TestSettings(CommandTest):
         code, _, error = self.run_command("evaluate.py", checkpoint, "--iw_samples", "1", **variables)
         self.assertEqual((code, error), (0, ""))
 
-    def test_programs_run_beside_what_is_left_of_an_uninstalled_or_broken_tensorflow(self):
-        """A mere folder, or a package that was built for another NumPy."""
+    def test_programs_run_with_the_remains_of_an_uninstalled_or_broken_tensorflow(self):
+        """The remains are an empty folder, or a package that was built for another version of NumPy."""
         variables = few_digits(self.folder, (300, 50, 200))
         left = self.folder / "tensorflow"
         left.mkdir()

@@ -1,8 +1,8 @@
 """
 Tests of the job scripts on a real SLURM: `python -m unittest tests/programs/test_slurm.py`, a few minutes.
 
-They start their own cluster of two nodes on this machine, which needs root and Debian's packages (apt-get install
-slurm-wlm munge).
+They start a cluster of two nodes on this machine. This needs root and Debian's packages (apt-get install slurm-wlm
+munge).
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import unittest
 from pathlib import Path
 
 from tests.helpers import NO_NETWORK, REPOSITORY, assert_left_the_same, few_digits, results
-from tests.helpers.fake_data import known_files, known_resources, mirror, small_mnist, stand_in_code
+from tests.helpers.fake_data import known_files, known_resources, mirror, mock_mnist_code, small_mnist
 
 MISSING = [name for name in ["slurmctld", "slurmd", "sbatch", "munged"] if not shutil.which(name)]
-# Two nodes, and two partitions: jobs in `high` preempt those in `low`, which are requeued after 8 s of grace, in
-# which no job may end by itself. SLURM looks every second for jobs to start, instead of every 30 s.
+# Two nodes and two partitions. Jobs in `high` preempt jobs in `low`, which are requeued after a grace time of 8 s, in
+# which no job may end by itself. SLURM looks for jobs to start every second instead of every 30 s.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -54,8 +54,8 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# Appended to a sitecustomize.py: with SLOW="EPOCH SECONDS" in its environment, the first attempt of a job waits after
-# each minibatch from that epoch on. So it is not finished before what is to end it, however fast the machine.
+# Appended to a sitecustomize.py. If the environment contains SLOW="EPOCH SECONDS", the first attempt of a job waits
+# after each minibatch from this epoch on, so that even on a fast machine it is interrupted before it is finished.
 SLOW_START = """
 import os, time
 from harness.report import EpochReport
@@ -79,13 +79,13 @@ def free_ports(count):
 
 
 def command(*words, **options):
-    """Runs a command, which must succeed. Returns what it prints."""
+    """Runs a command, which must succeed. Returns its stdout."""
     words = list(map(str, words))
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=600, **options).stdout
 
 
-@unittest.skipIf(MISSING, f"there is no {', '.join(MISSING)} (Debian: apt-get install slurm-wlm munge)")
-@unittest.skipUnless(os.getuid() == 0, "only root can bring up a SLURM cluster")
+@unittest.skipIf(MISSING, f"not installed: {', '.join(MISSING)} (Debian: apt-get install slurm-wlm munge)")
+@unittest.skipUnless(os.getuid() == 0, "only root can start a SLURM cluster")
 class TestSlurm(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -97,7 +97,7 @@ class TestSlurm(unittest.TestCase):
             (state / name).mkdir(parents=True)
         host = socket.gethostname().split(".")[0]
         (state / "slurm.conf").write_text(CONFIGURATION.format(host=host, state=state, ports=free_ports(3)))
-        # MASTER_ADDR, since the nodes' names are known to this cluster alone
+        # MASTER_ADDR, because only this cluster knows the names of its nodes
         cls.environment = {
             **os.environ,
             "SLURM_CONF": str(state / "slurm.conf"),
@@ -113,7 +113,7 @@ class TestSlurm(unittest.TestCase):
 
     @classmethod
     def start_munge(cls, state):
-        """Starts our own munged, beside the machine's: it authenticates SLURM's daemons and commands."""
+        """Starts a munged for the tests, which authenticates SLURM's daemons and commands."""
         key = state / "munge.key-file"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -144,13 +144,13 @@ class TestSlurm(unittest.TestCase):
     def wait_for(condition, seconds):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"waited {seconds} s in vain"
+            assert time.monotonic() < end, f"the condition is not true after {seconds} s"
             time.sleep(0.2)
 
     def setUp(self):
-        """Makes the test's own checkout, in which its jobs run."""
+        """Makes a checkout for this test, in which its jobs run."""
         self.checkout = Path(tempfile.mkdtemp(dir=self.folder))
-        self.released = set()  # attempts of requeued jobs that need not wait
+        self.released = set()  # attempts of requeued jobs that SLURM no longer holds back, see is_over
         for name in ["train_pl.py", "slurm"]:
             (self.checkout / name).symlink_to(REPOSITORY / name)
 
@@ -171,8 +171,8 @@ class TestSlurm(unittest.TestCase):
         with open(self.checkout / "sitecustomize.py", "a") as file:
             file.write(code)
 
-    def stand_in(self, script):
-        """Writes a shell script that is run instead of Python. Returns the shell command that activates it."""
+    def mock_python(self, script):
+        """Writes a shell script that runs instead of Python. Returns the shell command that activates the script."""
         program = self.checkout / "bin" / "python"
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\n[ "$1" != slurm/settings.py ] || exec {sys.executable} "$@"\n{script}\n')
@@ -180,14 +180,15 @@ class TestSlurm(unittest.TestCase):
         return f"PATH={program.parent}:$PATH"
 
     def announce_time_limit(self, job_id, text):
-        """Sends a job, once its output contains a text, the signal that SLURM sends ahead of the time limit."""
+        """Waits until a job's output contains `text`, then sends the signal that SLURM sends before the time limit."""
         self.wait_for(lambda: text in self.output(job_id), 300)
         self.slurm("scancel", "--signal=USR1", job_id)
 
     def is_over(self, job_id):
         """
-        Whether a job has ended and will not start again. If SLURM holds it back for two minutes, since it was requeued,
-        a few seconds must do: slurmd refuses a job that starts in the second in which its previous attempt ended.
+        Returns whether a job has ended and will not start again. SLURM holds a requeued job back for two minutes, which
+        this function shortens to 3 s. (Without a pause, slurmd refuses the job: it must not start in the second in
+        which its previous attempt ended.)
         """
         job = self.job(job_id)
         attempt = job_id, job["Restarts"]
@@ -211,10 +212,10 @@ class TestSlurm(unittest.TestCase):
         return self.checkout / "VAE_logs" / f"job_{job_id}"
 
     def test_a_run_resumes_after_the_time_limit_and_a_preemption(self):
-        """A run that reached its time limit, in an array, and one that was preempted leave what others leave."""
+        """A run that reached its time limit and a preempted run leave the same files as an undisturbed run."""
         variables = few_digits(self.checkout)
         self.add_to_sitecustomize(SLOW_START)
-        # SLURM sends its signals to worker processes, too.
+        # SLURM sends its signals also to worker processes.
         flags = ["--dataset", "rendered", "--hidden_dims", "32", "--epochs", "15", "--num_workers", "1"]
         train = ["slurm/train.sbatch", "--z_dim", "2", "--seed", "1", *flags]
         undisturbed = self.submit("--nodelist=n1", *train, **variables)
@@ -228,8 +229,8 @@ class TestSlurm(unittest.TestCase):
             with self.subTest(job_id=job_id, output=self.output(job_id)):
                 self.assertEqual(self.job(job_id)["JobState"], "COMPLETED")
                 self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
-                self.assertEqual("continued after epoch" in self.output(job_id), job_id != undisturbed)
-                times = self.output(job_id).count(f"Time is almost up: requeueing job {job_id}\n")
+                self.assertEqual("resumed after epoch" in self.output(job_id), job_id != undisturbed)
+                times = self.output(job_id).count(f"note: the time limit is near: requeueing job {job_id}\n")
                 self.assertEqual(times, int(self.job(job_id)["Restarts"]) if job_id == limited else 0)
                 assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
 
@@ -243,17 +244,19 @@ class TestSlurm(unittest.TestCase):
         self.wait_for_end(two, one)
         for job_id in [two, one]:
             self.assert_state(job_id, "COMPLETED", restarts=job_id == two)
-            for text in [" on cpu x 2", f"requeueing job {job_id}\n", "continued after epoch"]:
+            for text in [" on cpu x 2", f"requeueing job {job_id}\n", "resumed after epoch"]:
                 self.assertEqual(text in self.output(job_id), job_id == two, self.output(job_id))
-        self.assertEqual(self.output(two).count("Time is almost up"), 1)  # one of the two requeues the job
+        self.assertEqual(
+            self.output(two).count("the time limit is near"), 1
+        )  # only one of the two processes requeues the job
         bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
         self.assertAlmostEqual(bpd, expected, delta=0.001)
 
     def test_a_job_that_finishes_no_epoch_is_not_requeued(self):
-        """In the job scripts, before Python is ready; and in your own script, on two nodes."""
+        """One job ends in a script of slurm/, before Python is ready; the other in your own script, on two nodes."""
         variables = few_digits(self.checkout)
         self.add_to_sitecustomize(SLOW_START)
-        activate = self.stand_in("echo starting; sleep 100")
+        activate = self.mock_python("echo starting; sleep 100")
         job = self.submit("--time=5", "slurm/train.sbatch", ACTIVATE=activate)
         script = self.script(f"srun {TRAIN} --num_nodes 2")
         own = self.submit("--requeue", "--nodes=2", script, SLOW="0 1000", **variables)
@@ -269,10 +272,10 @@ class TestSlurm(unittest.TestCase):
                 self.assertRegex(self.output(job_id), f"{message}.*: give a longer --time\n")
                 self.assertEqual(self.output(job_id).count("give a longer --time"), 1)
 
-    def test_the_job_scripts_hand_on_the_flags_and_set_the_threads(self):
+    def test_the_job_scripts_pass_on_the_flags_and_set_the_threads(self):
         settings = '\ufeff# a comment\r\n--lr 1e-3\t--hidden_dims 64 32  # another\r\n\r\n--run_name "a  *" --lr $(id)'
         (self.checkout / "settings.txt").write_text(settings)
-        activate = self.stand_in('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
+        activate = self.mock_python('printf "$OMP_NUM_THREADS:"; printf " <%s>" "$@"; echo')
         words = ["--array=0-1", "slurm/sweep.sbatch", "--epochs", "3"]
         sweep = self.submit(*words, SETTINGS="settings.txt", ACTIVATE=activate)
         words = ["--nodes=2", "--ntasks-per-node=2", "slurm/train_ddp.sbatch", "--lr", "0.1"]
@@ -290,8 +293,8 @@ class TestSlurm(unittest.TestCase):
         self.wait_for_end(*expected)
         self.assertEqual({job_id: self.output(job_id) for job_id in expected}, expected)
 
-    def test_several_runs_in_one_job(self):
-        """Each of them has its own --run_name; runs in a notebook or a terminal within the job are numbered."""
+    def test_one_job_can_contain_several_runs(self):
+        """Each run has a different --run_name. Runs in a notebook or a terminal within the job are numbered."""
         variables = few_digits(self.checkout)
         notebook = "import subprocess\nfor epochs in '12':\n    subprocess.run(f'{TRAIN} --epochs {epochs}'.split())\n"
         (self.checkout / "ipykernel_launcher.py").write_text(f"TRAIN = {TRAIN!r}\n{notebook}")
@@ -315,7 +318,7 @@ class TestSlurm(unittest.TestCase):
         self.assertIn("run folder VAE_logs/lightning_logs/version_2\n", output)
 
     def test_a_job_that_is_preempted_before_python_is_ready_starts_again(self):
-        activate = self.stand_in('echo attempt $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
+        activate = self.mock_python('echo attempt $SLURM_RESTART_COUNT\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 100')
         job_id = self.submit("--nodelist=n1", "slurm/train.sbatch", ACTIVATE=activate)
         self.wait_for(lambda: "attempt" in self.output(job_id), 60)
         urgent = self.submit("--nodelist=n1", "--exclusive", "--partition=high", self.script(""))
@@ -334,7 +337,7 @@ class TestSlurm(unittest.TestCase):
             self.submit("slurm/train.sbatch", ACTIVATE="PATH=/nowhere"): "set ACTIVATE",
             self.submit("slurm/train.sbatch", ACTIVATE=nowhere): f"vae: error: ACTIVATE ended with status 1: {nowhere}",
             self.submit("--array=9", "slurm/sweep.sbatch") + "_9": "=0-7",
-            self.submit("--array=0", "slurm/sweep.sbatch", SEEDS="1,2") + "_0": "numbers with spaces between: 1,2",
+            self.submit("--array=0", "slurm/sweep.sbatch", SEEDS="1,2") + "_0": "numbers separated by spaces, got 1,2",
             self.submit("--array=0", "slurm/sweep.sbatch", SETTINGS="settings.txt") + "_0": "settings.txt, line 2: No",
         }
         self.wait_for_end(*jobs)
@@ -345,11 +348,13 @@ class TestSlurm(unittest.TestCase):
         self.assertEqual([self.job(job_id)["ExitCode"] for job_id in jobs][:2], ["2:0", "1:0"])  # of the program
         self.assertFalse((self.checkout / "VAE_logs").exists())
 
-    def test_eight_array_tasks_on_an_empty_data_folder(self):
-        """The default sweep downloads a small stand-in for MNIST, from a local mirror, once for all tasks."""
+    def test_eight_array_tasks_download_missing_data_only_once(self):
+        """The default sweep downloads a small mock of MNIST from a local mirror, once for all tasks."""
         content, packed, _, _ = small_mnist(600, 100)
         with mirror(packed) as (address, requests):
-            code = stand_in_code(address, known_resources(packed), known_files(content), TRAIN_SIZES=[500], NUM_VAL=100)
+            code = mock_mnist_code(
+                address, known_resources(packed), known_files(content), TRAIN_SIZES=[500], NUM_VAL=100
+            )
             code += "sources.DATA_FLAGS['data']['train_size'] = sources.Flag(500, '', [500])\n"
             self.add_to_sitecustomize(code)
             flags = ["--data_dir", "data", "--epochs", "2", "--hidden_dims", "16"]
@@ -364,4 +369,4 @@ class TestSlurm(unittest.TestCase):
         self.assertEqual([(given["z_dim"], given["seed"]) for given in flags], expected)
         self.assertEqual(sum("Downloading" in self.output(task) for task in tasks), 1)
         self.assertEqual({requests.count(name) for name in packed}, {requests.count(next(iter(packed)))})
-        self.assertLess(len(requests), 9)  # one task asked; torchvision looks for redirections first
+        self.assertLess(len(requests), 9)  # from a single task; torchvision first looks for redirections

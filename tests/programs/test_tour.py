@@ -39,7 +39,7 @@ PICTURES = {  # the cells whose last line is a picture, and its width and height
     "cnn": (724, 244),
     "cnn-encode": (724, 124),
 }
-# What each cell that shows something shows: the types of its stored outputs.
+# The types of the stored outputs of each cell that shows something.
 SHOWN = {
     "train": ["stream", "execute_result"],
     **dict.fromkeys(PICTURES, ["execute_result"]),
@@ -52,18 +52,18 @@ KEYS["code"] = sorted([*KEYS["markdown"], "execution_count", "outputs"])
 
 
 def cells(kind="code"):
-    """Dict from the id of each cell of a kind to the cell, in their order."""
+    """Returns a dict from id to cell of all cells of a kind, in their order."""
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     return {cell["id"]: cell for cell in notebook["cells"] if cell["cell_type"] == kind}
 
 
 def source(cell):
-    """The source code of a cell."""
+    """Returns the source code of a cell."""
     return "".join(cell["source"])
 
 
 def run_cell(cell, namespace):
-    """Runs a cell in a namespace and returns the value of its last line, which Jupyter shows; None if it has none."""
+    """Runs a cell in a namespace. Returns the value of its last line, which Jupyter shows, or None without a value."""
     tree, last = ast.parse(source(cell)), None
     if isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
@@ -72,15 +72,15 @@ def run_cell(cell, namespace):
 
 
 def anchors(page):
-    """The names of a page's headings, which can follow # in a link."""
+    """Returns the anchors of a page's headings: the names that can follow # in a link."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 class TestCells(TrainingTest):
-    """All cells in plain Python, in a folder with links to the package. Training and evaluation have few digits."""
+    """Tests that run all cells in plain Python, in a folder with links to the package, on few digits."""
 
-    draws_figures = True
+    makes_figures = True
 
     def setUp(self):
         super().setUp()
@@ -93,10 +93,10 @@ class TestCells(TrainingTest):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         self.enter(mock.patch.object(sys, "path", sys.path[:]))
-        self.enter(mock.patch.dict(sys.modules, IPython=None))  # importing it would raise an ImportError
+        self.enter(mock.patch.dict(sys.modules, IPython=None))  # importing IPython raises an ImportError
         self.enter(mock.patch("sys.stdout", new_callable=io.StringIO))
 
-    def test_every_cell_runs_and_shows_what_it_promises(self):
+    def test_every_cell_runs_and_the_right_cells_show_pictures(self):
         names, values = {}, {}
         for name, cell in cells().items():
             values[name] = run_cell(cell, names)
@@ -117,7 +117,7 @@ class TestCells(TrainingTest):
                 self.assertEqual(picture.size, (width, height or picture.height))
                 low, high = picture.convert("L").getextrema()
                 self.assertGreater(high - low, 100)
-                self.assertTrue(picture._repr_png_().startswith(b"\x89PNG"))  # what Jupyter asks for
+                self.assertTrue(picture._repr_png_().startswith(b"\x89PNG"))  # Jupyter calls this method
 
         for name, shape in {
             "samples": (24, 1, 28, 28),
@@ -158,10 +158,10 @@ class TestCells(TrainingTest):
 
 
 class TestFirstCell(CommandTest):
-    """The first cell in a folder without the package, in a process of its own."""
+    """Tests that run the first cell in a separate process, in a folder without the package."""
 
     def first_cell(self, repository="", then=""):
-        """Exit code, stdout and stderr of the cell with that URL of the repository, and of more code after it."""
+        """Runs the first cell with this URL of the repository, then more code. Returns exit code, stdout and stderr."""
         code = source(cells()["package"])
         self.assertEqual(code.count('\nREPOSITORY = ""'), 1)
         code = code.replace('\nREPOSITORY = ""', f"\nREPOSITORY = {str(repository)!r}")
@@ -175,7 +175,7 @@ class TestFirstCell(CommandTest):
         self.assertEqual((code, stdout, stderr.splitlines()[-1]), (1, "", message))
         self.assertEqual([*self.folder.iterdir()], [])
 
-    @unittest.skipUnless(shutil.which("git"), "there is no git here")
+    @unittest.skipUnless(shutil.which("git"), "git is not installed")
     def test_the_first_cell_clones_the_repository_or_finds_the_clone(self):
         remote, git = self.folder / "remote", ["git", "-c", "user.name=name", "-c", "user.email=name@localhost"]
         remote.mkdir()
@@ -188,14 +188,14 @@ class TestFirstCell(CommandTest):
 
 
 class TestStoredFile(unittest.TestCase):
-    """The file as it is read on GitHub."""
+    """Tests of the stored file, which GitHub shows."""
 
     @classmethod
     def setUpClass(cls):
         cls.text = NOTEBOOK.read_text(encoding="utf-8")
         cls.notebook = json.loads(cls.text)
 
-    def test_it_is_a_valid_notebook_of_less_than_a_megabyte(self):
+    def test_the_file_is_a_valid_notebook_of_less_than_a_megabyte(self):
         self.assertLess(len(self.text), 1_000_000)
         self.assertEqual(sorted(self.notebook), ["cells", "metadata", "nbformat", "nbformat_minor"])
         self.assertEqual((self.notebook["nbformat"], self.notebook["nbformat_minor"]), (4, 5))
@@ -210,7 +210,7 @@ class TestStoredFile(unittest.TestCase):
                 self.assertEqual(cell["metadata"], {})
                 self.assertTrue(all(isinstance(line, str) for line in cell["source"]))
 
-    def test_all_cells_were_run_in_their_order_without_errors_and_show_what_they_promise(self):
+    def test_all_cells_were_run_in_order_without_errors_and_have_the_right_outputs(self):
         counts = [cell["execution_count"] for cell in cells().values()]
         self.assertEqual(counts, list(range(1, len(counts) + 1)))
         outputs = {name: cell["outputs"] for name, cell in cells().items()}
@@ -227,7 +227,7 @@ class TestStoredFile(unittest.TestCase):
         [shown] = ast.literal_eval("".join(outputs["train"][-1]["data"]["text/plain"]))
         self.assertLess(shown["test_bpd"], 0.3)
 
-    def test_the_stored_pictures_are_pictures(self):
+    def test_the_stored_pictures_are_valid_and_not_blank(self):
         for name, (width, height) in {**PICTURES, "explorer": (900, None)}.items():
             with self.subTest(name):
                 data = cells()[name]["outputs"][-1]["data"]["image/png"]
@@ -236,12 +236,12 @@ class TestStoredFile(unittest.TestCase):
                 low, high = picture.convert("L").getextrema()
                 self.assertGreater(high - low, 100)
 
-    def test_it_names_no_place_of_the_machine_that_ran_it(self):
+    def test_the_file_contains_no_path_of_the_machine_that_ran_it(self):
         without_pictures = re.sub(r'"image/png": "[^"]*"', "", self.text)
         self.assertLess(len(without_pictures), 30_000)
         self.assertEqual(re.findall(r"/(?:work|tmp|home|root|usr|opt)\b.*| at 0x.*|\\u001b.*", without_pictures), [])
 
-    def test_its_cells_are_plain_python(self):
+    def test_all_cells_are_plain_python(self):
         for name, cell in cells().items():
             with self.subTest(name):
                 ast.parse(source(cell))

@@ -1,4 +1,4 @@
-"""Tests of harness.Run with a module that is no VAE: `python -m unittest tests/programs/test_toy.py`."""
+"""Tests of harness.Run with a module that is not a VAE: `python -m unittest tests/programs/test_toy.py`."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.helpers import CommandTest, Forked, load, metrics, results, scalars_a
 
 
 def wait_in_epoch_4():
-    """Makes a run wait for ever at the start of its fourth epoch: it can be killed there on a machine of any speed."""
+    """Makes a run wait at the start of its fourth epoch, so that a test can kill it there even on a fast machine."""
     begin_epoch = report.EpochReport.begin_epoch
 
     def begin_or_wait(self, trainer):
@@ -21,17 +21,17 @@ def wait_in_epoch_4():
 
 class TestToyModule(CommandTest):
     def start_toy(self, name, setup=None):
-        """Starts or resumes the run of that name."""
+        """Starts or resumes the run with this name."""
         return Forked("tests/programs/toy.py", "--log_dir", "logs", "--run_name", name, cwd=self.folder, setup=setup)
 
     def finish(self, process):
-        """The lines that a process prints, once it has ended as it should."""
+        """Waits until a process has ended without an error. Returns the lines that it printed."""
         stdout, stderr = process.communicate()
         self.assertEqual((process.returncode, stderr), (0, ""))
         return stdout.splitlines()
 
-    def test_a_run_of_another_module_that_was_killed_resumes_with_the_same_numbers_as_one_that_was_not(self):
-        """It has its own metric, which chooses the best checkpoint, and its own figure."""
+    def test_a_killed_run_of_another_module_resumes_with_the_same_numbers_as_an_undisturbed_run(self):
+        """The module has another metric, which selects the best checkpoint, and another figure."""
         undisturbed = self.finish(self.start_toy("undisturbed"))
         self.assertEqual(undisturbed[0], "a line on 100 points, on cpu, in logs/undisturbed")
         self.assertRegex(undisturbed[2], r"^epoch   1/6  train squared error \d\.\d{4}  val squared error \d\.\d{4}  ")
@@ -39,7 +39,7 @@ class TestToyModule(CommandTest):
         next(line for line in killed.stdout if line.startswith("epoch   3/6"))
         killed.kill()
         killed.communicate()
-        self.assertRegex(self.finish(self.start_toy("killed"))[0], r"continued after epoch [123]$")
+        self.assertRegex(self.finish(self.start_toy("killed"))[0], r"resumed after epoch [123]$")
         test_error = results(self.folder / "logs" / "killed")["test_error"]
         line = f"logs/killed is finished: test squared error {test_error:.4f}"
         self.assertEqual(self.finish(self.start_toy("killed")), [line])

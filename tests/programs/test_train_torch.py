@@ -10,7 +10,7 @@ SMALL = ["--hidden_dims", "16", "--epochs", "1", "--log_dir", "logs"]
 
 class TestCommand(CommandTest):
     def train_torch(self, *flags):
-        """Trains; returns the run's folder and the test bpd."""
+        """Trains. Returns the run's folder and the test bpd."""
         code, stdout, stderr = self.run_command("train_torch.py", *SMALL, *flags)
         self.assertEqual((code, stderr), (0, ""))
         test_line, folder_line = stdout.splitlines()[-2:]
@@ -20,7 +20,7 @@ class TestCommand(CommandTest):
         run, test_bpd = self.train_torch("--dataset", "rendered")
         flags = [run / "checkpoints" / "epoch.pt", "--dataset", "rendered", "--iw_samples", "1"]
         without_sizes = self.run_forked("evaluate.py", *flags)
-        self.assert_one_line(without_sizes, 1, "size mismatch", "give --model", "--hidden_dims")
+        self.assert_one_line(without_sizes, 1, "size mismatch", "give the --model", "--hidden_dims")
         code, stdout, stderr = self.run_forked("evaluate.py", *flags, "--hidden_dims", "16")
         self.assertEqual((code, stderr), (0, ""))
         (line,) = (line for line in stdout.splitlines() if line.startswith("test bpd"))
@@ -28,13 +28,13 @@ class TestCommand(CommandTest):
         self.assertTrue((run / "evaluation" / "evaluation.json").exists())
 
     @unittest.skipUnless(MNIST_DIR, NO_MNIST)
-    def test_an_epoch_on_mnist_reaches_about_the_bpd_of_train_pl(self):
-        """The order of the images differs."""
+    def test_an_epoch_on_mnist_reaches_about_the_same_bpd_as_train_pl(self):
+        """The bpds are not equal, because the order of the images differs."""
         _, test_bpd = self.train_torch("--data_dir", MNIST_DIR)
         _, results = self.train("--dataset", "mnist", "--data_dir", MNIST_DIR, *SMALL)
         self.assertAlmostEqual(test_bpd, results["test_bpd"], delta=0.01)
 
-    def test_an_invalid_flag_or_missing_data_ends_the_command_in_a_line(self):
+    def test_an_invalid_flag_or_missing_data_ends_the_command_with_one_line(self):
         for flags, code, *parts in [
             (["--epochs", "0"], 1, "--epochs must be above 0, got 0"),
             (["--model", "RNN"], 2, "--model"),
@@ -42,8 +42,8 @@ class TestCommand(CommandTest):
         ]:
             self.assert_one_line(self.run_command("train_torch.py", *flags, **NO_NETWORK), code, *parts)
 
-    def test_a_signal_ends_the_command_with_an_exit_code_that_is_not_0(self):
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    def test_a_signal_ends_the_command_with_a_nonzero_exit_code(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         self.addCleanup(signal.signal, signal.SIGINT, before)
         for number, expected in [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]:
             process = self.start(REPOSITORY / "train_torch.py", "--dataset", "rendered", "--epochs", "10000")

@@ -26,7 +26,7 @@ class TestTraining(CommandTest):
         self.assertLess(results["test_bpd"], 0.5)
         self.assertEqual(os.listdir(self.folder), ["logs"])
 
-    def test_two_processes_reach_the_bpd_of_one(self):
+    def test_two_processes_reach_the_bpd_of_one_process(self):
         sizes = (2000, 500, 1000)
         ways = {
             "1": dict(setup=functools.partial(use_few_digits, sizes)),
@@ -39,7 +39,7 @@ class TestTraining(CommandTest):
                 self.assertAlmostEqual(*bpds, delta=0.001)
 
     def test_the_processes_of_a_users_own_script_disconnect_after_the_training_and_one_of_them_warns(self):
-        """If Gloo's threads still run at the end of Python, they sometimes abort it."""
+        """If the threads of Gloo still run when Python ends, they sometimes abort Python."""
         (self.folder / "script.py").write_text(
             "import argparse, torch, train_pl, warnings\n"
             "step = train_pl.VAE.validation_step\n"
@@ -52,11 +52,11 @@ class TestTraining(CommandTest):
         stdout, stderr = process.communicate(timeout=600)
         self.assertEqual(process.returncode, 0, stderr)
         warned = [line for line in stderr.splitlines() if "warning:" in line.lower()]
-        self.assertRegex("|".join(warned), "^[^|]*without effect: remark[|][^|]*UserWarning: of a library$")
+        self.assertRegex("|".join(warned), "^[^|]*ignored unknown flags: remark[|][^|]*UserWarning: of a library$")
         self.assertEqual(re.findall("connected: .*", stdout), ["connected: False"] * 2, stdout)
 
-    def test_ctrl_c_and_sigterm_end_a_run_of_one_or_two_processes_in_a_line_and_leave_usable_checkpoints(self):
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    def test_ctrl_c_and_sigterm_end_a_run_of_one_or_two_processes_with_one_line_and_usable_checkpoints(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         self.addCleanup(signal.signal, signal.SIGINT, before)
         flags, variables = ["--dataset", "rendered", "--hidden_dims", "64", "--epochs", "9999"], few_digits(self.folder)
         for number, code, more in [
@@ -77,7 +77,7 @@ class TestTraining(CommandTest):
             self.assertIn(load(folder, "last")["epoch"] + 1, [epoch - 1, epoch])
             self.assertIn(len(metrics(folder)), [epoch, epoch + 1])  # the first row is of epoch 0
 
-    def test_a_disk_that_is_full_ends_a_run_in_a_line_and_the_same_command_resumes_it(self):
+    def test_a_full_disk_ends_a_run_with_one_line_and_the_same_command_resumes_the_run(self):
         flags = ["--dataset", "rendered", "--epochs", "2", "--hidden_dims", "64", "--run_name", "run"]
         for code, limit in [(1, 2**20), (0, -1)]:
             variables = few_digits(self.folder)
@@ -86,7 +86,7 @@ class TestTraining(CommandTest):
             result = self.run_command("train_pl.py", *flags, **variables)
             if code:
                 checkpoint = "VAE_logs/run/checkpoints/best.ckpt"
-                self.assert_one_line(result, 1, f"error: cannot write {checkpoint} (File too large); make room and")
+                self.assert_one_line(result, 1, f"error: cannot write {checkpoint} (File too large); free disk space")
                 self.assertEqual(list((self.folder / "VAE_logs").rglob("*.unfinished")), [])
         self.assertEqual((result[0], result[2]), (0, ""))
 
@@ -98,12 +98,12 @@ class TestTraining(CommandTest):
         process.stdout.readline()
         process.stdout.close()
         (self.folder / "go_on").touch()
-        self.assertEqual(process.stderr.read().count("nothing more can be printed here (Broken pipe)"), 1)
+        self.assertEqual(process.stderr.read().count("the output cannot be printed any more (Broken pipe)"), 1)
         self.assertEqual((process.wait(120), process.stderr.close()), (0, None))
         self.assertTrue((self.folder / "VAE_logs" / "run" / "results.json").exists())
 
     def test_two_processes_of_a_users_own_trainer_log_the_mean_over_the_images_of_both(self):
-        """Each sums its own losses, although Lightning's DDP shares the buffers of modules."""
+        """Each process sums only its own losses, although Lightning's DDP shares the buffers of modules."""
         (self.folder / "script.py").write_text(
             "import pytorch_lightning as pl\n"
             "from argparse import Namespace\n"
@@ -118,7 +118,7 @@ class TestTraining(CommandTest):
         stdout, stderr = self.start("script.py", **few_digits(self.folder)).communicate(timeout=600)
         self.assertEqual(re.findall("mean of 1 and 2: .*", stdout), ["mean of 1 and 2: 1.5"] * 2, (stdout, stderr))
 
-    def test_without_data_the_command_names_the_missing_files_and_the_stand_in(self):
+    def test_without_data_the_command_names_the_missing_files_and_the_flag_for_rendered_digits(self):
         result = self.run_forked("train_pl.py", "--data_dir", "data", "--log_dir", "logs", **NO_NETWORK)
         self.assert_one_line(result, 1, Path("data/MNIST/raw"), *FILES, "refused", "--dataset rendered")
         self.assertFalse((self.folder / "logs").exists())

@@ -1,4 +1,4 @@
-"""A module of ten lines that the harness trains: `python -m tests.programs.toy --log_dir LOGS --run_name toy`."""
+"""A small LightningModule that the harness trains: `python -m tests.programs.toy --log_dir LOGS --run_name toy`."""
 
 import pytorch_lightning as pl
 import torch
@@ -20,7 +20,7 @@ FLAGS = {
 
 
 class Line(pl.LightningModule):
-    """y = a x + b, by least squares with a little noise."""
+    """Linear regression, y = a x + b, by least squares with a little noise in x."""
 
     def __init__(self, lr=0.1):
         super().__init__()
@@ -47,7 +47,7 @@ class Line(pl.LightningModule):
 
 
 def load_data(args, download, sampler):
-    """The loaders of 100 points to train on, 40 to validate and 40 to test."""
+    """Returns loaders of 100 points for training, 40 for validation and 40 for test."""
     x = torch.linspace(-1, 1, 180).unsqueeze(1)
     parts = TensorDataset(x, 3 * x + 1), [100, 40, 40]
     sets = torch.utils.data.random_split(*parts, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def load_data(args, download, sampler):
 
 
 def save_text(path, run):
-    """A stand-in for a figure of the finished run."""
+    """Writes a line of text, as a mock of a figure of the finished run."""
     with open(path, "w") as file:
         file.write(f"{len(run.curve('val_error'))} values, test {run.results['test_error']}")
 

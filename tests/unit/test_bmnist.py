@@ -23,20 +23,20 @@ NUM_TRAIN, NUM_TEST = 60_000, 10_000  # MNIST's
 
 
 def grey_images(intensity=None):
-    """As many images of 2x2 pixels as MNIST has, of all intensities in turn or of one, and their numbers as labels."""
+    """Returns as many images of 2x2 pixels as MNIST has, of all intensities or of one. Their labels are numbers."""
     images = torch.arange(NUM_TRAIN * 4).view(NUM_TRAIN, 2, 2) % 256
     images = images.to(torch.uint8) if intensity is None else torch.full_like(images, intensity, dtype=torch.uint8)
     return images, torch.arange(NUM_TRAIN), images[:NUM_TEST], NUM_TRAIN + torch.arange(NUM_TEST)
 
 
 def labels_of(loader):
-    """The labels of a pass, in its order."""
+    """Returns the labels of a pass, in its order."""
     return torch.cat([labels for _, labels in loader])
 
 
 class TestDataLoaders(SeededTest):
-    def test_splits_and_batches(self):
-        """Each pass has all training images in a new order. A pixel is 1 if its intensity / 255 exceeds 0.5."""
+    def test_grey_images_become_the_batches_of_three_splits(self):
+        """Each pass has all training images in a new order. A pixel is 1 if its intensity / 255 is above 0.5."""
         data = grey_images()
         loaders = bmnist.data_loaders(*data)
         seen = labels_of(loaders[0])
@@ -72,7 +72,7 @@ class TestDataLoaders(SeededTest):
                 self.assertTrue(torch.equal(labels_of(loader), torch.arange(first + 1, end, 2)))
 
     def test_stochastic_training_images_change_from_pass_to_pass(self):
-        """Those of validation and test never change, whatever the seed of torch's random numbers is."""
+        """Validation and test images never change, for any seed of torch's random numbers."""
         passes = []
         for seed in [0, 0, 1]:
             torch.manual_seed(seed)
@@ -97,22 +97,24 @@ class TestDataLoaders(SeededTest):
 
 
 class TestImages(SeededTest):
-    def test_stochastic_binarization(self):
-        """Each pixel is sampled independently, and its mean is its intensity."""
+    def test_the_mean_of_a_stochastic_pixel_is_its_intensity(self):
+        """The pixels are sampled independently of each other."""
         images = torch.arange(256, dtype=torch.uint8).repeat(4_000).view(4_000, 16, 16)
         before = images.clone()
         dataset = bmnist.StochasticBinaryImages(images, torch.zeros(4_000, dtype=torch.int64))
-        draws = dataset[torch.arange(4_000)][0]
-        self.assertEqual(set(draws.unique().tolist()), {0, 1})
+        samples = dataset[torch.arange(4_000)][0]
+        self.assertEqual(set(samples.unique().tolist()), {0, 1})
         intensities = torch.arange(256) / 255
-        self.assertEqual((draws[:, 0, 0, 0].max().item(), draws[:, 0, -1, -1].min().item()), (0, 1))
-        torch.testing.assert_close(draws.mean(dim=0).flatten(), intensities, atol=0.035, rtol=0)  # 4.4 standard errors
-        self.assertAlmostEqual((draws.mean(dim=0).flatten() - intensities).mean().item(), 0, delta=0.002)
-        torch.testing.assert_close(torch.corrcoef(draws[:, 0, 7, 8:].T), torch.eye(8), atol=0.08, rtol=0)
+        self.assertEqual((samples[:, 0, 0, 0].max().item(), samples[:, 0, -1, -1].min().item()), (0, 1))
+        torch.testing.assert_close(
+            samples.mean(dim=0).flatten(), intensities, atol=0.035, rtol=0
+        )  # 4.4 standard errors
+        self.assertAlmostEqual((samples.mean(dim=0).flatten() - intensities).mean().item(), 0, delta=0.002)
+        torch.testing.assert_close(torch.corrcoef(samples[:, 0, 7, 8:].T), torch.eye(8), atol=0.08, rtol=0)
         self.assertTrue(torch.equal(images, before))
 
-    def test_blocks_of_pixels_change_no_sample(self):
-        """The random numbers of all grey pixels come in order, whatever the size of a block is."""
+    def test_the_size_of_a_block_changes_no_sample(self):
+        """The random numbers of all grey pixels are in order, for any size of a block."""
         images, samples = torch.randint(0, 256, (7, 5, 3), dtype=torch.uint8), []
         for block in [2**20, 8]:
             with mock.patch.object(bmnist, "BLOCK", block):
@@ -125,10 +127,10 @@ class TestImages(SeededTest):
 
     @unittest.skipUnless(sys.platform == "linux", "the peak of a process is read from Linux's /proc")
     def test_stochastic_photographs_take_less_than_4_bytes_per_pixel(self):
-        """This includes the given images and the peak while the pixels are sampled, in a process of its own."""
+        """This includes the given images and the peak while the pixels are sampled. A separate process measures it."""
         code = (
             "import re, torch, bmnist\n"
-            "def peak():\n"  # resource's maximum would be that of the tests, which started the process
+            "def peak():\n"  # resource's maximum would include that of the tests' process
             "    return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
             "images = torch.full((8_000, 64, 64), 100, dtype=torch.uint8)\n"
             "before = peak()\n"
@@ -142,7 +144,7 @@ class TestImages(SeededTest):
         self.assertLess(float(done.stdout), 4)
 
     def test_the_data_sets_work_with_torchs_classes(self):
-        """Subset, ConcatDataset and torch's own DataLoader accept them, like torchvision's MNIST."""
+        """Subset, ConcatDataset and torch's DataLoader accept the data sets, as they accept torchvision's MNIST."""
         for Images in [bmnist.BinaryImages, bmnist.StochasticBinaryImages]:
             dataset = Images(torch.full((10, 2, 2), 200, dtype=torch.uint8), torch.arange(10))
             parts = random_split(dataset, [6, 4])
@@ -154,8 +156,8 @@ class TestImages(SeededTest):
             odd = Subset(dataset, (dataset.targets % 2).nonzero().flatten().tolist())
             self.assertEqual([label for _, label in odd], [1, 3, 5, 7, 9])
             self.assertEqual((dataset.data.shape, dataset.data.dtype), ((10, 2, 2), torch.uint8))
-            drawn = next(iter(DataLoader(dataset, 6, sampler=WeightedRandomSampler(dataset.targets == 3, 6))))
-            self.assertEqual((drawn[0].shape, drawn[1].tolist()), ((6, 1, 2, 2), [3] * 6))
+            batch = next(iter(DataLoader(dataset, 6, sampler=WeightedRandomSampler(dataset.targets == 3, 6))))
+            self.assertEqual((batch[0].shape, batch[1].tolist()), ((6, 1, 2, 2), [3] * 6))
 
     def test_to_moves_every_tensor_in_place(self):
         images, labels = torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.arange(3)
@@ -168,7 +170,7 @@ class TestImages(SeededTest):
 
 
 class TestImageLoader(SeededTest):
-    def test_options_of_torchs_loader(self):
+    def test_options_of_torchs_loader_have_their_usual_effect(self):
         """With options that exclude indexing at once, the batches are those of torch's DataLoader."""
         data = [part[:100] for part in grey_images()]
         images = bmnist.BinaryImages(*data[:2])
@@ -184,7 +186,7 @@ class TestImageLoader(SeededTest):
         self.assertEqual([labels.tolist() for _, labels in by_batches], [[3, 1], [2]])
 
     def test_random_numbers_are_those_of_torchs_loader(self):
-        """Order and later random numbers equal those of torch's DataLoader, with worker processes or without."""
+        """Order and later random numbers equal those of torch's DataLoader, with and without worker processes."""
         images = bmnist.BinaryImages(*[part[:50] for part in grey_images()][:2])
         orders, states = [], []
         for Loader, workers in [(DataLoader, 0), (bmnist.ImageLoader, 0), (bmnist.ImageLoader, 1)]:
@@ -206,10 +208,10 @@ class TestImageLoader(SeededTest):
 
 
 class TestLoadData(SeededTest):
-    def test_splits_and_batch_size(self):
+    def test_each_data_set_has_its_splits_and_the_batch_size_of_one_process(self):
         """
-        A batch is that of one process. Your own file is split like MNIST only if it has as many images and none for
-        validation; otherwise the last tenth of the training images validates, but 5,000 at most.
+        Your own file is split like MNIST only if it has as many training images and no validation images. Otherwise the
+        last tenth of its training images is the validation set, at most 5,000 images.
         """
         images, labels, *test = grey_images()
         for dataset, num_images, train_size, num_train, num_val, own in [
@@ -239,8 +241,8 @@ class TestLoadData(SeededTest):
 
 
 class TestGrid(SeededTest):
-    def test_pairs_of_evenly_spread_images(self):
-        """Each image is followed by its binary version, 4 pairs per row: of sorted images, every class is there."""
+    def test_the_grid_has_pairs_of_evenly_spread_images(self):
+        """Each image is followed by its binary version, with 4 pairs per row. Sorted images show every class."""
         images = torch.arange(249, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 4, 3)  # 32 of them: 0, 8, 16 ...
         bmnist.save_grid(self.folder / "grid.png", bmnist.BinaryImages(images, torch.arange(249)))
         picture = np.asarray(Image.open(self.folder / "grid.png"))[..., 0]
@@ -252,7 +254,7 @@ class TestGrid(SeededTest):
 
 class TestProgram(SeededTest):
     def main(self, **load):
-        """What the program prints on a terminal that knows only ASCII, and its exit code or last line."""
+        """Returns what the program prints on a terminal that supports only ASCII, and its exit code or last line."""
         output, code = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True), None
         argv = mock.patch.object(sys, "argv", ["bmnist.py", "--data_dir", "здесь", "--dataset", "kmnist"])
         with argv, mock.patch.object(bmnist, "load_data", **load), contextlib.redirect_stdout(output):

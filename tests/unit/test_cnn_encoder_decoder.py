@@ -1,5 +1,5 @@
 """
-Tests of cnn_encoder_decoder.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+Tests of cnn_encoder_decoder.py, in addition to the assignment's contract in unittests.py: `python -m unittest
 tests/unit/test_cnn_encoder_decoder.py`.
 """
 

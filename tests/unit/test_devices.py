@@ -1,5 +1,5 @@
 """
-Tests of harness/devices.py, and of where every tensor is: `python -m unittest tests/unit/test_devices.py`.
+Tests of harness/devices.py, and of the device of every tensor: `python -m unittest tests/unit/test_devices.py`.
 
 GPUs are fake: torch's FakeTensorMode runs operators on tensors that have a shape and a device but no values, and raises
 an error if two of them are on different devices.
@@ -35,7 +35,7 @@ GPUS = [torch.device("cuda", 0), torch.device("mps", 0)]
 
 
 class NoDouble(TorchDispatchMode):
-    """A context that raises an error for a tensor in double precision on a GPU: Apple's has none."""
+    """Context manager that raises an error for a float64 tensor on a GPU: Apple's GPU does not support float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -47,13 +47,15 @@ class NoDouble(TorchDispatchMode):
 
 class TestEveryTensorIsOnTheGPU(SeededTest):
     def fake(self, tensor, device):
-        """A tensor without values, on a device that need not exist."""
+        """Returns a tensor without values, on a device that need not exist."""
         return FakeTensor(self.mode, tensor.detach().to("meta"), device)
 
     def setUp(self):
         self.mode = FakeTensorMode()
-        self.enter(mock.patch.multiple(torch.Tensor, item=lambda tensor: 0.5, __int__=lambda tensor: 1))  # need values
-        # A torch without Apple's GPU cannot take single images out of a batch there.
+        self.enter(
+            mock.patch.multiple(torch.Tensor, item=lambda tensor: 0.5, __int__=lambda tensor: 1)
+        )  # these need values
+        # torch without support for Apple's GPU cannot index single images of a batch on it.
         self.enter(mock.patch.object(utils, "make_grid", lambda imgs, nrow: imgs))
 
     def move(self, model, device):
@@ -62,11 +64,11 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
                 part._parameters[name] = torch.nn.Parameter(self.fake(tensor, device), requires_grad=False)
             for name, tensor in part._buffers.items():
                 part._buffers[name] = self.fake(tensor, device)
-        model._device = device  # as LightningModule.to has it
+        model._device = device  # LightningModule.to sets it
         return model
 
     def check(self, function, *classes):
-        """Calls a function of (device, model, images on the device) for every kind of GPU and model."""
+        """Calls a function with (device, model, images on the device) for every kind of GPU and model."""
         for device, kind, vae in itertools.product(GPUS, ["MLP", "CNN"], classes):
             with self.subTest(device=device, kind=kind, vae=vae):
                 model = self.move(vae(kind, [16, 8], 4, 2, 1e-3), device)
@@ -94,7 +96,7 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
         self.check(compute, VAE, train_torch.VAE)
 
     def test_an_evaluation_moves_its_numbers_to_the_cpu(self):
-        """A Mac's GPU has no double precision."""
+        """Apple's GPU does not support float64."""
         cpu = torch.device("cpu")
         tensors = torch.zeros(6, 28, 28, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
         test_set = bmnist.BinaryImages(*(self.fake(tensor, cpu) for tensor in tensors))
@@ -115,8 +117,9 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
 class TestPickDevice(SeededTest):
     def pick(self, accelerator, error=None, warning=None, names=(), **machine):
         """
-        Returns what pick_device returns on a machine, or its error's message, and what is printed. `error` is of the
-        first computation on the GPU, `warning` of torch's search for one, `names` are those of the driver's GPUs.
+        Returns the result of pick_device on a machine, or the message of its error, and what is printed. `error` is the
+        error of the first computation on the GPU, `warning` is what torch warns when it looks for a GPU, and `names`
+        are the driver's names of the GPUs.
         """
 
         def is_available():
@@ -161,7 +164,7 @@ class TestPickDevice(SeededTest):
         self.device = computed.call_args and computed.call_args.kwargs["device"]
         return kind, stderr.getvalue()
 
-    def test_a_gpu_computes_if_there_is_one_unless_the_cpu_is_asked_for(self):
+    def test_a_gpu_is_used_if_there_is_one_unless_the_cpu_is_requested(self):
         for accelerator, machine, expected in [
             ("auto", {}, "cpu"),
             ("cpu", dict(num_gpus=1), "cpu"),
@@ -169,58 +172,58 @@ class TestPickDevice(SeededTest):
             ("gpu", dict(num_gpus=2), "cuda"),
             ("auto", dict(is_mac=True), "mps"),
             ("gpu", dict(is_mac=True), "mps"),
-            ("gpu", {}, "--accelerator gpu: there is no GPU here; use auto or cpu"),
+            ("gpu", {}, "--accelerator gpu: this machine has no GPU; use auto or cpu"),
         ]:
             with self.subTest(accelerator=accelerator, **machine):
                 self.assertEqual(self.pick(accelerator, **machine), (expected, ""))
 
-    def test_a_gpu_that_this_torch_cannot_use_is_named_with_the_reason(self):
-        """If the driver is too old, torch finds no GPU and warns; the files of the driver have the GPUs' names."""
+    def test_the_message_names_a_gpu_that_torch_cannot_use_and_the_reason(self):
+        """If the driver is too old, torch finds no GPU and warns; the driver's files contain the names of the GPUs."""
         message = "CUDA error: no kernel image is available for execution on the device"
         too_old = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
         names = ["NVIDIA A100-SXM4-40GB", "NVIDIA T4"]
         for machine, gpu, reason in [
             (
                 dict(num_gpus=1, error=RuntimeError(f"{message}\nCUDA kernel errors")),
-                "NVIDIA Tesla K80, of compute capability 3.7; it supports sm_75, sm_90",
+                "NVIDIA Tesla K80, compute capability 3.7; it supports sm_75, sm_90",
                 message,
             ),
             (dict(names=names, warning=too_old), names[0], too_old),
-            (dict(names=names, cuda=None), names[0], "it is built without CUDA"),
+            (dict(names=names, cuda=None), names[0], "this torch is built without CUDA"),
             (
                 dict(names=names, cuda=None, variables={"CUDA_VISIBLE_DEVICES": "0"}),
                 names[0],
-                "it is built without CUDA",
+                "this torch is built without CUDA",
             ),
         ]:
             with self.subTest(reason):
                 words = f"torch {torch.__version__} cannot use {gpu} ({reason})"
-                self.assertEqual(self.pick("auto", **machine), ("cpu", f"warning: on the CPU: {words}\n"))
+                self.assertEqual(self.pick("auto", **machine), ("cpu", f"warning: using the CPU: {words}\n"))
                 self.assertEqual(self.pick("gpu", **machine), (f"--accelerator gpu: {words}; use auto or cpu", ""))
         self.assertEqual(self.pick("auto", warning="CUDA initialization: Found no NVIDIA driver"), ("cpu", ""))
 
-    def test_if_no_gpu_is_visible_to_the_process_the_line_says_how_to_get_one(self):
-        """Nothing is said if the user has hidden it, unless they ask for a GPU all the same."""
+    def test_if_no_gpu_is_visible_to_the_process_the_message_says_what_to_do(self):
+        """There is no message if the user has hidden the GPU, unless the user requests a GPU nevertheless."""
         names, hidden = ["NVIDIA A100-SXM4-40GB"], "CUDA_VISIBLE_DEVICES"
         for variables, remedy, is_told in [
             ({}, "start the container with --gpus all (Docker) or --nv (Apptainer)", True),
-            ({"SLURM_JOB_ID": "7"}, "ask SLURM for one with --gpus=1", True),
-            ({"SLURM_JOB_ID": "7", hidden: "NoDevFiles"}, "ask SLURM for one with --gpus=1", True),
-            ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1", hidden: "5"}, f"{hidden} is '5', unset it", True),
-            ({hidden: "5"}, f"{hidden} is '5', unset it", True),
-            ({hidden: ""}, f"{hidden} is '', unset it", False),
-            ({hidden: "-1"}, f"{hidden} is '-1', unset it", False),
+            ({"SLURM_JOB_ID": "7"}, "request a GPU from SLURM with --gpus=1", True),
+            ({"SLURM_JOB_ID": "7", hidden: "NoDevFiles"}, "request a GPU from SLURM with --gpus=1", True),
+            ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1", hidden: "5"}, f"unset {hidden}, which is '5'", True),
+            ({hidden: "5"}, f"unset {hidden}, which is '5'", True),
+            ({hidden: ""}, f"unset {hidden}, which is ''", False),
+            ({hidden: "-1"}, f"unset {hidden}, which is '-1'", False),
         ]:
             container = "start the container with --gpus all (Docker) or --nv (Apptainer)"
             for warning, found in [(None, remedy), ("CUDA initialization: Found no NVIDIA driver on your", container)]:
                 words = f"this machine has {names[0]}, but no GPU is visible to this process: {found}"
                 machine = dict(names=names, variables=variables, warning=warning)
                 with self.subTest(**machine):
-                    told = f"warning: on the CPU: {words}\n" if is_told else ""
-                    self.assertEqual(self.pick("auto", **machine), ("cpu", told))
+                    message = f"warning: using the CPU: {words}\n" if is_told else ""
+                    self.assertEqual(self.pick("auto", **machine), ("cpu", message))
                     self.assertEqual(self.pick("gpu", **machine), (f"--accelerator gpu: {words}; use auto or cpu", ""))
 
-    def test_each_process_needs_to_see_as_many_gpus_as_its_node_has_devices(self):
+    def test_each_process_must_see_as_many_gpus_as_the_flag_devices_says(self):
         with mock.patch.object(torch.cuda, "device_count", return_value=2):
             devices.check_number_of_gpus(2, 2)
             with self.assertRaisesRegex(UserError, "--devices 3 needs as many GPUs, .* sees 2: give --devices 2, or"):
@@ -233,7 +236,7 @@ class TestPickDevice(SeededTest):
             ({}, 4, 0),
             (dict(LOCAL_RANK="2"), 4, 2),
             (dict(SLURM_LOCALID="1"), 4, 1),
-            (dict(LOCAL_RANK="2"), 1, 0),  # left by another program
+            (dict(LOCAL_RANK="2"), 1, 0),  # left behind by another program
             (dict(LOCAL_RANK="5"), 8, 1),
         ]:
             with self.subTest(variables, num_processes=num_processes):
@@ -242,7 +245,7 @@ class TestPickDevice(SeededTest):
 
 
 class TestMemoryOfAnEvaluation(SeededTest):
-    def test_if_memory_is_short_fewer_samples_are_decoded_at_once(self):
+    def test_after_out_of_memory_fewer_samples_are_decoded_at_once(self):
         test_set = small_loaders(argparse.Namespace(batch_size=50))[2].dataset
         model, cpu_error = VAE("MLP", [4], 4, 3, 1e-3), RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -266,7 +269,7 @@ class TestMemoryOfAnEvaluation(SeededTest):
                 likelihoods.log_likelihoods(model, test_set, 5)
             self.assertEqual((sizes, caught and str(caught.exception)), (expected, caught and str(error)))
 
-    def test_larger_images_take_no_more_memory_than_those_of_mnist(self):
+    def test_larger_images_need_no_more_memory_than_those_of_mnist(self):
         for num_images, height, width, expected in [(8, 28, 28, 8), (8, 7, 7, 8), (8, 56, 56, 2), (8, 280, 2800, 1)]:
             with self.subTest(height=height, width=width):
                 self.assertEqual(likelihoods.scale_batch_size(num_images, height * width), expected)
@@ -281,14 +284,14 @@ class TestCPU(SeededTest):
         self.enter(mock.patch.multiple(devices, CGROUPS=self.cgroups, CGROUP_OF_PROCESS=self.folder / "cgroup"))
 
     def pick(self, threads="auto", before=None, cores=6, torch_threads=5):
-        """The number of threads on a machine of so many cores, on which torch has so many threads by itself."""
+        """Returns the number of threads on a machine with these cores, on which torch's default is torch_threads."""
         with (
             mock.patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True),
             mock.patch.object(torch, "get_num_threads", lambda: torch_threads),
         ):
             return devices.pick_threads(threads, before)
 
-    def test_a_run_uses_all_cores_that_it_may_unless_the_user_or_the_run_before_says_otherwise(self):
+    def test_a_run_uses_all_cores_that_it_may_use_unless_a_flag_a_variable_or_the_resumed_run_limits_them(self):
         for machine, variables, expected in [
             ({}, {}, 5),
             (dict(cores=3), {}, 3),
@@ -307,7 +310,7 @@ class TestCPU(SeededTest):
                 self.assertEqual(self.pick(**machine), expected)
 
     def test_a_container_gets_as_many_threads_as_its_control_group_has_cores(self):
-        """The limit is that of its group or of one around it; there are two versions of control groups."""
+        """The limit of the group itself or of a parent group counts. There are two versions of control groups."""
         quota, period = "cpu/x/cpu.cfs_quota_us", "cpu/x/cpu.cfs_period_us"
         for text, files, expected in [
             ("0::/a/b", {"a/b/cpu.max": "max 100000"}, math.inf),
@@ -330,7 +333,7 @@ class TestCPU(SeededTest):
 
     def test_a_cpu_has_bfloat16_if_linux_lists_it(self):
         with mock.patch.object(devices, "CPU_INFO", self.folder / "cpuinfo"):
-            self.assertTrue(devices.has_bf16("cpu"))  # another system, which does not tell
+            self.assertTrue(devices.has_bf16("cpu"))  # an unknown system, as there is no such file
             for text, expected in [("flags : fpu avx512f\n", False), ("flags : avx512_bf16 fma\n", True)]:
                 with self.subTest(text):
                     devices.CPU_INFO.write_text(text)
@@ -339,7 +342,7 @@ class TestCPU(SeededTest):
 
 class TestLayout(SeededTest):
     def test_the_state_of_adam_gets_the_layout_of_its_weights(self):
-        """A checkpoint of an older version, or of a GPU, may have another one, which fused Adam would mix up."""
+        """A checkpoint of an older version or of a GPU may have another layout, which fused Adam would misread."""
         results = []
         for layouts in [[torch.contiguous_format] * 2, [torch.contiguous_format, torch.channels_last]]:
             torch.manual_seed(0)

@@ -18,8 +18,8 @@ from utils import EpochMeans
 
 
 class TestEpochMeans(unittest.TestCase):
-    def test_a_mean_weighs_each_image_alike_and_keeps_its_digits_in_any_precision(self):
-        """A value may be one per image, one of the minibatch, or a number."""
+    def test_each_image_has_the_same_weight_in_a_mean_which_keeps_its_digits_in_any_precision(self):
+        """A quantity may be one value per image, one value for the minibatch, or a number."""
         for dtype in [torch.float32, torch.bfloat16, torch.float64]:
             means = EpochMeans()
             self.assertEqual(means.compute(), ({}, 0))
@@ -37,7 +37,7 @@ class TestEpochMeans(unittest.TestCase):
     def test_names_that_change_within_an_epoch_are_an_error(self):
         means = EpochMeans()
         means.add({"a": torch.ones(2)}, 2)
-        with self.assertRaisesRegex(ValueError, "a step logs b, the steps before it a"):
+        with self.assertRaisesRegex(ValueError, "this step logs b, but the previous steps logged a"):
             means.add({"b": torch.ones(2)}, 2)
 
 
@@ -48,8 +48,8 @@ class TestInTraining(TrainingTest):
         with quantities, self.assertRaisesRegex(ValueError, words):
             self.train(epochs=1)
 
-    def test_metrics_of_an_epoch_do_not_depend_on_what_came_before_in_this_process(self):
-        """Such as Lightning's search for a learning rate, or a fit that failed."""
+    def test_metrics_of_an_epoch_do_not_depend_on_earlier_computations_in_this_process(self):
+        """Examples are Lightning's search for a learning rate, and a fit that failed."""
         loader = small_loaders(self.namespace(batch_size=50))[0]
         options = dict(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=self.folder)
         options |= dict(enable_checkpointing=False, max_epochs=1, num_sanity_val_steps=0)

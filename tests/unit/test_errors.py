@@ -22,51 +22,51 @@ class TestErrors(SeededTest):
     def setUp(self):
         super().setUp()
         self.stderr = self.enter(contextlib.redirect_stderr(io.StringIO()))
-        self.enter(mock.patch("sys.argv", ["draw.py"]))
+        self.enter(mock.patch("sys.argv", ["program.py"]))
 
     def printed(self):
-        """What is on stderr since the last call."""
+        """Returns what was printed on stderr since the last call."""
         text = self.stderr.getvalue()
         self.stderr.truncate(self.stderr.seek(0))
         return text
 
     def end(self, error):
-        """Exit code and stderr of a program whose main body raises an error."""
+        """Returns the exit code and the stderr of a program whose main body raises an error."""
         try:
             with exit_on_error(Parser("Draws.")):
                 raise error
         except SystemExit as caught:
-            if isinstance(caught.code, str):  # Python prints it and ends with code 1
+            if isinstance(caught.code, str):  # Python prints the string and exits with code 1
                 return 1, f"{self.printed()}{caught.code}\n"
             return caught.code, self.printed()
 
-    def test_what_the_user_can_mend_ends_with_one_line(self):
+    def test_an_error_that_the_user_can_fix_ends_the_program_with_one_line(self):
         full = f"[Errno {errno.ENOSPC}] No space left; {errors.FREE_SPACE_HINT}"
         too_large = [MemoryError("of 9 GiB"), RuntimeError("CUDA out of memory"), RuntimeError("ALLOC_FAILED")]
         for error, code, line in [
             (FlagError("--x is bad"), 2, "error: --x is bad (--help lists the flags)"),
             *((kind("no run"), 1, "error: no run") for kind in [UserError, DataError, DiskFullError]),
             (OSError(errno.ENOSPC, "No space left"), 1, f"error: {full}"),
-            *((e, 1, f"error: the memory is too small ({type(e).__name__}: {e})") for e in too_large),
+            *((e, 1, f"error: out of memory ({type(e).__name__}: {e})") for e in too_large),
             (KeyboardInterrupt(), 1, "interrupted"),
         ]:
             with self.subTest(repr(error)):
-                self.assertEqual(self.end(error), (code, f"draw.py: {line}\n"))
+                self.assertEqual(self.end(error), (code, f"program.py: {line}\n"))
 
     def test_any_other_error_keeps_its_traceback(self):
-        """One of the user's own code, too, which may read and write files."""
+        """An OSError may come from the user's own code, so it also keeps its traceback."""
         for error in [ValueError("a"), RuntimeError("b"), FileNotFoundError(2, "No such file", "c"), OSError(5, "d")]:
             with self.subTest(repr(error)), self.assertRaises(type(error)) as caught:
                 self.end(error)
             self.assertIs(caught.exception, error)
 
-    def test_who_calls_a_programs_functions_can_catch_its_errors_by_kind(self):
+    def test_callers_can_catch_errors_by_their_class(self):
         self.assertTrue(issubclass(FlagError, ValueError))
         for kind in [FlagError, DataError, DiskFullError]:
             self.assertTrue(issubclass(kind, UserError) and not issubclass(kind, OSError), kind)
 
-    def test_sigterm_ends_a_program_with_the_code_that_a_shell_expects_and_one_line(self):
-        for already_reported, line in [(False, "draw.py: terminated\n"), (True, "")]:
+    def test_sigterm_ends_a_program_with_exit_code_143_and_one_line(self):
+        for already_reported, line in [(False, "program.py: terminated\n"), (True, "")]:
             with (
                 self.subTest(already_reported=already_reported),
                 self.assertRaises(SystemExit) as caught,
@@ -80,8 +80,8 @@ class TestErrors(SeededTest):
             self.assertEqual((caught.exception.code, self.printed()), (128 + signal.SIGTERM, line))
             self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
-    def test_a_handler_of_sigterm_that_is_there_is_kept(self):
-        """That of a batch job, for example, which does not end by itself when it is preempted."""
+    def test_an_existing_handler_of_sigterm_is_kept(self):
+        """An example is the handler of a batch job, which must not end by itself when it is preempted."""
         signals = []
         self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: signals.append(1)))
         with errors.sigterm_raises():
@@ -89,35 +89,35 @@ class TestErrors(SeededTest):
         signal.raise_signal(signal.SIGTERM)
         self.assertEqual(signals, [1, 1])
 
-    def test_a_thread_leaves_the_handlers_of_signals_alone(self):
+    def test_outside_of_the_main_thread_signal_handlers_are_unchanged(self):
         thread = threading.Thread(target=errors.sigterm_raises()(lambda: None))
         thread.start()
         thread.join()
-        self.assertEqual(self.printed(), "")  # an error of a thread would be there
+        self.assertEqual(self.printed(), "")  # an error in the thread would be printed
 
-    def test_a_terminal_that_lacks_letters_shows_their_numbers(self):
+    def test_characters_that_a_terminal_lacks_are_printed_as_escapes(self):
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as output:
             with exit_on_error(Parser("Draws.")):
                 print_line("läuft in 実験")
             output.flush()
         self.assertEqual(output.buffer.getvalue(), b"l\\xe4uft in \\u5b9f\\u9a13" + os.linesep.encode())
 
-    def test_a_closed_pipe_is_one_line_on_stderr(self):
-        """After `python train_pl.py | head -1`, for example, the run still gets its results."""
+    def test_a_closed_pipe_causes_one_line_on_stderr(self):
+        """For example, a run still gets its results after `python train_pl.py | head -1`."""
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "w") as pipe, contextlib.redirect_stdout(pipe):
             for line in ["one", "two"]:
                 print_line(line)
         self.assertEqual(
-            self.printed(), "note: nothing more can be printed here (Broken pipe); everything else goes on\n"
+            self.printed(), "note: the output cannot be printed any more (Broken pipe); the program continues\n"
         )
 
-    def test_a_stderr_that_is_gone_does_not_end_the_program(self):
+    def test_a_closed_stderr_does_not_end_the_program(self):
         with mock.patch.object(sys, "stderr", mock.Mock(write=mock.Mock(side_effect=OSError))):
             errors.warn("nobody reads it")
 
-    def test_of_the_processes_of_a_run_rank_0_alone_warns_and_separate_tasks_of_srun_all_do(self):
+    def test_in_a_run_with_several_processes_only_rank_0_warns_but_each_separate_task_of_srun_warns(self):
         with mock.patch.object(rank_zero_only, "rank", 1):
             errors.warn("once", num_processes=2)
             errors.warn("in each task")
@@ -126,7 +126,7 @@ class TestErrors(SeededTest):
             errors.warn("once", num_processes=2)
         self.assertEqual(self.printed(), "once\n")
 
-    def test_what_is_not_needed_fails_with_one_line(self):
+    def test_best_effort_turns_an_error_into_one_line(self):
         for error, reason in [
             (ZeroDivisionError("a\nb\n\nlong"), r"ZeroDivisionError: a b, .*test_errors.py, line \d+"),
             (OSError(5, "No disk", "x.png"), r"\[Errno 5\] No disk: 'x.png', .*test_errors.py, line \d+"),
@@ -135,10 +135,10 @@ class TestErrors(SeededTest):
             with self.subTest(repr(error)):
                 with best_effort("the picture"):
                     raise error
-                line = rf"^warning: the picture failed, the rest goes on \({reason}\)\n$"
+                line = rf"^warning: the picture failed and is skipped \({reason}\)\n$"
                 self.assertRegex(self.printed(), line)
 
-    def test_the_place_of_an_error_is_the_users_line_even_if_a_library_raised_it(self):
+    def test_the_location_of_an_error_is_the_users_line_even_if_a_library_raised_the_error(self):
         with best_effort("the picture"):
             line = sys._getframe().f_lineno + 1
             torch.zeros(2) @ torch.zeros(3)
@@ -147,7 +147,7 @@ class TestErrors(SeededTest):
             torch.nn.Linear(2, 3)(torch.zeros(5))  # raised in torch's own files
         self.assertIn(f"test_errors.py, line {line + 3})", self.printed())
 
-    def test_what_would_make_the_rest_fail_too_is_raised(self):
+    def test_best_effort_raises_an_error_that_would_make_the_rest_fail_too(self):
         for error in [KeyboardInterrupt(), SystemExit(), OSError(errno.ENOSPC, "No space left"), DiskFullError()]:
             with self.subTest(repr(error)), self.assertRaises(type(error)), best_effort("the picture"):
                 raise error

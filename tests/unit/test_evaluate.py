@@ -26,7 +26,7 @@ from utils import log_likelihood, quadrature_log_likelihood
 
 
 class TestEvaluate(SeededTest):
-    """Evaluations of checkpoints, as a training leaves them, on 200 digits and without pictures."""
+    """Tests of evaluations of untrained checkpoints on 200 digits, without pictures."""
 
     def setUp(self):
         self.load_data = mock.Mock(side_effect=functools.partial(small_loaders, sizes=(300, 100, 200)))
@@ -37,7 +37,7 @@ class TestEvaluate(SeededTest):
         self.enter(mock.patch.object(latent_space, "save_pictures"))
 
     def checkpoint(self, **flags):
-        """Saves a checkpoint after epoch 3 of the run `run`, and returns its path and the VAE."""
+        """Saves a checkpoint of the run `run` after epoch 3. Returns its path and the VAE."""
         flags = {"z_dim": 3, "hidden_dims": [32], "dataset": "rendered", "data_dir": "there", **flags}
         args = complete_flags(argparse.Namespace(**flags))
         model, run = make_vae(args), self.folder / "run"
@@ -53,7 +53,7 @@ class TestEvaluate(SeededTest):
         return path, model
 
     def evaluate(self, checkpoint, **flags):
-        """What evaluate returns; it prints `lines`."""
+        """Returns what evaluate returns. The printed lines are `lines`."""
         with printed_lines() as self.lines:
             return evaluate.evaluate(checkpoint, **{"iw_samples": 20, "accelerator": "cpu", **flags})
 
@@ -64,14 +64,16 @@ class TestEvaluate(SeededTest):
         imgs, _ = self.load_data.side_effect(args)[2].dataset[torch.arange(200)]
         mean, log_std = model.encoder(imgs)
         posterior = D.Normal(mean, log_std.exp())
-        draws = [D.Bernoulli(logits=model.decoder(posterior.sample())).log_prob(imgs) for _ in range(10)]
+        log_probs = [D.Bernoulli(logits=model.decoder(posterior.sample())).log_prob(imgs) for _ in range(10)]
         estimates = log_likelihood(imgs, model.encoder, model.decoder, num_samples=20)
-        elbos = torch.stack(draws).sum(dim=(2, 3, 4)) - D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1)
+        elbos = torch.stack(log_probs).sum(dim=(2, 3, 4)) - D.kl_divergence(posterior, D.Normal(0.0, 1.0)).sum(dim=1)
         # Four standard deviations of a mean over these images, with one sample of the posterior each, and rounding.
         delta = 4 * math.sqrt(elbos.var(dim=0).mean().item() / 200) + 0.01
         self.assertAlmostEqual(results["elbo"], elbos.mean().item(), delta=delta)
         standard_error = elbos.std(dim=1).mean().item() / math.sqrt(200)
-        self.assertAlmostEqual(results["elbo_standard_error"] / standard_error, 1, delta=0.35)  # few images are far off
+        self.assertAlmostEqual(
+            results["elbo_standard_error"] / standard_error, 1, delta=0.35
+        )  # a few images are outliers
         self.assertAlmostEqual(results["log_likelihood"], estimates.mean().item(), delta=delta)
         for nats, bpd in [("elbo", "test_bpd"), ("log_likelihood", "log_likelihood_bpd")]:
             self.assertAlmostEqual(results[bpd] * -784 * math.log(2), results[nats], places=3)
@@ -86,8 +88,8 @@ class TestEvaluate(SeededTest):
                 expected = {"epoch": 3, "z_dim": 3, "dataset": "rendered", "test_images": 200, "iw_samples": 20}
                 self.assertEqual({**results, **expected}, results)
 
-    def test_an_evaluation_repeats_itself_and_leaves_the_process_as_it_was(self):
-        """It does so whatever random numbers came before. The process is also left as it was if it fails."""
+    def test_an_evaluation_is_reproducible_and_restores_the_state_of_the_process(self):
+        """It is reproducible for any earlier random numbers. The state is restored even if the evaluation fails."""
         checkpoint, _ = self.checkpoint()
         state, deterministic = torch.get_rng_state(), torch.backends.cudnn.deterministic
         with mock.patch.object(evaluate, "read_checkpoint", wraps=read_checkpoint) as read:
@@ -102,12 +104,12 @@ class TestEvaluate(SeededTest):
         again, _ = self.evaluate(checkpoint, out=self.out, iw_samples=torch.tensor(20))
         self.assertEqual({**again, "seconds": 0}, {**results, "seconds": 0})
 
-    def test_with_2_latents_quadrature_gives_the_same_likelihood(self):
+    def test_quadrature_with_2_latents_agrees_with_the_importance_weighted_likelihood(self):
         results, _ = self.evaluate(self.checkpoint(z_dim=2)[0], iw_samples=200)
         self.assertAlmostEqual(results["log_likelihood"], results["log_likelihood_by_quadrature"], delta=0.1)
         self.assertGreater(results["log_likelihood"], results["elbo"] + 0.5)
 
-    def test_a_terminal_shows_the_mean_so_far_and_a_progress_bar_if_it_is_wanted(self):
+    def test_a_terminal_shows_the_mean_so_far_and_a_progress_bar_if_the_flag_is_given(self):
         self.enter(mock.patch.object(likelihoods, "tqdm", functools.partial(likelihoods.tqdm, mininterval=0)))
         for progress_bar in [False, True]:
             with contextlib.redirect_stderr(io.StringIO()) as terminal:
@@ -117,7 +119,7 @@ class TestEvaluate(SeededTest):
             self.assertEqual("2/2" in terminal.getvalue(), progress_bar)
             self.assertNotIn("%", "".join(self.lines))
 
-    def test_latents_are_a_file_with_the_numbers_of_each_image(self):
+    def test_the_file_of_latents_contains_the_numbers_of_each_image(self):
         checkpoint, model = self.checkpoint()
         for split, number in [("train", 300), ("validation", 100), ("test", 200)]:
             with self.subTest(split):
@@ -140,7 +142,7 @@ class TestEvaluate(SeededTest):
                 self.assertEqual(folder.name, "evaluation" if split == "test" else f"evaluation_{split}")
                 self.assertEqual((folder / "explorer.html").exists(), split == "test")
 
-    def test_latents_are_kept_if_the_evaluation_is_interrupted_and_no_file_of_others_is_replaced(self):
+    def test_latents_are_kept_if_the_evaluation_is_interrupted_and_other_files_are_not_overwritten(self):
         checkpoint, _ = self.checkpoint()
         path = self.folder / "latents.npz"
         with mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt):
@@ -163,14 +165,14 @@ class TestEvaluate(SeededTest):
             with self.subTest(name), self.assertRaisesRegex(UserError, words):
                 self.evaluate(checkpoint, latents=self.folder / name)
 
-    def test_latents_of_another_model_are_replaced_at_once_and_pictures_of_the_test_set_are_kept_by_another_split(self):
+    def test_latents_of_another_model_are_replaced_at_once_and_another_split_keeps_the_pictures_of_the_test_set(self):
         path, out = self.folder / "latents.npz", self.folder / "out"
         self.evaluate(self.checkpoint()[0], latents=path, out=out)
         page, means = (out / "explorer.html").read_bytes(), np.load(path)["mean"]
         other, _ = self.checkpoint(seed=7)
         with contextlib.redirect_stderr(io.StringIO()) as notes:
             self.evaluate(other, split="validation", out=out)
-        self.assertIn("had another evaluation", notes.getvalue())
+        self.assertIn(" is replaced", notes.getvalue())
         self.assertEqual((out / "explorer.html").read_bytes(), page)
         with mock.patch.object(evaluate, "log_likelihoods", side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, self.evaluate, other, latents=path)
@@ -197,10 +199,10 @@ class TestEvaluate(SeededTest):
             self.evaluate(last, out=folder, dataset="mnist")
             self.evaluate(last, out=folder, dataset="mnist")
         former = [f"{best} on rendered", f"{last} on rendered"]
-        expected = [f"note: {folder} had another evaluation, that of {name}, which is replaced" for name in former]
+        expected = [f"note: in {folder}, the evaluation of {name} is replaced" for name in former]
         self.assertEqual(notes.getvalue().splitlines(), expected)
 
-    def test_several_checkpoints_end_in_one_table_and_one_that_fails_does_not_stop_the_others(self):
+    def test_several_checkpoints_make_one_table_and_a_failure_does_not_stop_the_others(self):
         best, _ = self.checkpoint()
         last, gone = shutil.copy(best, best.with_name("last.ckpt")), best.with_name("gone.ckpt")
         flags = ["--iw_samples", "2", "--accelerator", "cpu"]
@@ -222,16 +224,16 @@ class TestEvaluate(SeededTest):
             with argv, contextlib.redirect_stderr(io.StringIO()) as errors, self.assertRaises(SystemExit) as end:
                 evaluate.main()
             self.assertEqual(end.exception.code, 2)
-            self.assertIn(f"{flag} is for one checkpoint", errors.getvalue())
+            self.assertIn(f"{flag} is valid only for a single checkpoint", errors.getvalue())
 
-    def test_an_evaluation_needs_no_checkpoint_that_the_training_started_from(self):
+    def test_an_evaluation_does_not_need_the_checkpoint_that_the_training_started_from(self):
         path, _ = self.checkpoint()
         checkpoint = read_checkpoint(path)
         checkpoint[RUN]["flags"].update(init_from="/gone.ckpt", init_from_sha256="0")
         torch.save(checkpoint, path)
         self.assertEqual(self.evaluate(path)[0]["epoch"], 3)
 
-    def test_pictures_that_are_interrupted_are_missing(self):
+    def test_interrupted_pictures_are_listed_as_missing(self):
         checkpoint, _ = self.checkpoint()
         with mock.patch.object(latent_space, "save_pictures", side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, self.evaluate, checkpoint)
@@ -239,7 +241,7 @@ class TestEvaluate(SeededTest):
         self.assertEqual(results["missing"], ["pictures", "log_likelihood"])
         self.assertTrue(self.lines[-1].startswith("Interrupted before pictures and log_likelihood; "))
 
-    def test_numbers_and_pictures_that_take_seconds_come_first_and_are_kept_if_the_rest_is_interrupted(self):
+    def test_fast_results_are_computed_first_and_kept_if_slow_results_are_interrupted(self):
         checkpoint, _ = self.checkpoint(z_dim=2)
         complete, folder = self.evaluate(checkpoint)
         self.assertRegex(
@@ -275,7 +277,7 @@ class TestEvaluate(SeededTest):
                 self.evaluate(checkpoint, iw_samples=10)
             self.assertEqual(json.loads((folder / "evaluation.json").read_text()), again)
 
-    def test_the_mean_so_far_is_printed_every_tenth_of_the_way(self):
+    def test_the_mean_so_far_is_printed_after_every_tenth_of_the_images(self):
         with mock.patch.object(likelihoods, "BATCH_SIZE", 10):
             self.evaluate(self.checkpoint()[0])
         shown = [line for line in self.lines if "%" in line]
@@ -288,7 +290,7 @@ class TestEvaluate(SeededTest):
         with computing, self.assertRaisesRegex(UserError, words):
             self.evaluate(self.checkpoint()[0], out=out)
 
-    def test_files_of_others_are_not_touched(self):
+    def test_files_that_evaluate_did_not_write_are_not_overwritten(self):
         for name, content in [
             ("explorer.html", "mine"),
             ("evaluation.json", '{"score": 3}'),
@@ -298,7 +300,7 @@ class TestEvaluate(SeededTest):
             with self.subTest(name):
                 (self.out / name).parent.mkdir(parents=True)
                 (self.out / name).write_text(content)
-                self.assert_refused_at_once(f"out holds {name.split('/')[0]}, .*not overwrite: .*--out", self.out)
+                self.assert_refused_at_once(f"out contains {name.split('/')[0]}, .*not overwrite: .*--out", self.out)
                 self.assertEqual([path.read_text() for path in self.out.rglob("*") if path.is_file()], [content])
                 shutil.rmtree(self.out)
 
@@ -311,7 +313,7 @@ class TestEvaluate(SeededTest):
             self.assert_refused_at_once(words, self.out)
 
     def test_other_files_may_be_in_the_folder(self):
-        """Those of an earlier evaluation are replaced, even if it was interrupted."""
+        """Files of an earlier evaluation are replaced, even if it was interrupted."""
         checkpoint, _ = self.checkpoint()
         (self.out / "empty").mkdir(parents=True)
         (self.out / "train.log").write_text("mine")
@@ -324,7 +326,7 @@ class TestEvaluate(SeededTest):
             self.assertEqual(names, {"empty", "train.log", "evaluation.json", "explorer.html"})
 
     def test_the_explorer_shows_the_facts_of_the_evaluation(self):
-        """It does not show paths of this machine. If there is no new page, the old one is removed."""
+        """The explorer does not show paths of this machine. If there is no new explorer, the old one is removed."""
         checkpoint, _ = self.checkpoint()
         page = self.folder / "run" / "evaluation" / "explorer.html"
         with mock.patch.object(evaluate, "write_explorer", wraps=explorer.write_explorer) as write:
@@ -335,14 +337,15 @@ class TestEvaluate(SeededTest):
         with mock.patch.object(explorer, "MAX_WEIGHTS", 9), contextlib.redirect_stderr(io.StringIO()) as error:
             self.evaluate(checkpoint)
         self.assertRegex(
-            error.getvalue(), r"^warning: writing .*explorer.html failed, .* \(the networks have .* than 9\)\n$"
+            error.getvalue(),
+            r"^warning: writing .*explorer.html failed .* \(the networks have .* at most 9 are possible\)\n$",
         )
         self.assertFalse(page.exists())
         page.touch()
         self.evaluate(checkpoint, no_explorer=True)
         self.assertFalse(page.exists())
 
-    def test_the_data_is_that_of_the_training_unless_flags_say_otherwise(self):
+    def test_the_data_set_is_that_of_the_training_unless_flags_replace_it(self):
         checkpoint, _ = self.checkpoint(binarization="stochastic")
         for flags, expected in [
             (dict(), ("rendered", "there", False)),
@@ -354,12 +357,14 @@ class TestEvaluate(SeededTest):
             self.assertEqual((args.dataset, args.data_dir, options["download"]), expected)
             self.assertEqual(args.binarization, "stochastic")
         self.load_data.side_effect = DataError("MNIST is not complete")
-        with self.assertRaisesRegex(UserError, r"complete \(--data_dir says where MNIST is now\)$"):
+        with self.assertRaisesRegex(
+            UserError, r"complete \(if the data was moved, give its directory with --data_dir\)$"
+        ):
             self.evaluate(checkpoint)
         with self.assertRaisesRegex(UserError, "complete$"):
             self.evaluate(checkpoint, data_dir="here")
 
-    def test_invalid_flags_in_a_checkpoint_are_an_error_of_one_line(self):
+    def test_invalid_flags_in_a_checkpoint_are_a_one_line_error(self):
         checkpoint, _ = self.checkpoint()
         saved = torch.load(checkpoint, weights_only=True)
         for flags in ["mnist", {"dataset": "x"}, {"batch_size": "x"}, {"dataset_sha256": "0"}]:
@@ -370,19 +375,23 @@ class TestEvaluate(SeededTest):
                     self.evaluate(checkpoint)
 
     def test_a_checkpoint_without_flags_needs_a_dataset(self):
-        """As ModelCheckpoint(save_weights_only=True) writes it; a bare state_dict needs the model's flags, too."""
+        """ModelCheckpoint(save_weights_only=True) writes such files. A bare state_dict needs the model's flags, too."""
         checkpoint, _ = self.checkpoint(binarization="stochastic")
         saved = torch.load(checkpoint, weights_only=True)
         for parts in [["state_dict", "hyper_parameters", "epoch"], ["state_dict", "hyper_parameters"]]:
             torch.save({part: saved[part] for part in parts}, checkpoint)
-            with self.assertRaisesRegex(FlagError, "best.ckpt does not say what data .* give --dataset"):
+            with self.assertRaisesRegex(
+                FlagError, "best.ckpt does not contain the name of its training data: give --dataset"
+            ):
                 self.evaluate(checkpoint)
             results, _ = self.evaluate(checkpoint, dataset="rendered")
             expected = ("threshold", 3 if "epoch" in parts else None)
             self.assertEqual((results["binarization"], results["epoch"]), expected)
             self.assertIn(f"after {results['epoch'] or 'some'} epoch", self.lines[0])
         torch.save(saved["state_dict"], checkpoint)
-        with self.assertRaisesRegex(CheckpointError, "size mismatch .*: give --model, --z_dim, .* it was trained with"):
+        with self.assertRaisesRegex(
+            CheckpointError, "size mismatch .*: give the --model, --z_dim, .* it was trained with"
+        ):
             self.evaluate(checkpoint, dataset="rendered")
         again, _ = self.evaluate(checkpoint, dataset="rendered", z_dim=3, hidden_dims=[32])
         self.assertEqual(again["test_bpd"], results["test_bpd"])

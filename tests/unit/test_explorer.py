@@ -19,7 +19,7 @@ from tests.helpers import SeededTest
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page: `tags` with their attributes, and `texts`, the content of scripts and styles by tag."""
+    """Parser of a page: `tags` with their attributes, and `texts`, the content of scripts and styles by tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -40,7 +40,7 @@ class Elements(html.parser.HTMLParser):
 
 class TestExplorer(SeededTest):
     def write(self, encoder, decoder, num_images=50, size=(28, 28), **facts):
-        """Writes the page of networks and random images. Returns its Elements and keeps its path and the means."""
+        """Writes the page of networks and random images. Returns its Elements, and keeps its path and the means."""
         imgs = torch.rand(num_images, 1, *size).round()
         labels = torch.arange(num_images) % 10
         with torch.no_grad():
@@ -75,7 +75,7 @@ class TestExplorer(SeededTest):
         self.assertEqual(data["units"], self.means.var(dim=0).argsort(descending=True).tolist())
         self.assertNotIn("device", data["facts"])  # the page contains only the FACTS
 
-    def test_of_too_many_points_some_of_the_whole_test_set_are_shown(self):
+    def test_a_large_test_set_is_shown_by_evenly_spread_points(self):
         with mock.patch.object(explorer, "MAX_POINTS", 25):
             few = self.write(MLPEncoder(hidden_dims=[]), MLPDecoder(20, []))
         self.assertEqual(json.loads(few.texts["data"])["num_points"], 25)
@@ -83,7 +83,7 @@ class TestExplorer(SeededTest):
         self.assertEqual((labels[0], labels[-1]), (0, 49 % 10))
 
     def test_the_plane_is_at_least_as_large_as_the_prior(self):
-        """It is, even if all posteriors are the prior."""
+        """This is so even if all posteriors equal the prior."""
         encoder = MLPEncoder(hidden_dims=[], z_dim=3)
         for weight in encoder.parameters():
             weight.data.zero_()
@@ -113,7 +113,7 @@ class TestExplorer(SeededTest):
 
     @torch.no_grad()
     def layers(self, net, size=28):
-        """The layers of a network whose input is an image."""
+        """Returns the layers of a network whose input is an image."""
         x = torch.rand(5, 1, size, size)
         return export_layers(net.eval(), x, net(x), "network")[0]
 
@@ -142,7 +142,7 @@ class TestExplorer(SeededTest):
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        different, twice = "does something else than its layers one after the other", nn.Linear(784, 784)
+        different, twice = "does not simply apply its layers one after the other", nn.Linear(784, 784)
         for layer, words in [
             (nn.LeakyReLU(), "layer LeakyReLU, which the page cannot compute"),
             (nn.GELU(approximate="tanh"), "layer GELU"),
@@ -160,11 +160,11 @@ class TestExplorer(SeededTest):
         self.assertFalse(self.path.exists())
 
     def test_networks_that_are_too_large_are_refused(self):
-        words = r"the networks have [\d,]+ weights, more than 1,000"
+        words = r"the networks have [\d,]+ weights, but at most 1,000"
         with mock.patch.object(explorer, "MAX_WEIGHTS", 1_000), self.assertRaisesRegex(ExplorerError, words):
             self.write(MLPEncoder(), MLPDecoder())
         encoder, decoder = CNNEncoder(img_size=(200, 200)), CNNDecoder(img_size=(200, 200))
-        with self.assertRaisesRegex(ExplorerError, r"encoder takes [\d,]+ multiplications, more than 40,000,000"):
+        with self.assertRaisesRegex(ExplorerError, r"encoder needs [\d,]+ multiplications, but at most 40,000,000"):
             self.write(encoder, decoder, num_images=2, size=(200, 200))
         decoder = MLPDecoder()
         decoder.net[0].weight.data[0, 0] = 1e5

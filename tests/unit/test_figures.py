@@ -14,7 +14,7 @@ TABLE = np.arange(6).reshape(2, 3, 1, 1) / 6 * np.ones((2, 3, 4, 5))
 
 
 class TestFigures(SeededTest):
-    """Each function writes readable files and shows what it was given."""
+    """Tests that each function writes readable files and plots its arguments."""
 
     def curves(self, path):
         figures.bpd_curves(path, {1: 0.3, 2: 0.2}, {0: 1.0, 1: 0.4, 2: 0.25}, 0.24, "MLP")
@@ -35,7 +35,7 @@ class TestFigures(SeededTest):
         figures.latent_space(name, np.arange(8.0).reshape(4, 2), labels, ["first", "second"], "Means")
 
     def axes_of(self, plot, *args, **options):
-        """The axes of the figure that a function would save."""
+        """Returns the axes of the figure that a function would save."""
         with mock.patch.object(figures, "save") as save:
             plot(self.folder / "name", *args, **options)
         return save.call_args.args[0].axes
@@ -46,9 +46,9 @@ class TestFigures(SeededTest):
                 plot(str(self.folder / name))
                 picture = imread(self.folder / name, format="png")
                 self.assertGreater(min(picture.shape[:2]), 150)
-                self.assertGreater(picture[..., :3].std(), 0.01, "it is blank")
+                self.assertGreater(picture[..., :3].std(), 0.01, "the picture is blank")
 
-    def test_curves_are_those_of_training_and_validation(self):
+    def test_the_curves_show_training_validation_and_test(self):
         (axes,) = self.axes_of(self.curves)
         curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
         self.assertEqual(curves.pop("train"), [[1, 0.3], [2, 0.2]])
@@ -56,8 +56,8 @@ class TestFigures(SeededTest):
         self.assertEqual({y for _, y in curves.pop("test: 0.2400")}, {0.24})
         self.assertEqual((axes.get_title(), axes.get_yscale()), ("MLP", "log"))
 
-    def test_the_axis_of_bpd_has_numbers_that_do_not_overlap(self):
-        """It does for any values. The name of a file in the title is not read as a formula."""
+    def test_the_tick_labels_of_the_bpd_axis_do_not_overlap(self):
+        """This is tested for several ranges. A $ in the title (the name of a file) does not begin a formula."""
         for bpds in [(1.36, 1.31), (1.0, 0.004), (0.0031, 0.003), (1.0, 0.14)]:
             with self.subTest(bpds):
                 title = "MLP on a$_$.npz"
@@ -70,7 +70,7 @@ class TestFigures(SeededTest):
                 self.assertTrue(all(above.y0 > below.y1 for below, above in zip(boxes, boxes[1:])))
                 self.assertEqual((axes.get_title(), axes.title.get_parse_math()), (title, False))
 
-    def test_samples_are_the_first_those_of_epoch_10_and_the_last(self):
+    def test_the_samples_are_from_before_training_epoch_10_and_the_last_epoch(self):
         for epochs, expected in [
             ([0], ["before training"]),
             ([0, 5, 10, 15, 80], ["before training", "epoch 10", "epoch 80"]),
@@ -85,7 +85,7 @@ class TestFigures(SeededTest):
                 numbers = [int(title.split()[1]) if "epoch" in title else 0 for title in expected]
                 np.testing.assert_allclose(shown, numbers, atol=0.3)
 
-    def test_settings_are_the_rows_of_their_runs(self):
+    def test_each_setting_is_a_row_with_its_runs(self):
         (axes,) = self.axes_of(self.settings)
         self.assertEqual([label.get_text() for label in axes.get_yticklabels()], ["z_dim 2", "z_dim 20"])
         runs = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
@@ -93,10 +93,10 @@ class TestFigures(SeededTest):
         marks = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "|"]
         deviation = np.sqrt(2) * 0.02  # of the first setting; the second has a single run
         np.testing.assert_allclose(sorted(np.concatenate(marks)), [0.15, 0.22 - deviation, 0.22, 0.22 + deviation])
-        self.assertGreater(*axes.get_ylim())  # the first setting on top
+        self.assertGreater(*axes.get_ylim())  # the first setting is at the top
 
-    def test_long_settings_are_not_cut(self):
-        """They are broken into lines, with each flag beside its value, and are not read as formulas."""
+    def test_long_settings_are_not_cut_off(self):
+        """They are broken into lines, but never between a flag and its value. A $ does not begin a formula."""
         names = ["dataset $a$.npz, " + ", ".join(f"flag_{number} 64 32" for number in range(9)), "b" * 99]
         (axes,) = self.axes_of(figures.bpd_by_setting, dict.fromkeys(names, [0.2]))
         axes.figure.draw_without_rendering()
@@ -109,11 +109,11 @@ class TestFigures(SeededTest):
         self.assertEqual(lines[0][:2], ["dataset $a$.npz, flag_0 64 32,", "flag_1 64 32, flag_2 64 32,"])
         self.assertFalse(labels[0].get_parse_math())
 
-    def test_images_are_in_their_rows_and_columns(self):
-        """Between them is a grey gap, but not if the axes have names."""
+    def test_the_images_of_a_table_are_in_their_rows_and_columns(self):
+        """There is a grey gap between images, but not if the axes have names."""
         (axes,) = self.axes_of(self.table)
         picture = axes.get_images()[0].get_array()
-        self.assertEqual(axes.get_images()[0].get_clim(), (0, 1))  # black and white, whatever the values are
+        self.assertEqual(axes.get_images()[0].get_clim(), (0, 1))  # the same shades for all images
         self.assertEqual(picture.shape, (2 * 4 + 2, 3 * 5 + 2 * 2))
         for corner in [picture[::6, ::7], picture[3::6, 4::7]]:
             np.testing.assert_allclose(corner, TABLE[..., 0, 0])
@@ -126,7 +126,7 @@ class TestFigures(SeededTest):
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("a", "b"))
 
     def test_a_table_of_large_or_wide_images_shows_every_pixel(self):
-        """It does so beside long labels, and the images take a good part of the picture."""
+        """This is so even with long labels. The images take at least a twentieth of the picture."""
         for size in [(100, 100), (150, 50), (20, 200)]:
             with self.subTest(size):
                 stripes = np.indices((4, 4, *size)).sum(axis=0) % 2
@@ -142,14 +142,14 @@ class TestFigures(SeededTest):
             figures.image_table("name", np.zeros((2, 2, 400, 400)))
         self.assertLessEqual(max(save.call_args.args[0].get_size_inches()) * save.call_args.kwargs["dpi"], 1000)
 
-    def test_latent_space_shows_a_group_of_points_per_label(self):
+    def test_the_latent_space_has_a_group_of_points_per_label(self):
         (axes,) = self.axes_of(self.latents)
         points = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
         self.assertEqual(points, {"0": [[0, 1]], "1": [[2, 3], [4, 5]], "9": [[6, 7]]})
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("first", "second"))
 
-    def test_many_labels_are_beside_the_points(self):
-        """If a legend would be too long, there is a colour scale."""
+    def test_the_legend_of_many_labels_is_next_to_the_points(self):
+        """If a legend would be too long, a colour scale replaces it."""
         for number, num_scales in [(50, 0), (51, 1)]:
             points, labels = np.random.default_rng(0).random((number, 2)), np.arange(number)
             axes, *scales = self.axes_of(figures.latent_space, points, labels, ["first", "second"], "Means")
@@ -158,8 +158,8 @@ class TestFigures(SeededTest):
             self.assertEqual((len(scales), len(axes.figure.legends)), (num_scales, 1 - num_scales))
         self.assertEqual((scales[0].get_ylabel(), scales[0].get_ylim()), ("digit", (0, 50)))
 
-    def test_figures_do_not_depend_on_the_user_settings(self):
-        """The files are bit-identical, and the settings are in force again afterwards."""
+    def test_figures_do_not_depend_on_the_users_settings(self):
+        """The files are bit-identical, and the settings are restored afterwards."""
 
         def pngs():
             self.settings(self.folder / "settings.png")

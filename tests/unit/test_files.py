@@ -20,7 +20,7 @@ class TestAtomicWrite(SeededTest):
         self.path.write_text("old")
 
     def contents(self):
-        """What each file in the folder contains."""
+        """Returns a dict from the name of each file in the folder to its content."""
         return {path.name: path.read_text() for path in self.folder.iterdir()}
 
     def write(self, text, **options):
@@ -28,7 +28,7 @@ class TestAtomicWrite(SeededTest):
         with atomic_write(self.path, **options) as unfinished:
             Path(unfinished).write_text(text)
 
-    def test_a_file_gets_its_name_once_it_is_complete(self):
+    def test_a_file_is_renamed_once_it_is_complete(self):
         for path in [self.path, str(self.folder / "new")]:
             before = self.contents()
             with atomic_write(path) as unfinished:
@@ -36,8 +36,8 @@ class TestAtomicWrite(SeededTest):
                 self.assertEqual(self.contents(), {**before, f"{os.path.basename(path)}{UNFINISHED}": "new"})
         self.assertEqual(self.contents(), {"file": "new", "new": "new"})
 
-    def test_an_error_or_the_end_of_the_process_leaves_the_file_that_was_there(self):
-        """After an error, Ctrl-C or SIGTERM the unfinished file is removed at once; after a kill, by the next run."""
+    def test_after_an_error_or_a_kill_the_previous_file_remains(self):
+        """After an error, Ctrl-C or SIGTERM, the unfinished file is removed at once; after a kill, by the next run."""
         for raised, expected in [
             (OSError(5, "No disk"), UserError),
             *((kind(), kind) for kind in [ValueError, KeyboardInterrupt, Terminated, Killed]),
@@ -48,10 +48,10 @@ class TestAtomicWrite(SeededTest):
                     raise raised
                 left = {} if not isinstance(raised, Killed) else {f"file{UNFINISHED}": "hal"}
                 self.assertEqual(self.contents(), {"file": "old", **left})
-        self.write("new")  # over what was left unfinished
+        self.write("new")  # replaces the unfinished file of the killed process
         self.assertEqual(self.contents(), {"file": "new"})
 
-    def test_an_error_says_which_file_cannot_be_written_and_why(self):
+    def test_an_error_message_names_the_file_and_the_reason(self):
         full = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]
         for number in [*full, errno.EIO]:
             with self.subTest(os.strerror(number)):
@@ -61,15 +61,15 @@ class TestAtomicWrite(SeededTest):
                 self.assertEqual(str(caught.exception), f"{message}; {FREE_SPACE_HINT}" if number in full else message)
                 self.assertEqual(isinstance(caught.exception, DiskFullError), number in full)
 
-    def test_the_file_of_before_can_be_kept_under_another_name(self):
+    def test_the_previous_file_can_be_kept_under_another_name(self):
         for text in ["new", "newer"]:
             self.write(text, keep_as=self.before)
         self.assertEqual(self.contents(), {"file": "newer", "before": "new"})
         self.path.unlink()
-        self.write("newest", keep_as=self.before)  # there is none to keep
+        self.write("newest", keep_as=self.before)  # there is no previous file
         self.assertEqual(self.contents(), {"file": "newest", "before": "new"})
 
-    def test_a_process_killed_between_the_two_names_leaves_both_contents(self):
+    def test_a_process_killed_between_the_two_renamings_leaves_both_contents(self):
         replace = os.replace
 
         def die_before_the_second(source, target):
@@ -81,7 +81,7 @@ class TestAtomicWrite(SeededTest):
             self.write("new", keep_as=self.before)
         self.assertEqual(self.contents(), {"before": "old", f"file{UNFINISHED}": "new"})
 
-    def test_what_is_synced_is_on_the_disk_before_the_file_gets_its_name(self):
+    def test_with_sync_the_file_is_on_the_disk_before_it_is_renamed(self):
         synced, fsync = [], os.fsync
 
         def remember_and_sync(number):
@@ -96,7 +96,7 @@ class TestAtomicWrite(SeededTest):
 
 
 class TestReadResults(SeededTest):
-    def test_nothing_but_the_results_of_a_finished_run_is_read(self):
+    def test_only_the_results_of_a_finished_run_are_read(self):
         path, good = self.folder / "results.json", {"test_f1": 0.5, "best_val_f1": 1, "hyperparameters": {}}
         self.assertRaises(FileNotFoundError, read_results, self.folder, "f1")
         path.write_text(json.dumps(good))
@@ -111,7 +111,7 @@ class TestReadResults(SeededTest):
 
 
 class TestFolderLock(SeededTest):
-    def test_a_folder_is_one_processs_at_a_time(self):
+    def test_a_folder_is_used_by_one_process_at_a_time(self):
         message = f"^{self.folder} is in use by another process: wait for it, or choose another --run_name"
         for _ in range(2):
             with folder_lock(self.folder, 0):
@@ -119,8 +119,8 @@ class TestFolderLock(SeededTest):
                     self.fail("both have it")
                 self.assertEqual([path.name for path in self.folder.iterdir()], [LOCK])
 
-    def test_on_a_file_system_without_locks_a_file_keeps_the_folder_instead(self):
-        """As on NFS without its lock service, on Lustre without flock, and others."""
+    def test_on_a_file_system_without_locks_a_file_reserves_the_folder(self):
+        """Examples are NFS without its lock service, and Lustre without flock."""
         for number in LOCKS_UNSUPPORTED:
             folder = self.folder / str(number)
             folder.mkdir()
@@ -130,12 +130,12 @@ class TestFolderLock(SeededTest):
                 mock.patch("fcntl.flock", side_effect=OSError(number, "No locks")),
                 contextlib.redirect_stderr(io.StringIO()) as output,
             ):
-                message = f"in use by another process: .* delete {soft} if that process is gone"
+                message = f"in use by another process: .* delete {soft} if that process has ended"
                 for _ in range(2):
                     with folder_lock(folder, 1):
                         self.assertIn(str(os.getpid()), soft.read_text())
                         with self.assertRaisesRegex(UserError, message), folder_lock(folder, 0.01):
                             self.fail("both have it")
                     self.assertFalse(soft.exists())
-                line = f"note: {folder} is on a file system without locks: {soft} keeps it to this process instead"
+                line = f"note: {folder} is on a file system without locks: {soft} reserves it for this process instead"
                 self.assertEqual(output.getvalue().splitlines(), [line] * 4)

@@ -37,7 +37,7 @@ DEFAULTS = {name: flag.default for group in FLAGS.values() for name, flag in gro
 
 
 class TestCommandLine(SeededTest):
-    def test_flags_have_their_defaults_and_the_types_of_these(self):
+    def test_flags_have_their_defaults_and_the_types_of_their_defaults(self):
         parser = Parser("Draws.", FLAGS)
         self.assertEqual((parser.defaults, vars(parser.parse_args([]))), (DEFAULTS, DEFAULTS))
         words = "--kind square --sizes 7 8 9 --number 2 --rate 1e-3 --side 2 --code 32 --name 1 --count -4 --shiny"
@@ -64,11 +64,11 @@ class TestCommandLine(SeededTest):
         ]:
             with self.subTest(words):
                 parser = Parser("Draws.", FLAGS)
-                parser.prog = "draw.py"
+                parser.prog = "program.py"
                 with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as error:
                     parser.parse_args(words)
                 self.assertEqual(caught.exception.code, 2)
-                self.assertRegex(error.getvalue(), rf"^draw.py: error: .*{part}.* \(--help lists the flags\)\n$")
+                self.assertRegex(error.getvalue(), rf"^program.py: error: .*{part}.* \(--help lists the flags\)\n$")
 
 
 class TestComplete(SeededTest):
@@ -77,15 +77,15 @@ class TestComplete(SeededTest):
     def complete(self, **given):
         return vars(Parser("Draws.", FLAGS).complete(argparse.Namespace(**given)))
 
-    def test_flags_that_are_not_given_get_their_defaults_and_the_namespace_stays_as_it_is(self):
+    def test_flags_that_are_not_given_get_their_defaults_and_the_namespace_is_not_changed(self):
         args = argparse.Namespace(number=7)
         self.assertEqual(vars(Parser("Draws.", FLAGS).complete(args)), {**DEFAULTS, "number": 7})
         self.assertEqual(vars(args), {"number": 7})
 
-    def test_a_name_that_is_no_flag_is_dropped_with_one_line_and_refused_if_it_is_close_to_a_flag(self):
+    def test_an_unknown_name_is_ignored_with_a_warning_but_refused_if_it_is_similar_to_a_flag(self):
         with contextlib.redirect_stderr(io.StringIO()) as error:
             self.assertEqual(self.complete(number=7, more={1}, angle=2), {**DEFAULTS, "number": 7})
-        self.assertEqual(error.getvalue(), "warning: no flags, and without effect: angle, more\n")
+        self.assertEqual(error.getvalue(), "warning: ignored unknown flags: angle, more\n")
         for name, meant in [("numbers", "number"), ("side_", "side"), ("rates", "rate")]:
             with self.subTest(name), self.assertRaises(FlagError) as caught:
                 self.complete(**{name: 1})
@@ -98,7 +98,7 @@ class TestComplete(SeededTest):
         ]:
             self.assertEqual(self.complete(**given), {**DEFAULTS, **given})
 
-    def test_values_of_other_types_become_those_of_the_default(self):
+    def test_values_of_other_types_are_converted_to_the_type_of_the_default(self):
         for name, plain, values in [
             ("rate", 0.5, [np.float32(0.5), torch.tensor(0.5, requires_grad=True)]),
             ("rate", 3.0, [3]),
@@ -129,8 +129,8 @@ class TestComplete(SeededTest):
             ("number", f"at most {MAX_INT:,}", [MAX_INT + 1]),
             ("number", "at least 1", [0]),
             ("shiny", "True or False", ["no", 2, None]),
-            ("name", "a text", [3, b"x", ["a"]]),
-            ("name", "a text that files and their names can hold", ["a\0b", "b\udcff"]),
+            ("name", "a string", [3, b"x", ["a"]]),
+            ("name", "a string that can be part of a file and of a file name", ["a\0b", "b\udcff"]),
             (
                 "threads",
                 f"auto, or a whole number from 1 to {MAX_THREADS:,}",
@@ -142,7 +142,7 @@ class TestComplete(SeededTest):
                     with self.assertRaises(FlagError) as caught:
                         self.complete(**{name: value})
                     self.assertEqual(str(caught.exception), f"--{name} must be {must_be}, got {value!r}")
-        with self.assertRaisesRegex(FlagError, r"got 1000+\.\.\.0000+$"):  # however long it is
+        with self.assertRaisesRegex(FlagError, r"got 1000+\.\.\.0000+$"):  # a long value is shortened
             self.complete(rate=10**400)
 
 
@@ -150,32 +150,35 @@ class TestRunFlags(SeededTest):
     """The flags of every run."""
 
     def check(self, **given):
-        """Checks the flags of a run; they are as by default unless they are given."""
+        """Checks the flags of a run; flags that are not given have their defaults."""
         groups = {"training": {"batch_size": Flag(12, "Images", minimum=1)}, **flags.run_flags("logs")}
         flags.check_run_flags(Parser("Trains.", groups).complete(argparse.Namespace(**given)))
 
     def test_flags_that_may_change_when_a_run_resumes_are_flags(self):
         names = {name for group in flags.run_flags("logs").values() for name in group}
-        self.assertEqual(RUNTIME_FLAGS - names, {"data_dir", "num_workers"})  # of those that load data
+        self.assertEqual(RUNTIME_FLAGS - names, {"data_dir", "num_workers"})  # flags of the data
 
-    def test_a_minibatch_is_a_multiple_of_the_processes(self):
+    def test_the_batch_size_must_be_a_multiple_of_the_number_of_processes(self):
         self.check(devices=4, num_nodes=3)
         with self.assertRaisesRegex(FlagError, "^--batch_size 12 .* a multiple of --devices 4 x --num_nodes 2$"):
             self.check(devices=4, num_nodes=2)
 
-    def test_a_runs_name_is_a_folder_in_the_log_directory(self):
+    def test_the_name_of_a_run_must_be_a_folder_in_the_log_directory(self):
         for name in [None, "run", "sweep/a", "a b", "..."]:
             self.check(run_name=name)
         for name in ["", ".", "..", os.path.abspath("run"), "../run", "a/../..", "a\nb", "\x1b[1m"]:
             with self.subTest(name), self.assertRaisesRegex(FlagError, "^--run_name must be "):
                 self.check(run_name=name)
 
-    def test_a_runs_name_that_a_shell_has_completed_from_the_working_directory_is_refused(self):
+    def test_a_run_name_that_a_shell_has_completed_from_the_working_directory_is_refused(self):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         Path("logs", "sweep", "a").mkdir(parents=True)
         for name in ["logs/sweep/a", "./logs/sweep/a/"]:
-            with self.subTest(name), self.assertRaisesRegex(FlagError, "from the log directory: give sweep/a$"):
+            with (
+                self.subTest(name),
+                self.assertRaisesRegex(FlagError, "relative to --log_dir, .*: use --run_name sweep/a$"),
+            ):
                 self.check(run_name=name)
         os.chdir("logs")
         for log_dir in [".", "../logs"]:

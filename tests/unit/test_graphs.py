@@ -1,5 +1,5 @@
 """
-Tests of harness/graphs.py and graph_checks.py on a CPU, with a stand-in for CUDA graphs: `python -m unittest
+Tests of harness/graphs.py and graph_checks.py on a CPU, with a mock of CUDA graphs: `python -m unittest
 tests/unit/test_graphs.py`.
 """
 
@@ -30,15 +30,15 @@ TRAINING_STEP = VAE.training_step
 
 class TestRuns(GraphTest):
     def train(self, by_graph=True, **flags):
-        """Folder of a run of 8 steps per epoch: 7 of 40 images and one of 20."""
+        """Trains a run of 8 steps per epoch, 7 of 40 images and one of 20. Returns its folder."""
         self.captures.clear(), self.replays.clear()
         flags = {"z_dim": 4, "batch_size": 40, "epochs": 2, "no_cuda_graph": not by_graph, **flags}
         folder, output = super().train(**flags)
         self.assertNotIn("without CUDA graphs", output)
         return folder
 
-    def test_a_run_with_graphs_leaves_what_a_run_without_them_leaves(self):
-        """Only validation has other noise, since its minibatches are larger with graphs."""
+    def test_runs_with_and_without_graphs_leave_the_same_files(self):
+        """Only the noise of validation differs, because its minibatches are larger with graphs."""
         for flags in [
             dict(),
             dict(binarization="stochastic", lr_schedule="cosine", beta=2.0, beta_warmup=2),
@@ -81,22 +81,22 @@ class TestRuns(GraphTest):
 
 
 class FitTest(GraphTest):
-    """A test that trains with a Trainer alone, without a run."""
+    """A test that trains with only a Trainer, without a run."""
 
     def fit(self, by_graph=True, epochs=1, **patches):
         """
         Trains a VAE with patched methods on 3 minibatches of 100 images per epoch. Returns its weights, the state of
-        its optimizer and its metrics; self.notes has the reason why there are no graphs, if there are none.
+        its optimizer and its metrics. If no graphs are used, self.notes contains the reason.
         """
         self.captures.clear(), self.replays.clear()
         self.enter(process_settings())
         off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-        hooks = [processes.RunHooks(seed=1)]  # which make each epoch's random numbers independent of validation
+        hooks = [processes.RunHooks(seed=1)]  # make each epoch's random numbers independent of validation
         trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=hooks, **off)
         sampler = functools.partial(processes.sampler, trainer=trainer, seed=1)
         loaders, self.notes = small_loaders(argparse.Namespace(batch_size=100), sampler=sampler)[:2], []
         loaders[0].generator = torch.Generator()  # as a run does
-        patches = {"on_fit_start": pl.LightningModule.on_fit_start, **patches}  # at least one
+        patches = {"on_fit_start": pl.LightningModule.on_fit_start, **patches}  # mock needs at least one
         with mock.patch.object(graphs, "warn", self.notes.append), mock.patch.multiple(VAE, create=True, **patches):
             torch.manual_seed(1)
             model = VAE("MLP", [16], 4, 4, 1e-3)
@@ -107,7 +107,7 @@ class FitTest(GraphTest):
         return model.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers], means
 
     def assert_trained_alike(self, **options):
-        """A fit with graphs, if they are possible, ends bit for bit as one without graphs."""
+        """Asserts that a fit with graphs, if they are possible, and a fit without graphs are bit-identical."""
         ordinary = self.fit(by_graph=False, **options)
         torch.testing.assert_close(self.fit(**options), ordinary, rtol=0, atol=0)
 
@@ -117,12 +117,12 @@ class FitTest(GraphTest):
 
 
 class TestGraphs(FitTest):
-    def test_a_step_may_return_the_loss_alone(self):
+    def test_a_step_may_return_only_the_loss(self):
         self.assert_trained_alike(training_step=lambda *args: TRAINING_STEP(*args)["loss"])
         self.assertEqual(self.replays, [100] * 2)
 
-    def test_changes_between_epochs_are_followed(self):
-        """Each epoch is captured again: attributes, globals, frozen weights, settings of the optimizer, another one."""
+    def test_changes_between_epochs_take_effect(self):
+        """They may affect attributes, globals, frozen weights, settings of the optimizer, or replace the optimizer."""
 
         def training_step(model, batch, batch_idx):
             output = TRAINING_STEP(model, batch, batch_idx)
@@ -149,7 +149,7 @@ class TestGraphs(FitTest):
                 self.assertEqual((self.notes, self.replays), ([], [100] * 6))
             globals()["WEIGHT"] = 1.0
 
-    def test_the_trainer_and_the_module_are_restored_after_a_fit_that_failed(self):
+    def test_the_trainer_and_the_module_are_restored_after_a_failed_fit(self):
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
         self.enter(process_settings())
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -163,14 +163,14 @@ class TestGraphs(FitTest):
 
 
 class TestNoGraph(FitTest):
-    """Without a graph, training continues with ordinary steps, bit for bit, and a line says why."""
+    """Without a graph, training continues with ordinary steps, bit for bit, and a note gives the reason."""
 
     def assert_ordinary(self, words, **patches):
         self.assert_trained_alike(**patches)
         self.assert_no_graph(words)
         self.assertEqual(self.replays, [])
 
-    def test_a_capture_fails_in_the_first_epoch_or_in_a_later_one(self):
+    def test_a_capture_may_fail_in_the_first_epoch_or_in_a_later_epoch(self):
         sync = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel")
         for error, words in [
             (sync, "training_step waits for the GPU, as .item"),
@@ -193,12 +193,12 @@ class TestNoGraph(FitTest):
             with failed_capture, self.assertRaisesRegex(ZeroDivisionError, "of the user's own"):
                 self.fit(training_step=lambda *args, steps=steps: next(steps, fail)(*args))
 
-    def test_what_a_step_does_in_python_is_found(self):
-        """A replay would not do it, so each of these steps is trained without graphs."""
+    def test_changes_that_a_step_makes_in_python_are_found(self):
+        """A replay would not repeat them, so each of these steps is trained without graphs."""
         for act, words in [
-            ("model.log('train_own', loss, on_step=False, on_epoch=True)", "uses self.trainer, as self.log"),
-            ("loss = loss * min(1.0, model.current_epoch / 10)", "uses self.trainer, as self.log"),
-            ("loss = loss if model.global_step > 10 else 2 * loss", "uses self.trainer, as self.log"),
+            ("model.log('train_own', loss, on_step=False, on_epoch=True)", r"uses self.trainer \(as self.log"),
+            ("loss = loss * min(1.0, model.current_epoch / 10)", r"uses self.trainer \(as self.log"),
+            ("loss = loss if model.global_step > 10 else 2 * loss", r"uses self.trainer \(as self.log"),
             ("loss = loss if batch_idx % 2 else 2 * loss", "uses batch_idx"),
             ("model.count = getattr(model, 'count', 0) + 1; loss = model.count * loss", "changes self.count in Python"),
             ("model.last = loss.detach()", "changes self.last in Python"),
@@ -212,8 +212,8 @@ class TestNoGraph(FitTest):
             ("loss = loss * model.kept['python'].random()", r"changes self.kept\['python'\] in Python"),
             ("model.pair = loss.detach(), 1", r"changes self.pair\[0\] in Python"),
             ("model.kept['next'] = iter([])", r"self.kept\['next'\] is an iterator"),
-            ("loss = loss * (random.random() < 0.5)", "random numbers that are not the GPU's"),
-            ("loss = loss * float(np.random.rand())", "random numbers that are not the GPU's"),
+            ("loss = loss * (random.random() < 0.5)", "random numbers that are not generated on the GPU"),
+            ("loss = loss * float(np.random.rand())", "random numbers that are not generated on the GPU"),
         ]:
 
             def training_step(model, batch, batch_idx, act=act):
@@ -232,7 +232,7 @@ class TestNoGraph(FitTest):
             with self.subTest(act):
                 self.assert_ordinary(words, training_step=training_step, on_train_start=on_train_start)
 
-    def test_modules_that_a_graph_cannot_train(self):
+    def test_a_module_that_a_graph_cannot_train_is_trained_without_graphs(self):
         def scheduled(model):
             optimizer = torch.optim.Adam(model.parameters())
             return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
@@ -240,14 +240,14 @@ class TestNoGraph(FitTest):
         for words, patches in {
             "have hooks": dict(on_train_start=lambda model: model.decoder.register_forward_hook(lambda *args: None)),
             "SGD has no option": dict(configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1)),
-            "more than an optimizer": dict(configure_optimizers=scheduled),
-            "of its own": dict(configure_callbacks=lambda model: [pl.callbacks.Timer()]),
-            "VAE has on_after_backward": dict(on_after_backward=lambda model: None),
+            "more than a single optimizer": dict(configure_optimizers=scheduled),
+            "or configure_callbacks": dict(configure_callbacks=lambda model: [pl.callbacks.Timer()]),
+            "VAE overrides on_after_backward": dict(on_after_backward=lambda model: None),
         }.items():
             with self.subTest(words):
                 self.assert_ordinary(words, **patches)
 
-    def test_images_that_do_not_fit_on_the_gpu_return_to_the_cpu(self):
+    def test_images_that_are_too_large_for_the_gpu_return_to_the_cpu(self):
         to, places = bmnist.BinaryImages.to, []
 
         def second_fails(images, device):
@@ -264,7 +264,7 @@ class TestNoGraph(FitTest):
 
 class TestCheck(GraphTest):
     def why_not(self, *callbacks, vae=VAE, loader_options={}, **settings):  # noqa: B006 (only read)
-        """The line that says why there are no graphs, or an empty string."""
+        """Returns the note that says why no graphs are used, or an empty string."""
         train_loader, val_loader, _ = small_loaders(argparse.Namespace(batch_size=40))
         train_loader = bmnist.ImageLoader(train_loader.dataset, 40, **loader_options)
         options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
@@ -276,28 +276,27 @@ class TestCheck(GraphTest):
             self.assertEqual(loaders[0] is train_loader, bool(notes))
         return "".join(notes)
 
-    def test_the_programs_own_callbacks_do_not_hinder_graphs(self):
+    def test_the_programs_own_callbacks_allow_graphs(self):
         args = complete_flags(
             argparse.Namespace(accelerator="cpu", log_dir=str(self.folder), progress_bar=True, beta=2)
         )
-        with mock.patch.object(
-            trainer, "supports_progress_bar", lambda stream: True
-        ):  # the progress bar is a callback, too
+        # The progress bar is a callback, too.
+        with mock.patch.object(trainer, "supports_progress_bar", lambda stream: True):
             callbacks = [GenerateCallback(), *train_pl.make_callbacks(args)]
             with run.Run(args, {}, train_pl.make_experiment(args), callbacks) as started:
                 callbacks = started.trainer.callbacks
         self.assertEqual([graph_checks.step_hooks(callback) for callback in callbacks], [[]] * 6)
         self.assertEqual(self.why_not(pl.callbacks.EarlyStopping("val_bpd"), pl.callbacks.Timer()), "")
 
-    def test_hooks_of_minibatches_hinder_graphs(self):
+    def test_hooks_of_minibatches_prevent_graphs(self):
         for hook, base in itertools.product(graph_checks.STEP_HOOKS, [VAE, pl.Callback]):
             if hasattr(base, hook):
                 own = type("Own", (base,), {hook: lambda *args, **kwargs: None})
                 with self.subTest(hook=hook, base=base):
                     line = self.why_not(vae=own) if base is VAE else self.why_not(own())
-                    self.assertIn(f"Own has {hook}", line)
+                    self.assertIn(f"Own overrides {hook}", line)
 
-    def test_callbacks_settings_and_loaders_that_change_the_steps_hinder_graphs(self):
+    def test_callbacks_settings_and_loaders_that_change_the_steps_prevent_graphs(self):
         callbacks, own_checkpoints = pl.callbacks, dict(enable_checkpointing=True)
         settings = [
             *(dict(accumulate_grad_batches=2), dict(gradient_clip_val=1.0), dict(precision="bf16-true")),
@@ -312,7 +311,7 @@ class TestCheck(GraphTest):
             ([callbacks.LambdaCallback(on_train_batch_end=lambda *args: None), {}], "LambdaCallback"),
             ([callbacks.ModelCheckpoint(self.folder, every_n_train_steps=3), own_checkpoints], "ModelCheckpoint"),
             *(([setting], f"the Trainer.s ({[*setting][0]}|limit_train_batches) is") for setting in settings),
-            *(([dict(loader_options=option)], "loader does more than to index its images") for option in options),
+            *(([dict(loader_options=option)], "loader does more than index its images") for option in options),
         ]:
             with self.subTest(words):
                 *own, flags = given
@@ -322,19 +321,19 @@ class TestCheck(GraphTest):
 
 class TestParts(unittest.TestCase):
     def test_changes_on_the_cpu_by_a_module_on_a_gpu_are_found(self):
-        """They are made by Python alone: of the module's tensors, and of the CPU's random numbers."""
+        """A graph would not repeat a change of the module's tensors on the CPU, or of the CPU's random numbers."""
         model = argparse.Namespace(device=torch.device("cuda"), kept=torch.zeros(2))
         with torch.inference_mode():
-            model.of_validation = torch.zeros(2)  # has no version, which is not an error
+            model.of_validation = torch.zeros(2)  # it has no version, which must not cause an error
         before = graph_checks.python_state(model)
         self.assertEqual([*graph_checks.describe_changes(before, graph_checks.python_state(model))], [])
         model.kept.add_(1)
         torch.rand(1)
         found = [*graph_checks.describe_changes(before, graph_checks.python_state(model))]
-        self.assertEqual(found[0], "training_step draws random numbers that are not the GPU's")
+        self.assertEqual(found[0], "training_step uses random numbers that are not generated on the GPU")
         self.assertRegex(found[1], "changes self.kept on the CPU in Python")
 
-    def test_every_use_of_a_refusal_is_an_error(self):
+    def test_every_use_of_a_forbidden_object_raises_an_error(self):
         refusal = graph_checks.Forbidden("batch_idx")
         for use in [
             *(bool, int, float, len, list, str, hash, abs, round, range, operator.index, operator.neg),
@@ -342,5 +341,5 @@ class TestParts(unittest.TestCase):
             *(lambda x: x.current_epoch, lambda x: x.bit_length(), lambda x: [1, 2][x], lambda x: x in [1]),
             *(lambda x: torch.ones(2) * x, lambda x: x + torch.ones(2), lambda x: {x: 1}, lambda x: x and 1),
         ]:
-            with self.assertRaisesRegex(graph_checks.CaptureError, "^training_step uses batch_idx, which a graph"):
+            with self.assertRaisesRegex(graph_checks.CaptureError, "^training_step uses batch_idx, which is constant"):
                 use(refusal)

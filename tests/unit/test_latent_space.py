@@ -32,7 +32,7 @@ class TestPictures(SeededTest):
 
     @torch.no_grad()
     def use_model(self, z_dim):
-        """Makes a model whose latents and pixels vary, as those of a trained one do, except for latent 1 of 3."""
+        """Makes a model whose latents and pixels vary, as in a trained model, except latent 1 of 3."""
         self.model = VAE("MLP", [32], 32, z_dim, 1e-3, img_size=list(self.imgs.shape[-2:]))
         for weight in self.model.parameters():
             weight.mul_(4)
@@ -41,23 +41,23 @@ class TestPictures(SeededTest):
         self.means, _ = self.model.encoder(self.imgs)
 
     def save(self):
-        """Saves the pictures; returns what is printed on stderr."""
+        """Saves the pictures. Returns what is printed on stderr."""
         with contextlib.redirect_stderr(io.StringIO()) as error:
             save_pictures(self.folder, self.model, self.imgs, self.labels, self.means)
         return error.getvalue()
 
     def shown(self):
-        """What the pictures show: dict from name to the arguments of the function that plots it."""
+        """Returns what the pictures show, as a dict from name to the arguments of the plotting function."""
         with mock.patch.multiple(figures, image_table=mock.DEFAULT, latent_space=mock.DEFAULT) as plot:
             self.assertEqual(self.save(), "")
         calls = [call for function in plot.values() for call in function.call_args_list]
         return {call.args[0].name: (*call.args[1:], call.kwargs) for call in calls}
 
     def test_each_picture_is_a_png_and_a_pdf_file(self):
-        """The images may be of another size and have no labels."""
+        """The images may have another size and no labels."""
         savefig = Figure.savefig
 
-        def save_small(figure, file, dpi, **options):  # which takes less time
+        def save_small(figure, file, dpi, **options):  # a low resolution is faster
             savefig(figure, file, dpi=50, **options)
 
         self.enter(mock.patch.object(Figure, "savefig", save_small))
@@ -74,8 +74,8 @@ class TestPictures(SeededTest):
                     self.assertGreater(picture[..., :3].std(), 0.05, f"{name} is blank")
                     self.assertEqual((self.folder / f"{name}.pdf").read_bytes()[:5], b"%PDF-")
 
-    def test_a_picture_that_fails_costs_no_other_one(self):
-        """Its old version is removed, too, and the reason is printed. A full disk ends the program."""
+    def test_a_picture_that_fails_does_not_prevent_the_others(self):
+        """Its old version is removed, and the reason is printed. A full disk is an error."""
         error, files = ValueError("no such\nfont"), {f"{name}.{kind}" for name in PICTURES for kind in ["png", "pdf"]}
 
         def save(figure, path, **options):
@@ -85,7 +85,7 @@ class TestPictures(SeededTest):
 
         (self.folder / "samples.pdf").touch()
         with mock.patch.object(Figure, "savefig", autospec=True, side_effect=save):
-            self.assertRegex(self.save(), r"^warning: drawing .*/samples failed, .* \(.*\)\n$")
+            self.assertRegex(self.save(), r"^warning: saving .*/samples failed .* \(.*\)\n$")
             self.assertEqual({path.name for path in self.folder.iterdir()}, files - {"samples.png", "samples.pdf"})
             error = OSError(errno.ENOSPC, "No space left on device")
             with self.assertRaisesRegex(DiskFullError, "cannot write .*samples.png .No space left"):
@@ -93,11 +93,11 @@ class TestPictures(SeededTest):
 
     @torch.no_grad()
     def decode(self, z):
-        """The means of the pixels [...,28,28] of latents [...,3]."""
+        """Returns the means of the pixels, [...,28,28], of latents [...,3]."""
         return torch.sigmoid(self.model.decoder(z)).squeeze(-3)
 
     def pick(self, digit, number):
-        """The index of a test image of a digit, the first one if the number is 0."""
+        """Returns the index of a test image of a digit, the first one if the number is 0."""
         return (self.labels == digit).nonzero()[number, 0]
 
     def test_reconstructions_are_below_three_images_of_each_digit(self):
@@ -108,7 +108,7 @@ class TestPictures(SeededTest):
             torch.testing.assert_close(images[row], self.imgs[picks, 0])
             torch.testing.assert_close(images[row + 1], self.decode(self.means[picks]))
 
-    def test_interpolations_go_from_a_digit_to_the_next_one(self):
+    def test_interpolations_lead_from_a_digit_to_the_next_one(self):
         """They begin at the first image of the digit and end at the second image of the next one."""
         images, _ = self.shown()["interpolations"]
         ends = torch.stack([self.pick(3, 0), self.pick(4, 1)])
@@ -128,7 +128,7 @@ class TestPictures(SeededTest):
         self.means = torch.zeros_like(self.means)  # no unit is active
         self.assertEqual(set(self.shown()), PICTURES - {"traversals"})
 
-    def test_the_manifold_grows_to_the_right_and_upwards(self):
+    def test_the_latents_of_the_manifold_increase_to_the_right_and_upwards(self):
         self.use_model(z_dim=2)
         images, options = self.shown()["manifold"]
         z = torch.tensor([float(options["columns"][4]), float(options["rows"][2])])
@@ -136,7 +136,7 @@ class TestPictures(SeededTest):
         torch.testing.assert_close(self.shown()["latent_space"][0], self.means)
         torch.testing.assert_close(images[2, 4], self.decode(z), atol=0.02, rtol=0)
 
-    def test_latent_space_shows_the_first_two_principal_components(self):
+    def test_the_latent_space_is_shown_by_its_first_two_principal_components(self):
         points, labels, names, title, legend, _ = self.shown()["latent_space"]
         centred = self.means - self.means.mean(dim=0)
         _, _, v = torch.linalg.svd(centred)
@@ -144,7 +144,7 @@ class TestPictures(SeededTest):
         self.assertRegex(names[0], r"^first principal component \(\d+% of the variance\)")
         self.assertEqual((title, legend), ("Posterior means of the 200 test images, 3 latents", "digit"))
 
-    def test_without_labels_the_first_30_images_are_shown(self):
+    def test_the_first_30_images_are_shown_if_there_are_no_labels(self):
         self.assertEqual(first_three_per_label(torch.full((40,), -1)).tolist(), torch.arange(30).view(3, 10).tolist())
         self.assertEqual(first_three_per_label(torch.tensor([7, 5] * 3 + [9])).tolist(), [[1, 0], [3, 2], [5, 4]])
 

@@ -13,7 +13,7 @@ from utils import KLD, log_likelihood, quadrature_log_likelihood, sample_reparam
 
 
 class TestSumSoftplus(SeededTest):
-    def test_it_agrees_with_torch_for_any_number_of_pixels_and_any_logits(self):
+    def test_the_sum_agrees_with_torch_for_any_number_of_pixels_and_any_logits(self):
         for num_pixels in [1, 7, 24, 784, 841]:
             logits = torch.cat([torch.randn(2, 5, num_pixels) * scale for scale in [0, 1e-3, 1, 10, 200]])
             expected = F.softplus(logits.double()).sum(dim=-1)
@@ -21,7 +21,7 @@ class TestSumSoftplus(SeededTest):
 
 
 class TestLogLikelihood(SeededTest):
-    """With a VAE with 2 latents and a linear decoder, whose posteriors have one peak, fitted to small digits."""
+    """Tests with a VAE of small digits: 2 latents and a linear decoder, so that each posterior has a single peak."""
 
     @classmethod
     def setUpClass(cls):
@@ -43,7 +43,7 @@ class TestLogLikelihood(SeededTest):
         return log_p_x.sum(dim=(1, 2, 3)) - KLD(mean, log_std)
 
     def small_vae(self):
-        """All 64 images of 6 pixels, and untrained networks for them."""
+        """Returns all 64 binary images of 6 pixels, and untrained networks for them."""
         imgs = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6).view(64, 1, 1, 6)
         decoder = MLPDecoder(z_dim=2, hidden_dims=[16], output_shape=[1, 1, 6])
         nn.init.normal_(decoder.net[-1].weight)
@@ -55,8 +55,8 @@ class TestLogLikelihood(SeededTest):
         p = log_likelihood(imgs, encoder, decoder, num_samples=10_000).exp()
         self.assertAlmostEqual(p.sum().item(), 1, delta=0.01)
 
-    def test_it_agrees_with_quadrature(self):
-        """On each image with the best Gaussian encoder; with the trained encoder on average."""
+    def test_the_estimate_agrees_with_quadrature(self):
+        """With the best Gaussian encoder, it agrees on each image; with the trained encoder, on average."""
         imgs = self.imgs[:40]
         axis = torch.arange(-80, 81) / 10  # the posteriors are wider than 0.2
         z = torch.cartesian_prod(axis, axis)
@@ -73,7 +73,7 @@ class TestLogLikelihood(SeededTest):
         trained = log_likelihood(imgs, self.encoder, self.decoder, num_samples=1_000)
         self.assertAlmostEqual(trained.mean().item(), exact.mean().item(), delta=0.03)
 
-    def test_with_one_sample_it_is_the_elbo_in_expectation(self):
+    def test_the_expectation_of_the_estimate_with_one_sample_is_the_elbo(self):
         imgs = self.imgs[:2].repeat_interleave(10_000, dim=0)
         bounds = log_likelihood(imgs, self.encoder, self.decoder, num_samples=1).view(2, -1)
         with torch.no_grad():
@@ -82,7 +82,7 @@ class TestLogLikelihood(SeededTest):
         self.assertTrue(((bounds.mean(dim=1) - elbos.mean(dim=1)).abs() < 4 * error).all())
         self.assertLess(error.max().item(), 0.1)
 
-    def test_it_does_not_fall_with_more_samples_in_the_mean_of_20_estimates(self):
+    def test_the_mean_of_20_estimates_does_not_decrease_with_more_samples(self):
         imgs = self.imgs[:25].repeat(20, 1, 1, 1)
         bounds = [log_likelihood(imgs, self.encoder, self.decoder, k).view(20, 25) for k in [1, 5, 25, 125]]
         for fewer, more in zip(bounds, bounds[1:]):
@@ -90,7 +90,7 @@ class TestLogLikelihood(SeededTest):
             self.assertTrue((more.mean(dim=0) > fewer.mean(dim=0) - 4 * error).all())
             self.assertGreater(more.mean(), fewer.mean())
 
-    def test_memory_is_bounded_whatever_the_number_of_samples(self):
+    def test_memory_is_bounded_for_any_number_of_samples(self):
         sizes = []
 
         def decoder(z):
@@ -107,6 +107,6 @@ class TestLogLikelihood(SeededTest):
         log_p = log_likelihood(torch.ones(1, 1, 28, 28), *networks, num_samples=10)
         torch.testing.assert_close(log_p, torch.tensor([-50.0 * 784]))
 
-    def test_no_samples_are_an_error(self):
+    def test_zero_samples_are_an_error(self):
         with self.assertRaisesRegex(ValueError, "num_samples must be at least 1, got 0"):
             log_likelihood(self.imgs, self.encoder, self.decoder, num_samples=0)

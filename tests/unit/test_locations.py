@@ -14,14 +14,14 @@ class TestPlaces(SeededTest):
         self.addCleanup(os.chdir, os.getcwd())
 
     def make(self, *names):
-        """Makes files, and the folders that they are in; returns the first one."""
+        """Makes files and their folders. Returns the path of the first file."""
         for name in names:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).touch()
         return self.folder / names[0]
 
     def run_folder(self, path, directory):
-        """What run_folder finds in a working directory, as a path without links."""
+        """Returns the result of run_folder in a working directory, as a path without links."""
         os.chdir(self.path / directory)
         return run_folder(Path(path)).resolve()
 
@@ -37,8 +37,8 @@ class TestPlaces(SeededTest):
             with self.subTest(path, directory=directory):
                 self.assertEqual(self.run_folder(path, directory), self.path / "logs" / "run")
 
-    def test_a_run_is_found_by_links(self):
-        """The link may be that of the checkpoint, of the run's folder, or of its folder `checkpoints`."""
+    def test_a_run_is_found_through_links(self):
+        """The checkpoint, the run's folder and its folder `checkpoints` may each be a link."""
         self.make("logs/run/hparams.yaml", "scratch/checkpoints/best.ckpt", "other/x")
         self.make("logs/2/hparams.yaml", "logs/2/checkpoints/best.ckpt")
         for link, target in [
@@ -58,13 +58,13 @@ class TestPlaces(SeededTest):
             with self.subTest(path, directory=directory):
                 self.assertEqual(self.run_folder(path, directory), self.path / "logs" / run)
 
-    def test_a_checkpoint_of_no_run_has_the_folder_that_it_is_in(self):
+    def test_the_folder_of_a_checkpoint_of_no_run_is_the_folder_that_contains_it(self):
         self.make("models/a.ckpt", "models/checkpoints/b.ckpt")
         (self.folder / "c.ckpt").symlink_to("models/a.ckpt")
         for path, directory in [("a.ckpt", "models"), ("c.ckpt", "."), ("b.ckpt", "models/checkpoints")]:
             self.assertEqual(self.run_folder(path, directory).name, "models")
 
-    def test_locations_are_kept_as_absolute_paths_and_from_the_run(self):
+    def test_locations_are_absolute_paths_and_paths_relative_to_the_run(self):
         self.make("logs/run/x", "data/x", "own/x")
         os.chdir(self.path / "own")
         data, flags = str(self.path / "data"), {"data_dir": "../data/", "dataset": str(self.path / "own" / "my.npz")}
@@ -74,8 +74,8 @@ class TestPlaces(SeededTest):
             self.assertEqual(data_locations(flags, "logs"), {"data_dir": data})
         self.assertNotIn("dataset_from_run", data_locations(flags | {"dataset": "mnist"}, "logs"))
 
-    def test_data_is_found_in_the_first_place_that_contains_it(self):
-        """If none does, it is the first place that exists."""
+    def test_the_data_directory_is_the_first_one_that_contains_the_data(self):
+        """If none contains the data, it is the first one that exists."""
         self.make("moved/data/MNIST/raw/x", "was/MNIST/raw/x", "flag/MNIST/raw/x", "empty/x", "moved/run/x")
         run, there = self.folder / "moved" / "run", {name: str(self.folder / name) for name in ["was", "flag", "empty"]}
         for kept, expected in [
@@ -89,7 +89,7 @@ class TestPlaces(SeededTest):
         self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, "nothing", "MNIST"), there["empty"])
         self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
 
-    def test_a_file_may_be_in_its_place_seen_from_the_run_or_where_it_was(self):
+    def test_a_file_may_be_at_its_path_relative_to_the_run_or_at_its_original_path(self):
         places = file_locations(self.path / "run", {"dataset_from_run": "../my.npz"}, "/was")
         self.assertEqual(places, [str(self.path / "my.npz"), "/was"])
         self.assertEqual(file_locations(self.path, {}, "/was"), ["/was"])

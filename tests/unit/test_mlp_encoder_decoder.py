@@ -1,5 +1,5 @@
 """
-Tests of mlp_encoder_decoder.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+Tests of mlp_encoder_decoder.py, in addition to the assignment's contract in unittests.py: `python -m unittest
 tests/unit/test_mlp_encoder_decoder.py`.
 """
 
@@ -24,6 +24,6 @@ class TestMLP(SeededTest):
             x = layer(x)
             if isinstance(layer, nn.Linear):
                 self.assertEqual(layer.bias.abs().sum(), 0)
-                # The variance before a ReLU is 2; after it, the mean square is 1. The last layer: Glorot & Bengio's.
+                # Before a ReLU the variance is 2, after it the mean square is 1. The last layer is Glorot & Bengio's.
                 expected = 2 * 800 / (800 + 1000) if layer is net[-1] else 2
                 self.assertAlmostEqual(x.var().item() / expected, 1, delta=0.1)

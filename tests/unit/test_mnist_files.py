@@ -22,7 +22,7 @@ IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = mnist_files.FILES
 
 
 class FilesTest(SeededTest):
-    """A test on a small stand-in for MNIST, or a relative: 60 training images and 10 test images."""
+    """Base class of tests with a small mock of MNIST, or of a relative: 60 training images and 10 test images."""
 
     kind = "mnist"
 
@@ -31,21 +31,21 @@ class FilesTest(SeededTest):
         self.content, self.packed, self.images, self.labels = small_mnist()
         self.enter(mock.patch.object(mnist_files, "FILES", known_files(self.content)))
         for kind in KINDS.values():
-            self.enter(mock.patch.object(kind, "mirrors", []))  # no test ever asks the real ones
+            self.enter(mock.patch.object(kind, "mirrors", []))  # no test connects to the real ones
 
     def parts(self):
-        """The four tensors that load_mnist should return."""
+        """Returns the four tensors that load_mnist should return."""
         return [self.images[:60], self.labels[:60], self.images[60:], self.labels[60:]]
 
     def write(self, changes=()):
-        """Writes the four files, with changes: a dict from name to content."""
+        """Writes the four files; `changes` is a dict from name to another content."""
         self.raw.mkdir(parents=True, exist_ok=True)
         for name, content in {**self.content, **dict(changes)}.items():
             (self.raw / name).write_bytes(content)
 
     @contextlib.contextmanager
     def mirror(self, write=None, packed=None):
-        """The stand-in's mirror, which may have other files than it should; yields the names that it is asked for."""
+        """Context manager that runs a mock mirror, which may have wrong files. Yields the names of requested files."""
         known = known_resources(self.packed)
         with (
             mirror(packed or self.packed, write) as (address, requests),
@@ -54,24 +54,24 @@ class FilesTest(SeededTest):
             yield requests
 
     def load(self, root=None, download=True):
-        """The four tensors, and what was printed."""
+        """Returns the four tensors, and what was printed."""
         with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
             return load_mnist(root or self.folder, download, self.kind), output.getvalue()
 
     def error(self, root=None, download=False):
-        """The message of the error."""
+        """Returns the message of the expected error."""
         with self.assertRaises(DataError) as caught:
             self.load(root, download)
         self.assertNotIn("\n", str(caught.exception))
         return str(caught.exception)
 
     def assert_loaded(self, tensors):
-        """The tensors are those of the stand-in."""
+        """Checks that the tensors are those of the mock."""
         self.assertEqual([tensor.dtype for tensor in tensors], [tensor.dtype for tensor in self.parts()])
         self.assertTrue(all(map(torch.equal, tensors, self.parts())))
 
     def assert_complete(self):
-        """The folder has the four files and nothing else."""
+        """Checks that the folder contains only the four files."""
         left = {path.name: path.read_bytes() for path in self.raw.iterdir() if path.name != ".lock"}
         self.assertEqual(left, self.content)
 
@@ -82,8 +82,8 @@ class FilesTest(SeededTest):
 
 
 class TestReading(FilesTest):
-    def test_any_mixture_of_files_is_read(self):
-        """The files may be packed, unpacked, with a wrong ending, or beside a damaged file. Nothing is written."""
+    def test_any_mixture_of_packed_and_unpacked_files_is_read(self):
+        """A file may also have the wrong extension, or be next to a damaged file. Nothing is written."""
         images, labels, test_images, test_labels = self.content.values()
         in_parts = gzip.compress(test_labels[:9]) + gzip.compress(test_labels[9:])
         for files in [
@@ -112,8 +112,8 @@ class TestReading(FilesTest):
                 with self.subTest(root):
                     self.assert_loaded(self.load(root, download=False)[0])
 
-    def test_damaged_files_are_errors_that_name_file_and_reason(self):
-        """Nothing is downloaded in their place."""
+    def test_damaged_files_are_errors_that_name_the_file_and_the_reason(self):
+        """Nothing is downloaded to replace them."""
         good, labels, twin, test_labels = self.content.values()
         for problem, changes in [
             ("bytes instead of 47,056 (truncated?)", {IMAGES: good[:-100]}),
@@ -126,16 +126,18 @@ class TestReading(FilesTest):
             with self.subTest(problem), self.mirror() as requests:
                 self.write(changes)
                 error = self.error(download=True)
-                self.assertIn(f"{self.raw / next(iter(changes))} is not MNIST's: ", error)
+                self.assertIn(f"{self.raw / next(iter(changes))} is not a valid file of MNIST: ", error)
                 self.assertIn(problem, error)
-                self.assertIn("Delete it or move it away, and it is downloaded again", error)
+                self.assertIn("Delete or move this file, and it is downloaded again", error)
                 self.assertEqual(requests, [])
 
     def test_a_file_that_cannot_be_read_is_an_error(self):
         self.write()
         denied = PermissionError(errno.EACCES, "Permission denied")
         with mock.patch.object(Path, "read_bytes", side_effect=denied), self.mirror() as requests:
-            self.assertIn("is not MNIST's: it cannot be read (Permission denied)", self.error(download=True))
+            self.assertIn(
+                "is not a valid file of MNIST: it cannot be read (Permission denied)", self.error(download=True)
+            )
         self.assertEqual(requests, [])
 
     def test_missing_files_are_an_error_that_says_what_to_do(self):
@@ -147,14 +149,16 @@ class TestReading(FilesTest):
         self.assertEqual((requests, self.raw.exists()), ([], False))
         self.write()
         (self.raw / TEST_LABELS).unlink()
-        self.assertIn(f"1 are missing ({TEST_LABELS})", self.error(download=True))  # there is no mirror
+        self.assertIn(
+            f"1 of its four files are missing ({TEST_LABELS})", self.error(download=True)
+        )  # there is no mirror
 
 
 class TestHints(FilesTest):
-    """What is found and not taken is named with the reason."""
+    """Tests that errors list the files that were found but not used, with the reasons."""
 
-    def test_files_of_the_right_name(self):
-        """They do not hinder a download."""
+    def test_files_with_the_right_name_are_listed_with_what_is_wrong(self):
+        """They do not prevent a download."""
         self.raw.mkdir(parents=True)
         (self.raw / f"{IMAGES}.gz").write_bytes(b"\n<!DOCTYPE html>\n<html>")
         (self.raw / f"{LABELS}.gz").write_bytes(self.packed[f"{LABELS}.gz"][:-20])
@@ -162,7 +166,7 @@ class TestHints(FilesTest):
         (self.raw / f"{TEST_LABELS}.gz").mkdir()
         error = self.error()
         for part in [
-            f"{IMAGES}.gz (it is a text that begins with '<!DOCTYPE html> <html>'",
+            f"{IMAGES}.gz (it is a text file that begins with '<!DOCTYPE html> <html>'",
             f"{LABELS}.gz (it cannot be unpacked",
             f"{TEST_IMAGES} (it cannot be read (No such file or directory))",
             f"{TEST_LABELS}.gz (it is a folder)",
@@ -171,8 +175,8 @@ class TestHints(FilesTest):
         with self.mirror():
             self.assert_loaded(self.load()[0])
 
-    def test_files_of_other_names(self):
-        """They are found by their content, packed or not; the names to give them come first."""
+    def test_files_with_other_names_are_listed_with_the_right_name(self):
+        """They are found by their content, packed or not. Files to be renamed are listed first."""
         self.raw.mkdir(parents=True)
         (self.raw / "train-images-idx3-ubyte(1).gz").write_bytes(self.packed[f"{IMAGES}.gz"])
         (self.raw / "labels").write_bytes(self.content[LABELS])
@@ -183,23 +187,25 @@ class TestHints(FilesTest):
         self.assertIn(f"labels (rename it to {LABELS})", error)
         self.assertIn(" and 18 more. Run", error)
 
-    def test_a_folder_for_each_file(self):
-        """Kaggle packs them like this. A folder cannot be replaced by a download."""
+    def test_a_folder_with_the_name_of_a_file_is_an_error(self):
+        """Kaggle's archive contains such folders. A download cannot replace a folder."""
         for name in self.content:
             (self.raw / name).mkdir(parents=True)
         with self.mirror() as requests:
-            self.assertIn(f"{self.raw / IMAGES} is not MNIST's: it is a folder. ", self.error(download=True))
+            self.assertIn(
+                f"{self.raw / IMAGES} is not a valid file of MNIST: it is a folder. ", self.error(download=True)
+            )
         self.assertEqual(requests, [])
 
-    def test_archives(self):
+    def test_archives_are_listed_with_the_hint_to_unpack_them(self):
         self.raw.mkdir(parents=True)
         for path in [self.folder / "MNIST.zip", self.folder / "mnist.tar.gz"]:
             path.write_bytes(b"PK")
-            self.assertIn(f"Found and not taken: {path.name} (unpack it)", self.error())
+            self.assertIn(f"Found but not used: {path.name} (unpack it)", self.error())
             path.unlink()
 
-    def test_a_data_directory_that_is_too_deep(self):
-        """Neither MNIST nor MNIST/raw is the data directory, and nothing is downloaded into it."""
+    def test_a_data_directory_that_is_too_deep_is_an_error(self):
+        """MNIST and MNIST/raw are not data directories. Nothing is downloaded into them."""
         self.write()
         self.change_directory()
         parent = Path(os.getcwd()).parents[1]
@@ -212,7 +218,7 @@ class TestHints(FilesTest):
 
 class TestDownload(FilesTest):
     def test_only_missing_files_are_downloaded(self):
-        """They are then complete. A link that leads nowhere is replaced."""
+        """The files are then complete. A broken link is replaced."""
         with self.mirror() as requests:
             tensors, output = self.load()
             self.assert_loaded(tensors)
@@ -226,30 +232,37 @@ class TestDownload(FilesTest):
         self.assertEqual(set(requests), {f"{TEST_LABELS}.gz"})
         self.assert_complete()
 
-    def test_a_mirror_that_never_answers(self):
+    def test_a_mirror_that_never_answers_is_an_error(self):
         with socket.create_server(("127.0.0.1", 0)) as silent, mock.patch.object(mnist_files, "TIMEOUT", 0.2):
             address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             with mock.patch.object(KINDS["mnist"], "mirrors", [address]):
                 self.assertIn("timed out", self.error(download=True))
         self.assertIsNone(socket.getdefaulttimeout())
 
-    def test_a_failed_download_leaves_nothing_behind(self):
+    def test_a_failed_download_leaves_no_files(self):
         login = {**self.packed, f"{IMAGES}.gz": b"<html>\n<title>Log in"}
         no_space = mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left"))
         for words, server, context in [
             ("could not be downloaded (", self.mirror(lambda name, content, answer: answer.write(content[:50])), None),
-            (f"{IMAGES}.gz: it is a text that begins with '<html> <title>Log in'", self.mirror(packed=login), None),
+            (
+                f"{IMAGES}.gz: it is a text file that begins with '<html> <title>Log in'",
+                self.mirror(packed=login),
+                None,
+            ),
             ("could not be downloaded ([Errno 28] No space left)", self.mirror(), no_space),
         ]:
             with self.subTest(words), server, context or contextlib.nullcontext():
                 self.assertIn(words, self.error(download=True))
                 self.assertEqual([path.name for path in self.raw.iterdir()], [".lock"])
 
-    def test_a_file_system_without_locks(self):
-        """Without a lock another process may be downloading, too: its unfinished files stay."""
+    def test_files_are_downloaded_on_a_file_system_without_locks(self):
+        """Without a lock, another process may be downloading at the same time: its unfinished files are kept."""
         unfinished = self.raw / ".download_of_another"
         self.enter(mock.patch.object(mnist_files, "PATIENCE", 0.2))
-        for number, is_locked in [(errno.ENOLCK, True), (errno.EACCES, False)]:  # a file replaces the lock, or nothing
+        for number, is_locked in [
+            (errno.ENOLCK, True),
+            (errno.EACCES, False),
+        ]:  # a file replaces the lock, or nothing does
             unfinished.mkdir(parents=True)
             flock = mock.patch("fcntl.flock", side_effect=OSError(number, "No locks available"))
             with self.subTest(errno.errorcode[number]), self.mirror(), flock:
@@ -259,7 +272,7 @@ class TestDownload(FilesTest):
 
 
 class TestRelatives(FilesTest):
-    """Fashion-MNIST: its files have MNIST's names and sizes, and their MD5 is only known packed."""
+    """Tests of Fashion-MNIST: its files have MNIST's names and sizes; only the MD5 of the packed files is known."""
 
     kind = "fashion"
 
@@ -270,7 +283,7 @@ class TestRelatives(FilesTest):
         self.content = dict(zip(mnist_files.FILES, map(idx, self.parts())))
         self.packed = {f"{name}.gz": gzip.compress(content) for name, content in self.content.items()}
 
-    def test_they_are_downloaded_and_verified(self):
+    def test_fashion_mnist_is_downloaded_and_verified(self):
         self.assertRegex(self.error(), "^FashionMNIST is not complete in .*bmnist.py --dataset fashion")
         damaged = {**self.packed, f"{TEST_LABELS}.gz": gzip.compress(self.mnist[TEST_LABELS], 1)}
         with self.mirror(packed=damaged):
@@ -292,4 +305,6 @@ class TestRelatives(FilesTest):
         ]:
             with self.subTest(problem):
                 self.write(changes)
-                self.assertRegex(self.error(), f"{next(iter(changes))} is not FashionMNIST's: .*{problem}")
+                self.assertRegex(
+                    self.error(), f"{next(iter(changes))} is not a valid file of FashionMNIST: .*{problem}"
+                )

@@ -22,8 +22,8 @@ class TestLoadFile(SeededTest):
         torch.testing.assert_close(train_labels, torch.arange(200) % 7)
         torch.testing.assert_close(test_labels, torch.arange(100))
 
-    def test_arrays_in_any_layout(self):
-        """The tensors are contiguous: StochasticBinaryImages samples its pixels in place. Missing labels are -1."""
+    def test_arrays_of_any_memory_layout_are_read(self):
+        """The tensors are contiguous, so that StochasticBinaryImages can sample in place. Missing labels are -1."""
         path = self.folder / "own.npz"
         np.savez_compressed(path, train_images=np.asfortranarray(own_images(200)), test_images=own_images(100)[::-1])
         train_images, train_labels, test_images, *_ = load_file(str(path))
@@ -32,18 +32,21 @@ class TestLoadFile(SeededTest):
         self.assertTrue(train_images.is_contiguous())
         self.assertEqual((train_labels.unique().tolist(), len(train_labels)), ([-1], 200))
 
-    def test_invalid_arrays_are_errors_of_one_line(self):
+    def test_invalid_arrays_are_one_line_errors(self):
         images, test_labels = own_images(200), np.arange(100)
         for arrays, words in [
             ({"train_images": None}, "it lacks train_images"),
             ({"train_images": images.astype(np.float32) - 1}, "train_images is float32 .* values from -1.0 to 254.0"),
-            ({"train_images": images.astype(np.uint16) * 257}, "train_images is uint16 .* values from 0 to 65535, and"),
-            ({"train_images": images / np.float32(255) - 0.5}, "values from -0.5 to 0.5, and must be whole numbers"),
+            ({"train_images": images.astype(np.uint16) * 257}, "train_images is uint16 .* values from 0 to 65535, but"),
+            (
+                {"train_images": images / np.float32(255) - 0.5},
+                "values from -0.5 to 0.5, but must contain whole numbers",
+            ),
             ({"train_images": images / np.where(images, 255, np.nan)}, "values from nan to nan"),
-            ({"train_images": images // 255}, "the values 0 and 1 alone: store train_images == 1, or 255 times it"),
-            ({"train_images": images.reshape(200, -1)}, r"shape \[200, 280\], and must be of shape \[N,H,W\], \[N,H"),
-            ({"train_images": images[:, None, :, :3]}, r"shape \[200, 1, 20, 3\], and must be"),
-            ({"train_images": np.stack([images] * 4, axis=-1)}, r"shape \[200, 20, 14, 4\], and must be"),
+            ({"train_images": images // 255}, "only the values 0 and 1: store train_images == 1, or multiply by 255"),
+            ({"train_images": images.reshape(200, -1)}, r"shape \[200, 280\], but must be of shape \[N,H,W\], \[N,H"),
+            ({"train_images": images[:, None, :, :3]}, r"shape \[200, 1, 20, 3\], but must be"),
+            ({"train_images": np.stack([images] * 4, axis=-1)}, r"shape \[200, 20, 14, 4\], but must be"),
             ({"train_images": images * 0 + 255}, r"every pixel of its train_images is above 127"),
             (
                 {
@@ -51,27 +54,30 @@ class TestLoadFile(SeededTest):
                         images[:, :1, :1] * 0 + np.arange(200)[:, None, None].astype(np.uint8), 20, 1
                     )
                 },
-                r"every image of its train_images is of a single intensity \(of",
+                r"every image of its train_images has a single intensity \(16",
             ),
-            ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: leave"),
-            ({"val_images": images[:0]}, "val_images has 0 images, and must have 1 or more"),
+            ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: use only one"),
+            ({"val_images": images[:0]}, "val_images has 0 images, but must have at least 1"),
             ({"val_images": images[:9, 1:]}, "of 20x14 and of 19x14 pixels"),
             ({"train_images": images[:, :0]}, r"of shape \[200, 0, 14\]"),
-            ({"train_images": images[:99]}, "train_images has 99 images, and must have 100 or more"),
+            ({"train_images": images[:99]}, "train_images has 99 images, but must have at least 100"),
             ({"train_images": images // 2}, "no pixel of its train_images is above 127"),
             ({"test_images": own_images(100, 20, 20)}, "of 20x14 and of 20x20 pixels"),
-            ({"train_labels": np.arange(200)}, "labels of some parts alone"),
+            ({"train_labels": np.arange(200)}, "labels for only some of its parts"),
             ({"train_labels": np.arange(9), "test_labels": test_labels}, r"train_labels is int64 of shape \[9\]"),
             ({"train_labels": np.ones(200), "test_labels": test_labels}, "train_labels is float64"),
-            ({"train_labels": np.arange(200) - 1, "test_labels": test_labels}, "train_labels goes from -1 to 198"),
-            ({"train_images": np.array([object()] * 200)}, "is no .npz file of plain arrays"),
+            (
+                {"train_labels": np.arange(200) - 1, "test_labels": test_labels},
+                "train_labels has values from -1 to 198",
+            ),
+            ({"train_images": np.array([object()] * 200)}, "is not an .npz file of plain arrays"),
         ]:
             with self.subTest(words), self.assertRaisesRegex(DataError, words) as caught:
                 load_file(str(write_npz(self.folder, **arrays)))
             self.assertNotIn("\n", str(caught.exception))
 
-    def test_what_can_mean_one_thing_only_is_read_and_said(self):
-        """Such as MedMNIST's files and Keras' mnist.npz, and one channel, colours, bool or floats."""
+    def test_unambiguous_arrays_are_converted_with_a_description(self):
+        """Examples are MedMNIST's files, Keras' mnist.npz, images with one channel or colours, bool and floats."""
         images, classes = own_images(200), np.arange(200) % 3
         plain, labels = load_file(str(write_npz(self.folder))), dict(train_labels=classes, test_labels=classes[:100])
         keras = dict(x_train=images, y_train=classes, x_test=own_images(100), y_test=classes[:100])
@@ -99,7 +105,7 @@ class TestLoadFile(SeededTest):
                 self.assertEqual(found.train_labels.tolist(), classes.tolist() if is_labelled else [-1] * 200)
 
     def test_arrays_that_are_not_used_are_named(self):
-        """In few characters of one line. Labels of validation images without the images are not used, either."""
+        """The names are cut off after some characters. Labels without validation images are not used, either."""
         for arrays, reading in [
             (dict(mean=np.zeros(3), val_labels=np.array(["a"])), " (not used: mean, val_labels)"),
             (
@@ -111,7 +117,7 @@ class TestLoadFile(SeededTest):
             with self.subTest(reading):
                 self.assertEqual(load_file(str(write_npz(self.folder, **arrays))).reading, reading)
 
-    def test_its_own_validation_images_come_last(self):
+    def test_validation_images_of_the_file_are_the_last_training_images(self):
         val, classes = own_images(250)[200:], np.arange(200) % 3
         labels = dict(train_labels=classes, val_labels=classes[:50, None], test_labels=classes[:100])
         found = load_file(str(write_npz(self.folder, val_images=val, **labels)))
@@ -131,16 +137,16 @@ class TestLoadFile(SeededTest):
             "an .npy file's beginning": b"\x93NUMPY" + content,
         }.items():
             path.write_bytes(broken)
-            with self.subTest(name), self.assertRaisesRegex(DataError, "own.npz is no .npz file of plain arrays"):
+            with self.subTest(name), self.assertRaisesRegex(DataError, "own.npz is not an .npz file of plain arrays"):
                 load_file(str(path))
         for member in [b"", b"text", b"\x93NUMPY\1\0\x76\0{'descr': 'uint8'}", b"\x93NUMPY\1\0\x76\0" + bytes(118)]:
             with zipfile.ZipFile(path, "w") as file:
                 file.writestr("train_images.npy", member)
-            with self.subTest(member), self.assertRaisesRegex(DataError, "own.npz is (no .npz file|invalid)"):
+            with self.subTest(member), self.assertRaisesRegex(DataError, "own.npz is (not an .npz file|invalid)"):
                 load_file(str(path))
 
     def test_a_file_that_has_changed_is_an_error(self):
-        """The run has kept its checksum before it loads the images."""
+        """A run computes the checksum before it loads the images."""
         path = write_npz(self.folder)
         with open_dataset_file(path) as file:
             sha256 = checksum(file)
@@ -149,8 +155,10 @@ class TestLoadFile(SeededTest):
         with self.assertRaisesRegex(DataError, "own.npz has changed since the command began: give the same"):
             load_file(str(path), sha256)
 
-    def test_too_little_memory_is_an_error(self):
+    def test_running_out_of_memory_is_an_error(self):
         path = write_npz(self.folder)
-        error = self.assertRaisesRegex(DataError, "memory is too small for .*own.npz, or it is damaged .*Unable to")
+        error = self.assertRaisesRegex(
+            DataError, "out of memory while reading .*own.npz, or the file is damaged .*Unable to"
+        )
         with mock.patch.object(np, "ascontiguousarray", side_effect=MemoryError("Unable to allocate 9 GiB")), error:
             load_file(str(path))

@@ -17,12 +17,12 @@ PARTS = ["epoch", "global_step", "hyper_parameters", "pytorch-lightning_version"
 
 
 class TestPretrained(SeededTest):
-    def test_the_three_files_have_at_most_9_megabytes_together(self):
+    def test_the_three_files_are_smaller_than_9_megabytes_together(self):
         files = sorted(FOLDER.glob("*.ckpt"))
         self.assertEqual([file.name for file in files], ["cnn_20.ckpt", "mlp_2.ckpt", "mlp_20.ckpt"])
         self.assertLess(sum(file.stat().st_size for file in files), 9e6)
 
-    def test_each_file_contains_weights_and_hyperparameters_only(self):
+    def test_each_file_contains_only_weights_and_hyperparameters(self):
         for file in FOLDER.glob("*.ckpt"):
             with self.subTest(file.name):
                 checkpoint = read_checkpoint(file)
@@ -32,7 +32,7 @@ class TestPretrained(SeededTest):
                 rows = re.findall(rf"^\| `{file.name}` \| .*? \| (\d+) \|", (FOLDER / "README.md").read_text(), re.M)
                 self.assertEqual(rows, [str(checkpoint["epoch"] + 1)])
 
-    def test_the_python_of_the_page_runs_and_makes_such_a_file_of_a_checkpoint(self):
+    def test_the_python_code_of_the_page_converts_a_checkpoint_to_such_a_file(self):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         os.symlink(FOLDER, "pretrained")
@@ -57,7 +57,7 @@ class TestPretrained(SeededTest):
             with self.subTest(name), torch.no_grad():
                 model = VAE.load_from_checkpoint(FOLDER / f"{name}.ckpt").eval()
                 self.assertEqual(model.hparams.z_dim, z_dim)
-                self.assertLess(model(imgs)[2].item(), bpd)  # an untrained one has 1.0
+                self.assertLess(model(imgs)[2].item(), bpd)  # an untrained model has 1.0
 
 
 if __name__ == "__main__":

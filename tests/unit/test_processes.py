@@ -17,7 +17,7 @@ from utils import sample_reparameterize
 
 
 def two_processes():
-    """The Trainers of two processes, of which the second receives what the first has sent, and the list of that."""
+    """Returns mock Trainers of two processes and the sent values. The second process receives what the first sends."""
     sent = []
     first = SimpleNamespace(is_global_zero=True, strategy=mock.Mock(broadcast=lambda x: sent.append(x) or x))
     second = SimpleNamespace(is_global_zero=False, strategy=mock.Mock(broadcast=lambda x: sent[-1]))
@@ -30,7 +30,7 @@ MANUAL = dict(MASTER_ADDR="n1", MASTER_PORT="9", NODE_RANK="0", LOCAL_RANK="1", 
 
 class TestEnvironment(SeededTest):
     def environment(self, variables, devices=1, num_nodes=1, run_name=None, tasks=(1, 1)):
-        """The environment of a run, in a process with these variables and no others."""
+        """Returns the environment of a run in a process that has only these environment variables."""
         with (
             mock.patch.dict(os.environ, variables, clear=True),
             mock.patch.object(rank_zero_only, "rank", 1),
@@ -42,7 +42,7 @@ class TestEnvironment(SeededTest):
             self.starts_others = not environment.creates_processes_externally
         return environment
 
-    def test_a_single_process_is_rank_zero_whatever_is_in_its_environment(self):
+    def test_a_single_process_is_rank_zero_even_if_environment_variables_say_otherwise(self):
         for variables in [
             {},
             *({name: value} for name, value in {**TORCHRUN, **MANUAL, "SLURM_PROCID": "1"}.items()),
@@ -60,13 +60,13 @@ class TestEnvironment(SeededTest):
         self.assertIsInstance(self.environment({}, run_name="x", tasks=(2, 2)), LightningEnvironment)
         self.assertEqual(self.rank, 0)
 
-    def test_processes_that_torchrun_or_srun_has_started_are_those_of_the_run(self):
+    def test_the_processes_that_torchrun_or_srun_has_started_train_one_run(self):
         self.assertIsInstance(self.environment(TORCHRUN, 2, 2), TorchElasticEnvironment)
         self.assertIsInstance(self.environment({}, 2, 2, tasks=(2, 2)), SLURMEnvironment)
         self.assertIsInstance(self.environment({}, 2, 2, "x", tasks=(2, 2)), SLURMEnvironment)
         self.assertIsInstance(self.environment(TORCHRUN, 2, 2, tasks=(4, 1)), TorchElasticEnvironment)  # srun torchrun
 
-    def test_lightning_starts_the_other_processes_of_one_node_whatever_is_in_the_environment(self):
+    def test_on_one_node_lightning_starts_the_other_processes_even_if_old_environment_variables_exist(self):
         for variables in [
             {},
             *({name: value} for name, value in {**TORCHRUN, **MANUAL}.items()),
@@ -78,7 +78,7 @@ class TestEnvironment(SeededTest):
                 self.assertTrue(self.starts_others)
                 self.assertLessEqual(self.left.keys(), {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"})
 
-    def test_a_process_that_was_started_by_hand_finds_the_others_by_its_variables(self):
+    def test_a_process_that_was_started_by_hand_finds_the_others_through_environment_variables(self):
         without_local_rank = {name: value for name, value in MANUAL.items() if name != "LOCAL_RANK"}
         for variables, devices, num_nodes, starts_others in [
             (MANUAL, 2, 1, False),
@@ -89,12 +89,12 @@ class TestEnvironment(SeededTest):
                 self.assertIsInstance(self.environment(variables, devices, num_nodes), LightningEnvironment)
                 self.assertEqual((self.starts_others, self.left), (starts_others, variables))
 
-    def test_variables_and_processes_that_do_not_fit_the_flags_are_refused(self):
+    def test_environment_variables_and_processes_that_do_not_match_the_flags_are_refused(self):
         for variables, devices, num_nodes, message in [
             (TORCHRUN, 1, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2 .*TORCHELASTIC_RUN_ID"),
             (TORCHRUN, 4, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2"),
             ({}, 1, 2, "srun or torchrun.*MASTER_ADDR, MASTER_PORT, NODE_RANK$"),
-            (dict(MASTER_ADDR="n1", MASTER_PORT="9", WORLD_SIZE="2"), 1, 2, "environment NODE_RANK$"),
+            (dict(MASTER_ADDR="n1", MASTER_PORT="9", WORLD_SIZE="2"), 1, 2, "environment variables NODE_RANK$"),
             ({**MANUAL, "WORLD_SIZE": "4"}, 2, 1, "WORLD_SIZE=4 .* does not fit --devices 2 --num_nodes 1"),
             ({**MANUAL, "LOCAL_RANK": "2"}, 2, 1, "LOCAL_RANK=2 .* does not fit"),
             ({**MANUAL, "LOCAL_RANK": "x"}, 2, 1, "LOCAL_RANK=x .* unset LOCAL_RANK"),
@@ -113,7 +113,7 @@ class TestSampler(SeededTest):
         return processes.sampler(self.dataset, shuffle, trainer, seed)
 
     def test_the_shares_of_the_processes_make_up_the_minibatches_of_one_process(self):
-        """If they are shuffled, an image comes twice in the last minibatch, so that the shares are equally long."""
+        """With shuffling, an image comes twice in the last minibatch, so that all shares have the same length."""
         for shuffle in [True, False]:
             batches = {}
             for world_size in [1, 2, 4]:
@@ -129,7 +129,7 @@ class TestSampler(SeededTest):
                 self.assertEqual(len(last), 8 if shuffle else 7)
                 self.assertLessEqual(set(expected), set(last))
 
-    def test_the_order_and_the_seed_for_sampled_images_depend_on_seed_and_epoch_alone(self):
+    def test_the_order_and_the_seed_for_sampled_images_depend_only_on_seed_and_epoch(self):
         orders, draw_seeds = set(), set()
         for seed, epoch in itertools.product([3, 4], range(3)):
             seen = set()
@@ -145,8 +145,8 @@ class TestSampler(SeededTest):
 
 
 class TestRandomNumbers(SeededTest):
-    def test_every_epoch_the_first_validation_and_the_test_begin_with_their_own_random_numbers(self):
-        def drawn(hook, seed=3, epoch=0, fn="fit"):
+    def test_every_epoch_the_first_validation_and_the_test_start_with_their_own_random_numbers(self):
+        def sampled(hook, seed=3, epoch=0, fn="fit"):
             torch.rand(seed)
             trainer = SimpleNamespace(current_epoch=epoch, state=SimpleNamespace(fn=fn))
             hooks = processes.RunHooks(seed)
@@ -155,12 +155,12 @@ class TestRandomNumbers(SeededTest):
             return torch.rand(()).item()
 
         start = "on_train_epoch_start"
-        epochs = [drawn(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)]
-        self.assertEqual(epochs, [drawn(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)])
-        others = [drawn("on_validation_start", fn="validate", seed=seed) for seed in [3, 4]]
-        self.assertEqual(others, [drawn("on_test_start", fn="test", seed=seed) for seed in [3, 4]])
+        epochs = [sampled(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)]
+        self.assertEqual(epochs, [sampled(start, seed=seed, epoch=epoch) for seed in [3, 4] for epoch in range(3)])
+        others = [sampled("on_validation_start", fn="validate", seed=seed) for seed in [3, 4]]
+        self.assertEqual(others, [sampled("on_test_start", fn="test", seed=seed) for seed in [3, 4]])
         self.assertEqual(len({*epochs, *others}), 8)
-        self.assertNotEqual(drawn("on_validation_start"), drawn("on_validation_start"))  # within an epoch
+        self.assertNotEqual(sampled("on_validation_start"), sampled("on_validation_start"))  # within an epoch
 
     def test_the_shares_of_the_noise_make_up_the_noise_of_one_process(self):
         mean, std = torch.randn(2, 12, 5, dtype=torch.float64)
@@ -187,7 +187,7 @@ class TestRanks(SeededTest):
             processes.on_rank_zero(second, None)
         self.assertEqual(caught.exception.code, 1)
 
-    def test_the_other_ranks_wait_until_rank_zero_is_done(self):
+    def test_the_other_ranks_wait_until_rank_zero_has_finished(self):
         first, second, sent = two_processes()
         second.strategy.broadcast = lambda x: events.append("received") or sent[-1]
         events = []
@@ -197,7 +197,7 @@ class TestRanks(SeededTest):
             events.append(f"rank 1, {len(sent)} sent")
         self.assertEqual(events, ["rank 0, 0 sent", "received", "rank 1, 1 sent"])
 
-    def test_an_error_of_rank_zero_ends_the_other_ranks_before_they_begin(self):
+    def test_an_error_of_rank_zero_ends_the_other_ranks_before_they_run_the_block(self):
         first, second, _ = two_processes()
         with self.assertRaises(ZeroDivisionError), processes.rank_zero_first(first):
             raise ZeroDivisionError
@@ -206,7 +206,7 @@ class TestRanks(SeededTest):
         self.assertEqual(caught.exception.code, 1)
 
     def test_the_processes_do_not_disconnect_after_an_error(self):
-        """One of them may be in the middle of an exchange."""
+        """One of them may be in the middle of a collective operation."""
         group = processes.process_group(mock.Mock())
         with mock.patch.object(processes, "disconnect") as disconnect, self.assertRaises(ZeroDivisionError), group:
             raise ZeroDivisionError

@@ -27,17 +27,17 @@ class TestMetricsFile(SeededTest):
 
 
 class TestLoggedMetrics(NamedRunTest):
-    """What a run logs, as train_... and val_..., by self.log in any hook."""
+    """Metrics that a run logs as train_... and val_..., with self.log in any hook."""
 
     def shown(self):
-        """The epochs that TensorBoard shows of each metric and picture, by name; each one is there once."""
+        """Returns a dict from each name to the epochs that TensorBoard shows. Asserts that no epoch is shown twice."""
         shown = {}
         for (tag, step, _), number in scalars_and_images(self.run_folder()).items():
             self.assertEqual(number, 1)
             shown[tag] = sorted([*shown.get(tag, []), step])
         return shown
 
-    def test_metrics_of_any_hook_are_reported_for_the_epochs_that_logged_them_even_if_the_run_was_killed(self):
+    def test_metrics_of_any_hook_are_reported_for_their_epochs_even_if_the_run_was_killed(self):
         training_step, log_val, log_train = VAE.training_step, VAE.on_validation_epoch_end, VAE.on_train_epoch_end
 
         def log_in_step(model, batch, batch_idx):
@@ -65,7 +65,7 @@ class TestLoggedMetrics(NamedRunTest):
         assert_left_the_same(self, folder, self.folder / "undisturbed")
 
         rows, shown = metrics(folder), self.shown()
-        mean = (2 * 128**2 + 44**2) / 300  # of the minibatches' sizes, over the images
+        mean = (2 * 128**2 + 44**2) / 300  # mean size of the minibatches, over the images
         expected = {
             "train_a_mean": [None, *(round(mean + 1000 * epoch, 3) for epoch in range(4))],
             "train_b_last": [None, 44, 1044, 2044, 3044],
@@ -80,7 +80,7 @@ class TestLoggedMetrics(NamedRunTest):
                 self.assertEqual([round(float(row[name]), 3) if row[name] else None for row in rows], values)
                 self.assertEqual(shown[name], [epoch for epoch, value in enumerate(values) if value is not None])
 
-    def test_what_was_logged_of_an_epoch_is_on_the_disk_before_its_checkpoint(self):
+    def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(self):
         save_checkpoint, write, seen = pl.Trainer.save_checkpoint, RecordWriter.write, []
 
         def write_slowly(writer, data):
@@ -102,8 +102,8 @@ class TestContention(TrainingTest):
 
     def notes(self, wall=2.0, shares=(0.5,), pictures=0.0, threads=2, device="cpu, 2 threads"):
         """
-        The notes of a run. Its training step takes so many seconds and has a CPU for a share of them, one for each
-        epoch; its pictures take so many seconds more.
+        Returns the notes of a run. Each training step takes `wall` seconds, and has a CPU for a share of them; `shares`
+        has a share for each epoch. The pictures take `pictures` seconds more.
         """
         clock, training_step = SimpleNamespace(wall=0.0, cpu=0.0), VAE.training_step
         clock.perf_counter, clock.thread_time = lambda: clock.wall, lambda: clock.cpu
@@ -125,10 +125,10 @@ class TestContention(TrainingTest):
             _, output = self.train(epochs=len(shares), batch_size=300)
         return [line for line in output.splitlines() if line.startswith("note:")]
 
-    def test_a_note_says_once_that_the_training_thread_had_no_cpu_for_a_part_of_the_first_epoch(self):
+    def test_a_note_appears_once_if_the_training_thread_waited_for_a_cpu_in_the_first_epoch(self):
         (note,) = self.notes(shares=[0.5, 0.5])
-        self.assertIn("training had a CPU for 50% of this epoch", note)
-        self.assertIn("2 threads wait for each other: --threads 1 may be faster", note)
+        self.assertIn("the training thread had a CPU for only 50% of this epoch", note)
+        self.assertIn("2 threads wait for each other. --threads 1 may be faster", note)
 
     def test_there_is_no_note_without_contention_or_if_one_thread_would_not_help(self):
         for case, options in [

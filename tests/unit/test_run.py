@@ -1,4 +1,4 @@
-"""Tests of a run from its start to its end, and of what ends it: `python -m unittest tests/unit/test_run.py`."""
+"""Tests of a run from start to end, of interruptions and of errors: `python -m unittest tests/unit/test_run.py`."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ FIGURES = ["bpd_curves.png", "samples_over_training.png", "vae_manifold.png"]
 
 
 class TestWholeRun(TrainingTest):
-    draws_figures = True
+    makes_figures = True
 
     def test_a_run_from_a_notebook_leaves_results_curves_and_pictures(self):
         args = self.namespace(epochs=5, data_dir=os.path.relpath(self.folder / "data"))
@@ -108,8 +108,8 @@ class TestWholeRun(TrainingTest):
 
 
 class TestStopped(NamedRunTest):
-    def test_ctrl_c_and_sigterm_end_a_run_at_any_moment_with_a_message_and_it_resumes(self):
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    def test_after_ctrl_c_or_sigterm_at_any_moment_a_run_prints_a_message_and_can_resume(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
         self.addCleanup(signal.signal, signal.SIGINT, before)
         for hook, number, code in [
             ("on_train_epoch_start", signal.SIGINT, 1),
@@ -126,25 +126,25 @@ class TestStopped(NamedRunTest):
             with self.subTest(hook, code=code), stopped, printed_lines() as lines, self.assertRaises(SystemExit) as end:
                 train_vae(self.namespace(accelerator="cpu", epochs=2))
             self.assertEqual(end.exception.code, code)
-            self.assertRegex(lines[-1], rf"^Interrupted in epoch 2. {self.run_folder()} stays usable.* continues it$")
+            self.assertRegex(lines[-1], rf"^Interrupted in epoch 2. {self.run_folder()} stays usable.* resumes it$")
             VAE.load_from_checkpoint(self.run_folder() / "checkpoints" / "last.ckpt")
         _, output = self.train(epochs=2)
-        self.assertIn("continued after epoch 1\n", output)
+        self.assertIn("resumed after epoch 1\n", output)
 
-    def test_a_users_own_handler_of_sigterm_is_called_instead(self):
+    def test_if_the_user_has_a_handler_of_sigterm_it_is_called_instead(self):
         calls = []
         self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: calls.append(1)))
         with mock.patch.object(VAE, "on_train_epoch_end", lambda model: signal.raise_signal(signal.SIGTERM)):
             self.train(epochs=2)
         self.assertEqual((calls, results(self.run_folder())["best_epoch"]), ([1, 1], 2))
 
-    def test_a_training_that_lightning_stopped_is_not_finished(self):
+    def test_a_run_that_lightning_interrupted_is_not_finished(self):
         with mock.patch.object(pl.Trainer, "interrupted", True), self.assertRaisesRegex(RunError, "interrupted"):
             self.train(epochs=1)
         self.assertFalse((self.run_folder() / "results.json").exists())
 
     def test_a_process_that_fails_ends_the_others_and_reports_its_own_error(self):
-        """Lightning, which would kill this process as well, has no other processes to watch any more."""
+        """Lightning would kill this process as well, so it no longer has other processes to watch."""
         args = train_pl.complete_flags(self.namespace())
         launcher = mock.Mock(procs=[other := mock.Mock()])
         other.kill.side_effect = lambda: self.assertEqual(launcher.procs, [])
@@ -155,18 +155,18 @@ class TestStopped(NamedRunTest):
 
 
 class TestErrors(NamedRunTest):
-    draws_figures = True
+    makes_figures = True
 
-    def test_variables_that_lightning_takes_for_arguments_have_no_effect(self):
+    def test_environment_variables_for_arguments_of_lightnings_trainer_are_ignored(self):
         variables = dict(PL_TRAINER_MAX_EPOCHS="1", PL_TRAINER_LIMIT_TRAIN_BATCHES="1", PL_TRAINER_PRECISION="64")
         with mock.patch.dict(os.environ, variables), mock.patch.object(run.Run, "make_figures"):
             folder, output = self.train(epochs=2)
             self.assertLessEqual(variables.items(), os.environ.items())
         self.assertEqual((load(folder, "last")["global_step"], len(metrics(folder))), (6, 3))
-        self.assertEqual(output.count("without effect"), 1)
+        self.assertEqual(output.count("ignored environment variables: PL_TRAINER_"), 1)
         self.assertEqual(load(folder, "last")["state_dict"]["encoder.net.0.weight"].dtype, torch.float32)
 
-    def test_figures_are_made_after_the_results_and_again_if_they_failed_or_are_of_fewer_epochs(self):
+    def test_figures_are_made_after_the_results_and_again_if_they_failed_or_show_fewer_epochs(self):
         seen = []
 
         def fail(*args):
@@ -177,9 +177,9 @@ class TestErrors(NamedRunTest):
         with failing, mock.patch.object(utils, "visualize_manifold", fail):
             folder, output = self.train(epochs=1, z_dim=2)
         for name in FIGURES:
-            line = f"drawing {folder / name} failed, the rest goes on (ZeroDivisionError: a font and more, "
+            line = f"saving {folder / name} failed and is skipped (ZeroDivisionError: a font and more, "
             self.assertEqual((output.count(line), (folder / name).exists()), (1, False))
-        self.assertEqual(seen, [None, *[results(folder)] * len(FIGURES)])  # the first call is of the pictures
+        self.assertEqual(seen, [None, *[results(folder)] * len(FIGURES)])  # the first call is for the pictures
         _, output = self.train(epochs=1, z_dim=2)
         self.assertRegex(output, "^.* is finished: .*\n$")
         before = [(folder / name).read_bytes() for name in FIGURES]
@@ -188,7 +188,7 @@ class TestErrors(NamedRunTest):
         for name, of_fewer_epochs in zip(FIGURES, before):
             self.assertNotEqual((folder / name).read_bytes(), of_fewer_epochs, name)
 
-    def test_workers_that_fail_are_an_error_that_says_to_train_without_them(self):
+    def test_if_worker_processes_fail_the_message_says_to_train_without_them(self):
         for num_workers in [1, 0]:
             args = train_pl.complete_flags(self.namespace(num_workers=num_workers))
             a_run = run.Run(args, {}, train_pl.make_experiment(args), [])
@@ -201,8 +201,8 @@ class TestErrors(NamedRunTest):
                     message = str(a_run.explain_error(error))
                     self.assertEqual(str(error) in message and "--num_workers 0" in message, num_workers == 1)
 
-    def test_an_error_of_the_users_own_code_is_not_explained_away(self):
-        """Such as one in their data set, which a worker process passes on, or a full disk elsewhere."""
+    def test_an_error_in_the_users_own_code_is_raised_unchanged(self):
+        """It may come from the user's data set in a worker process. If a disk is full, the message names the path."""
         args = train_pl.complete_flags(self.namespace(num_workers=1))
         a_run = run.Run(args, {}, train_pl.make_experiment(args), [])
         for error in [
@@ -217,19 +217,19 @@ class TestErrors(NamedRunTest):
             with self.subTest(patched), fail, self.assertRaisesRegex(FileNotFoundError, "missing.txt"):
                 self.train(epochs=1, run_name=patched)
 
-    def test_a_model_that_is_too_large_is_an_error_that_says_what_to_make_smaller(self):
+    def test_if_a_model_is_too_large_the_message_says_what_to_make_smaller(self):
         most = 2**32 - 1
         for flags, message in [
             *((dict(hidden_dims=[most]), ""), (dict(z_dim=most), ""), (dict(model="CNN", num_filters=most), "")),
             (dict(train_samples=most), f"and --train_samples {most} "),
             (dict(train_samples=most, objective="iwae"), f"and --train_samples {most} "),
         ]:
-            message = rf"too small for this model and --batch_size 128 {message}\(.*\): make one of them smaller"
+            message = rf"out of memory for this model and --batch_size 128 {message}\(.*\): make one of them smaller"
             with self.subTest(**flags), self.assertRaisesRegex(RunError, message):
                 self.train(epochs=1, **flags)
             shutil.rmtree(self.run_folder())
 
-    def test_too_little_shared_memory_for_the_workers_is_an_error_before_the_run_has_a_folder(self):
+    def test_too_little_shared_memory_for_the_workers_is_reported_before_the_run_has_a_folder(self):
         full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
         refused = self.assertRaisesRegex(RunError, "too small for --num_workers 2 .*: give --num_workers 0")
         with mock.patch.object(torch.Tensor, "share_memory_", side_effect=full), refused:
@@ -241,7 +241,7 @@ class TestErrors(NamedRunTest):
         with self.assertRaisesRegex(RunError, "3 validation images are too few for 4 processes: lower --devices"):
             trainer.check_validation_size(3, 4)
 
-    def test_a_full_disk_ends_a_run_which_resumes_once_there_is_room(self):
+    def test_a_full_disk_ends_a_run_which_resumes_once_there_is_free_space(self):
         full = OSError(28, "No space left on device")
         for owner, name in [
             (train_pl, "save_picture"),
@@ -249,7 +249,7 @@ class TestErrors(NamedRunTest):
             (checkpoints.torch, "save"),
             (report.csv, "DictWriter"),
         ]:
-            error = self.assertRaisesRegex(DiskFullError, f"^cannot write .*{self.folder}.* make room")
+            error = self.assertRaisesRegex(DiskFullError, f"^cannot write .*{self.folder}.* free disk space")
             with self.subTest(name), mock.patch.object(owner, name, side_effect=full), error:
                 self.train(epochs=1)
             self.assertEqual(list(self.run_folder().rglob("*.unfinished")), [])
@@ -257,10 +257,10 @@ class TestErrors(NamedRunTest):
             self.train(epochs=1)
         self.assertGreater(results(self.run_folder())["test_bpd"], 0)
 
-    def test_a_run_that_resumes_with_other_threads_says_that_its_numbers_may_differ_by_rounding(self):
+    def test_a_run_that_resumes_with_another_number_of_threads_says_that_rounding_may_differ(self):
         self.stop_at(VAE, "on_train_epoch_start", 1, epochs=2, threads=1)
         with mock.patch.object(run.Run, "make_figures"):
             _, output = self.train(epochs=2, threads=2)
-        self.assertIn("trained on cpu, 1 threads, the next ones are on cpu, 2 threads: from here on", output)
+        self.assertIn("trained on cpu, 1 threads, the next ones on cpu, 2 threads: from here on", output)
         self.assertEqual(results(self.run_folder())["device"], "cpu, 2 threads")
         self.assertEqual(torch.get_num_threads(), 1)

@@ -18,7 +18,7 @@ def setUpModule():
     global UNDISTURBED
     folder = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(folder.cleanup)
-    UNDISTURBED = Path(folder.name)  # of the runs that never stop, one for all tests with the same flags
+    UNDISTURBED = Path(folder.name)  # folder of uninterrupted runs; tests with the same flags share a run
 
 
 class ResumedRunTest(NamedRunTest):
@@ -26,9 +26,9 @@ class ResumedRunTest(NamedRunTest):
         return super().namespace(**{"epochs": 3, **flags})
 
     def assert_resumes(self, after, **flags):
-        """The killed run resumes after that epoch and leaves, bit for bit, what a run leaves that never stopped."""
+        """Asserts that the killed run resumes after an epoch, and is bit-identical to an uninterrupted run."""
         _, output = self.train(**flags)
-        self.assertIn(f"in {self.run_folder()}, continued after epoch {after}\n", output)
+        self.assertIn(f"in {self.run_folder()}, resumed after epoch {after}\n", output)
         flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         name = "-".join(["run", *(f"{name}={value}" for name, value in sorted(flags.items()))])
         if not (UNDISTURBED / name).exists():
@@ -39,7 +39,7 @@ class ResumedRunTest(NamedRunTest):
 
 class TestKilled(ResumedRunTest):
     def test_a_run_killed_at_the_start_of_an_epoch_resumes(self):
-        """The last kill comes after an epoch with pictures, and leaves unfinished files."""
+        """The last kill is after an epoch with pictures, and leaves unfinished files."""
         flags = dict(epochs=6, z_dim=2)
         for epoch in [0, 2, 5]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
@@ -48,7 +48,7 @@ class TestKilled(ResumedRunTest):
         self.assert_resumes(after=5, **flags)
 
     def test_a_run_killed_between_the_two_checkpoints_of_an_epoch_resumes(self):
-        """The kills come after best.ckpt and before last.ckpt, of the first and of the last epoch."""
+        """The kills are between best.ckpt and last.ckpt of the first and of the last epoch."""
         copy = checkpoints.BackgroundCheckpointIO.copy
 
         def copy_or_die(files, source, path):
@@ -62,7 +62,7 @@ class TestKilled(ResumedRunTest):
                 self.assertRaises(Killed, self.train)
         self.assert_resumes(after=3)
 
-    def test_a_run_killed_while_it_logs_the_validation_or_the_training_of_an_epoch_resumes(self):
+    def test_a_run_killed_while_it_logs_the_metrics_of_an_epoch_resumes(self):
         log_metrics = tensorboard.EpochLogger.log_metrics
         for name in ["val_bpd", "train_bpd"]:
 
@@ -75,21 +75,21 @@ class TestKilled(ResumedRunTest):
                 self.assertRaises(Killed, self.train)
         self.assert_resumes(after=load(self.run_folder(), "last")["epoch"] + 1)
 
-    def test_a_run_killed_while_it_tests_writes_its_results_or_makes_figures_resumes(self):
+    def test_a_run_killed_during_its_test_its_results_or_its_figures_resumes(self):
         for owner, name in [(VAE, "test_step"), (run, "write_text")]:
             self.stop_at(owner, name, 3)
         self.assert_resumes(after=3)
         self.stop_at(run.Run, "make_figures", 0)
         self.assertIn("is finished", self.train()[1])
 
-    def test_a_killed_run_with_sampled_images_a_falling_learning_rate_and_workers_resumes(self):
+    def test_a_killed_run_with_sampled_images_a_cosine_learning_rate_and_workers_resumes(self):
         flags = dict(model="CNN", num_filters=2, binarization="stochastic", lr_schedule="cosine", lr=0.01, epochs=4)
         for epoch in [1, 3]:
             self.stop_at(VAE, "on_train_epoch_start", epoch, **flags)
         self.assert_resumes(after=3, **flags, num_workers=1)
 
-    def test_a_killed_run_resumes_if_it_stops_early(self):
-        """It is killed before the epoch after which it stops, then after its last checkpoint and before its results."""
+    def test_a_killed_run_with_early_stopping_resumes(self):
+        """It is killed before the epoch after which it stops, then between its last checkpoint and its results."""
         values = [0.5, 0.3, 0.4, 0.4, 0.2]
         flags = dict(epochs=5, patience=2)
 
@@ -104,16 +104,16 @@ class TestKilled(ResumedRunTest):
             found = results(self.run_folder())
             self.assertEqual((found["epochs"], found["best_epoch"], len(metrics(self.run_folder()))), (4, 2, 5))
             self.assertIn("is finished", self.train(**flags)[1])
-            self.train(**{**flags, "epochs": 6})  # which would have stopped after the same epoch
+            self.train(**{**flags, "epochs": 6})  # stops after the same epoch
         found = results(self.run_folder())
         self.assertEqual((found["epochs"], found["hyperparameters"]["epochs"]), (4, 6))
 
 
 class TestCheckpoints(ResumedRunTest):
-    """What may happen to the checkpoints before the run resumes."""
+    """Runs whose checkpoints were moved, damaged, or written by an older version."""
 
     def test_a_run_in_another_folder_keeps_its_best_epoch_and_reads_each_checkpoint_once(self):
-        """The best one is read once more at the end, as the model to test."""
+        """Only the best checkpoint is read once more at the end, for the test."""
 
         def log_val_bpd(model):
             model.log("val_bpd", [0.5, 0.3, 0.4, 0.4][model.current_epoch])
@@ -131,18 +131,18 @@ class TestCheckpoints(ResumedRunTest):
         read = [Path(call.args[0]).name for call in read_checkpoint.call_args_list]
         self.assertEqual(read, [checkpoints.LAST, checkpoints.BEST, checkpoints.BEST])
 
-    def test_a_run_whose_checkpoints_are_damaged_resumes_from_the_one_before(self):
+    def test_a_run_whose_checkpoints_are_damaged_resumes_from_the_previous_one(self):
         self.stop_at(VAE, "on_train_epoch_start", 2)
         for name in ["best", "last"]:  # of the same epoch
             path = self.run_folder() / "checkpoints" / f"{name}.ckpt"
             path.write_bytes(path.read_bytes()[:-100])
         output = self.assert_resumes(after=1)
         self.assertRegex(
-            output, rf"warning: {path} is no checkpoint, .* \(.*\); continuing from previous.ckpt, epoch 1\n"
+            output, rf"warning: {path} is not a checkpoint, .* \(.*\); resuming from previous.ckpt, epoch 1\n"
         )
 
     def test_a_run_of_an_older_version_resumes(self):
-        """Its checkpoints have the run and two ModelCheckpoints as the states of callbacks."""
+        """In its checkpoints, the run and two ModelCheckpoints are states of callbacks."""
         self.stop_at(VAE, "on_train_epoch_start", 2)
         for name in ["last", "best", "previous"]:
             checkpoint = load(self.run_folder(), name)

@@ -16,15 +16,15 @@ from train_pl import VAE, GenerateCallback
 
 
 class TestPrecision(GraphTest):
-    def test_bf16_trains_alike_with_and_without_graphs_and_almost_as_float32_does(self):
-        """A warning says if the processor does not compute with bfloat16."""
+    def test_bf16_gives_the_same_weights_with_and_without_graphs_and_almost_the_same_bpd_as_float32(self):
+        """A warning is printed if the processor has no native bfloat16."""
         folders = []
         for precision, no_cuda_graph, has_bf16 in [("bf16", True, False), ("bf16", False, True), ("32", True, False)]:
             with mock.patch.object(devices, "has_bf16", lambda kind, has_bf16=has_bf16: has_bf16):
                 flags = dict(z_dim=4, batch_size=40, epochs=2, precision=precision, no_cuda_graph=no_cuda_graph)
                 folder, output = self.train(**flags)
             folders.append(folder)
-            self.assertEqual(output.count("bf16 is slower here"), precision == "bf16" and not has_bf16)
+            self.assertEqual(output.count("bf16 is slower than 32 here"), precision == "bf16" and not has_bf16)
         self.assertTrue(self.replays)
         ordinary, replayed, _ = (load(folder, "last")["state_dict"] for folder in folders)
         torch.testing.assert_close(ordinary, replayed, rtol=0, atol=0)
@@ -45,12 +45,12 @@ class TestPrecision(GraphTest):
                 self.assertEqual({loss.dtype for loss in losses}, {expected})
 
     def test_in_every_precision_of_lightning_the_logged_means_are_those_of_the_same_weights(self):
-        """Also in a user's own Trainer, up to the rounding of the networks: sums in bfloat16 stop at 256 images."""
+        """This is true in a user's own Trainer, too, up to the networks' rounding. A bfloat16 sum would stop at 256."""
         imgs = (torch.rand(300, 1, 28, 28) > 0.8).float()
         loader = DataLoader(TensorDataset(imgs, torch.zeros(300)), batch_size=20)
         options = dict(accelerator="cpu", enable_progress_bar=False, logger=False, enable_checkpointing=False)
         vae, logged = VAE("MLP", [16], 2, 2, 1e-3), {}
-        self.enter(process_settings())  # quiet
+        self.enter(process_settings())  # hides Lightning's messages
         for precision in ["32-true", "bf16-true", "bf16-mixed", "64-true"]:
             trainer = pl.Trainer(precision=precision, **options)
             torch.manual_seed(1)
@@ -58,7 +58,7 @@ class TestPrecision(GraphTest):
             logged[precision] = trainer.callback_metrics["val_bpd"].item()
             self.assertAlmostEqual(logged[precision], logged["32-true"], delta=1e-3)
 
-    def test_pictures_are_saved_in_every_precision_and_float16_is_refused_since_adam_fails_in_it(self):
+    def test_pictures_are_saved_in_every_precision_except_float16_which_is_refused_because_adam_fails(self):
         data = TensorDataset((torch.rand(20, 1, 28, 28) > 0.8).float(), torch.zeros(20))
         options = dict(accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False, max_epochs=1)
         options |= dict(enable_model_summary=False, log_every_n_steps=1)

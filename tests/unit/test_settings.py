@@ -24,11 +24,11 @@ from harness.settings import QUIET_LOGGERS, process_settings
 from tests.helpers import NamedRunTest
 from train_pl import VAE
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # those that our code or Lightning handles
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # signals that our code or Lightning handles
 
 
 def settings():
-    """Settings of this process, by what they are of."""
+    """Returns a dict from a description to the value of a setting of this process."""
     return {
         "tiny numbers": (torch.tensor(1e-40) * 1).item(),
         "threads": torch.get_num_threads(),
@@ -46,7 +46,7 @@ def settings():
 
 
 def change_settings(flag):
-    """Changes all of these settings but the number of threads, as any program may."""
+    """Changes all of these settings except for the number of threads, as any program may do."""
     torch.set_flush_denormal(flag)
     torch.backends.cudnn.deterministic = flag
     warnings.simplefilter("always")
@@ -60,7 +60,7 @@ def change_settings(flag):
 
 
 class TestSettings(NamedRunTest):
-    """Settings of a process whose user has others than Python's and torch's own."""
+    """Tests in a process whose user has changed the settings of Python and torch."""
 
     def setUp(self):
         super().setUp()
@@ -77,7 +77,7 @@ class TestSettings(NamedRunTest):
         for number in SIGNALS:
             self.addCleanup(signal.signal, number, signal.signal(number, lambda *_: None))
 
-    def test_everything_is_as_before_whatever_the_block_does_and_however_it_ends(self):
+    def test_all_settings_are_restored_even_if_the_block_changes_them_or_raises_an_error(self):
         for flag in [False, True]:
             torch.set_flush_denormal(flag)
             torch.backends.cudnn.deterministic = flag
@@ -95,7 +95,7 @@ class TestSettings(NamedRunTest):
                     )
                     self.assertEqual(settings(), before)
 
-    def test_within_the_block_a_seed_repeats_itself_and_libraries_are_quiet(self):
+    def test_within_the_block_results_are_deterministic_and_libraries_are_quiet(self):
         warnings.simplefilter("error")
         with process_settings():
             self.assertEqual((settings()["tiny numbers"], settings()["cuDNN"]), (0, True))
@@ -105,7 +105,7 @@ class TestSettings(NamedRunTest):
             with self.assertRaisesRegex(UserWarning, "of the user"):
                 warnings.warn("of the user", stacklevel=2)
 
-    def test_an_error_in_tensorboards_thread_is_raised_where_something_is_logged_and_printed_nowhere(self):
+    def test_an_error_in_tensorboards_thread_is_raised_by_the_next_log_and_not_printed(self):
         others = threading.enumerate()
         with process_settings(), contextlib.redirect_stderr(io.StringIO()) as output:
             threading.Thread(target=lambda: 1 / 0).start()
@@ -118,8 +118,8 @@ class TestSettings(NamedRunTest):
                 thread.join()
         self.assertEqual((self.errors, output.getvalue()), ([ZeroDivisionError], ""))
 
-    def test_the_memory_of_many_runs_in_one_process_is_that_of_one(self):
-        """Without waiting for Python's garbage collection: images and Trainer of a run are garbage in cycles."""
+    def test_many_runs_in_one_process_need_no_more_memory_than_one_run(self):
+        """Images and Trainer of a run refer to each other. They are freed without Python's own garbage collection."""
         images, load_data = [], train_pl.load_data
 
         def remember(*args, **options):
@@ -135,8 +135,8 @@ class TestSettings(NamedRunTest):
                 self.train(epochs=1, run_name=f"run {number}")
                 self.assertEqual([image() for image in images[:-1]], [None] * number)
 
-    def test_a_run_leaves_everything_as_before_once_it_has_failed_is_finished_or_is_refused(self):
-        """In a batch job, too, whose handlers of signals are there as long as it trains."""
+    def test_a_run_restores_all_settings_after_it_has_failed_finished_or_been_refused(self):
+        """This is also true for a batch job, which has its own signal handlers while it trains."""
         self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))
         for name, job in [("run", {}), ("run of a job", dict(SLURM_JOB_ID="7", SLURM_NTASKS="1", SLURM_PROCID="0"))]:
             self.enter(mock.patch.dict(os.environ, job))
@@ -153,7 +153,7 @@ class TestSettings(NamedRunTest):
                 self.assertRaises(ZeroDivisionError, self.train, epochs=1, run_name=f"no {name}")
             self.assertEqual(settings(), before)
             self.assertEqual([handler.__module__ == slurm.__name__ for handler in handlers], [bool(job)] * 2)
-            for _ in range(2):  # the second time it is finished
+            for _ in range(2):  # the second time, the run is finished already
                 self.train(**run)
                 self.assertEqual(settings(), before)
             self.assertRaises(UserError, self.train, z_dim=4, **run)

@@ -20,22 +20,24 @@ HOOKS = ["on_train_epoch_start", "on_validation_epoch_start", "on_test_epoch_sta
 
 
 def step(tasks_per_node, num_nodes):
-    """The variables that srun adds to the environment."""
+    """Returns the environment variables that srun adds."""
     names = dict(STEP_ID="0", STEP_NODELIST="n[2-3]", STEP_TASKS_PER_NODE=tasks_per_node, STEP_NUM_NODES=num_nodes)
     return {f"SLURM_{name}": str(value) for name, value in names.items()}
 
 
 class JobTest(TrainingTest):
-    """A test in the environment of a batch job; tests/programs/test_slurm.py runs real ones."""
+    """A test in the environment of a batch job; tests/programs/test_slurm.py runs real jobs."""
 
     def setUp(self):
         super().setUp()
         job = dict(JOB_ID="7", JOB_NAME="vae", NTASKS="1", PROCID="0", LOCALID="0", NODEID="0")
         self.enter(mock.patch.dict(os.environ, {f"SLURM_{name}": value for name, value in job.items()}))
-        self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))  # whoever runs the tests
+        self.enter(
+            mock.patch.object(slurm, "is_interactive", return_value=False)
+        )  # even if the tests run in a terminal
         for number in [signal.SIGTERM, signal.SIGUSR1]:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-        signal.signal(signal.SIGUSR1, lambda *_: None)  # so that a signal too many does not end the tests
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # so that an additional signal does not end the tests
 
     def train_job(self, **flags):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -44,7 +46,10 @@ class JobTest(TrainingTest):
 
 class TestSignals(JobTest):
     def signalled(self, hooks, moments, **flags):
-        """Trains with SIGTERM in these hooks, and with SIGUSR1 at some moments, (stage, epoch). Returns all moments."""
+        """
+        Trains, and sends SIGTERM in the given hooks and SIGUSR1 at the given moments. A moment is (stage, epoch).
+        Returns the moments of all hooks.
+        """
         seen = []
 
         def send_signals(model):
@@ -63,26 +68,26 @@ class TestSignals(JobTest):
 
     def assert_requeued(self, times):
         self.assertEqual(self.run_mock.mock_calls, [mock.call(["scontrol", "requeue", "7"], check=True)] * times)
-        message = mock.call(1, b"Time is almost up: requeueing job 7\n")
+        message = mock.call(1, b"note: the time limit is near: requeueing job 7\n")
         self.assertEqual(self.write_mock.mock_calls.count(message), times)
 
-    def test_sigusr1_requeues_once_an_attempt_has_finished_an_epoch_and_sigterm_has_no_effect(self):
+    def test_sigusr1_requeues_a_job_that_has_finished_an_epoch_and_sigterm_has_no_effect(self):
         later = [("fit", 1), ("test", 2)]
         seen = self.signalled(HOOKS, later, epochs=2, batch_size=100)
         self.assertEqual(seen, [("validate", 0), *[("fit", 0)] * 2, *[("fit", 1)] * 2, ("test", 2)])
         self.assert_requeued(times=3)
         self.assertTrue(results(self.folder / "job_7"))
 
-        for hook in ["on_train_epoch_start", "on_validation_epoch_start"]:  # of the next attempt's first epoch
+        for hook in ["on_train_epoch_start", "on_validation_epoch_start"]:  # in the first epoch of the next attempt
             with self.subTest(hook), self.assertRaises(SystemExit) as caught:
                 self.signalled([hook], [("fit", 2)], epochs=3, batch_size=100)
             self.assertRegex(caught.exception.code, "^error: job 7 has not finished an epoch .*: give a longer --time$")
             self.assert_requeued(times=0)
 
-        self.signalled(HOOKS, [("test", 3)], epochs=3, batch_size=100)  # its only epoch is enough
+        self.signalled(HOOKS, [("test", 3)], epochs=3, batch_size=100)  # one epoch is enough
         self.assert_requeued(times=1)
 
-    def test_a_job_that_cannot_be_requeued_trains_on(self):
+    def test_a_job_that_cannot_be_requeued_continues_training(self):
         slurm.RequeueOnTimeLimit().has_advanced = True
         for error, reason in [
             (FileNotFoundError(2, "No such file or directory", "scontrol"), "No such file or directory"),
@@ -93,10 +98,12 @@ class TestSignals(JobTest):
                 os.kill(os.getpid(), signal.SIGUSR1)
                 number, text = write.mock_calls[-1].args
                 self.assertEqual(number, 2)
-                self.assertRegex(text.decode(), rf"^Job 7 is not requeued .*{reason}.*training goes on[^\n]*\n\Z")
+                self.assertRegex(
+                    text.decode(), rf"^warning: job 7 cannot be requeued .*{reason}.*training continues[^\n]*\n\Z"
+                )
 
     def test_an_error_after_sigterm_waits_for_sigkill(self):
-        """SIGTERM kills the workers of data loaders, and a preempted job that ends by itself is not requeued."""
+        """SIGTERM kills the workers of data loaders. A preempted job that ends by itself is not requeued."""
 
         def fail(model, *args):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -116,7 +123,7 @@ class TestSignals(JobTest):
             with self.subTest(what), patch, mock.patch.object(subprocess, "run") as run_mock:
                 try:
                     found = requeue.requeue(signal.SIGUSR1, None)
-                except SystemExit as end:  # before the first epoch, all ranks end
+                except SystemExit as end:  # before the end of the first epoch, all ranks exit
                     found = end.code
                 requeue.has_advanced = True
                 requeue.requeue(signal.SIGUSR1, None)
@@ -125,7 +132,7 @@ class TestSignals(JobTest):
 
 
 class TestJob(JobTest):
-    def test_the_name_of_a_run_is_that_of_its_batch_job_or_array_task(self):
+    def test_a_run_is_named_after_its_batch_job_or_array_task(self):
         array = dict(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
         for variables, interactive, expected in [
             ({}, False, "job_7"),
@@ -141,14 +148,14 @@ class TestJob(JobTest):
         del os.environ["SLURM_JOB_ID"]
         self.assertIsNone(slurm.run_name())
 
-    def test_the_number_of_nodes_and_tasks_is_that_of_srun(self):
+    def test_the_number_of_nodes_and_tasks_is_read_from_sruns_environment_variables(self):
         self.assertEqual(slurm.srun_tasks(), (1, 1))
         for tasks, expected in [("1", (1, 1)), ("4", (1, 4)), ("4(x2)", (2, 4)), ("2,1", (2, 0)), ("2(x2),1", (3, 0))]:
             with self.subTest(tasks), mock.patch.dict(os.environ, step(tasks, expected[0])):
                 self.assertEqual(slurm.srun_tasks(), expected)
                 with mock.patch.object(slurm, "is_interactive", return_value=True):
                     self.assertEqual(slurm.srun_tasks(), (1, 1))
-        for name in slurm.SRUN:  # without one of them, the others are left from an old shell
+        for name in slurm.SRUN:  # if one of them is missing, the others are from an old shell
             with self.subTest(name), mock.patch.dict(os.environ, step("4", 1)):
                 del os.environ[name]
                 self.assertEqual(slurm.srun_tasks(), (1, 1))
@@ -164,13 +171,13 @@ class TestJob(JobTest):
         self.assertEqual(len(ports), 2)
         self.assertTrue(all(1024 < port < 32768 for port in ports))
 
-    def test_tasks_that_do_not_fit_the_flags_are_refused(self):
+    def test_tasks_that_do_not_match_the_flags_are_refused(self):
         for tasks, num_nodes, flags, message in [
-            ("4", 1, [], "srun has started 4 processes: give --devices 4 --num_nodes 1 .*, or a --run_name"),
+            ("4", 1, [], "srun has started 4 processes: give --devices 4 --num_nodes 1 .*, or .* --run_name"),
             ("2(x2)", 2, ["--devices=2"], "srun has started 4 processes: give --devices 2 --num_nodes 2"),
             ("2(x2)", 2, ["--num_nodes=4"], "srun has started 4 processes: give --devices 2 --num_nodes 2"),
             ("2", 1, ["--devices=4", "--run_name=x"], "srun has started 2 processes: give --devices 2 --num_nodes 1"),
-            ("2,1", 2, ["--devices=2"], "srun .*: give it --ntasks-per-node"),
+            ("2,1", 2, ["--devices=2"], "srun .*: give srun --ntasks-per-node"),
         ]:
             with self.subTest(tasks=tasks, flags=flags), mock.patch.dict(os.environ, step(tasks, num_nodes)):
                 code, error = self.main(f"--log_dir={self.folder}", "--accelerator=cpu", *flags)
@@ -183,7 +190,7 @@ class TestJob(JobTest):
         (self.folder / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
         with mock.patch.dict(os.environ, {**step("4(x2)", 2), "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}):
             self.train_job(run_name="x", epochs=1)
-        self.assertTrue((self.folder / "x" / "epoch_0_samples.png").exists())  # rank 0 alone writes both files
+        self.assertTrue((self.folder / "x" / "epoch_0_samples.png").exists())  # only rank 0 writes these two files
         self.assertTrue((self.folder / "x" / "results.json").exists())
 
 
@@ -197,8 +204,8 @@ class TestIsInteractive(unittest.TestCase):
                 self.assertTrue(slurm.is_interactive())
 
     @unittest.skipUnless(sys.platform == "linux", "other systems have no /proc")
-    def test_what_a_notebook_starts_is_interactive(self):
-        """Such as `!python train_pl.py`, a cell with %%bash, or subprocess.run, without a terminal."""
+    def test_a_process_that_a_notebook_starts_is_interactive(self):
+        """Examples are `!python train_pl.py`, a cell with %%bash, and subprocess.run, all without a terminal."""
         for words, expected in [
             (b"python\0-m\0ipykernel_launcher\0-f\0x.json\0", True),
             (b"/usr/bin/python3\0/opt/colab_kernel_launcher.py\0", True),
@@ -222,10 +229,10 @@ class TestIsInteractive(unittest.TestCase):
 
 
 class TestSettings(SeededTest):
-    """What slurm/settings.py prints of a file of flags for sweep.sbatch is what a shell takes for the flags."""
+    """slurm/settings.py prints the lines of a file of flags for sweep.sbatch, quoted for a shell."""
 
     def settings(self, data):
-        """Exit code, the words of each setting, stderr."""
+        """Returns the exit code, the words of each setting, and stderr."""
         path = self.folder / "set tings.txt"
         path.write_bytes(data)
         command = [sys.executable, "-S", REPOSITORY / "slurm" / "settings.py", path]
@@ -237,7 +244,7 @@ class TestSettings(SeededTest):
             words.append(printed.decode("utf-8", "surrogateescape").split("\0")[:-1])
         return process.returncode, words, process.stderr.decode()
 
-    def test_flags_are_read_as_a_shell_reads_them_and_run_nothing(self):
+    def test_flags_are_split_as_in_a_shell_but_nothing_is_executed(self):
         text = """\
 # a comment
 --model CNN\t--lr 1e-3  # another
@@ -261,14 +268,14 @@ class TestSettings(SeededTest):
             with self.subTest(kind):
                 self.assertEqual(self.settings(data), (0, expected, ""))
         self.assertEqual(os.listdir(self.folder), ["set tings.txt"])
-        self.assertEqual(self.settings(b"--x \xe9")[1], [["--x", "\udce9"]])  # bytes of another encoding stay
+        self.assertEqual(self.settings(b"--x \xe9")[1], [["--x", "\udce9"]])  # bytes of another encoding are kept
 
     def test_an_invalid_file_is_refused_with_a_message(self):
         for data, message in [
             (b"--z_dim 2\n\n--run_name 'a b\n--lr 1", "line 3: No closing quotation"),
             (b'--run_name "a\n', "line 1: No closing quotation"),
             (b"--lr 1 \\\n--z_dim 2", "line 1: No escaped character"),
-            (b"# nothing\r\n", "there are no settings"),
+            (b"# nothing\r\n", "contains no settings"),
             ("--lr 1".encode("utf-16-le"), "save it as UTF-8"),
         ]:
             with self.subTest(data):

@@ -22,8 +22,8 @@ from tests.helpers.fake_data import own_images, write_npz
 
 
 class TestSources(SeededTest):
-    def test_each_source_is_asked_for_its_images(self):
-        """Rendered digits are as many as the splits need."""
+    def test_each_source_returns_its_images(self):
+        """The number of rendered digits is the number of images that the splits need."""
         for name, kinds in [("load_mnist", ["mnist", "fashion", "kmnist"]), ("rendered_mnist", ["rendered"])]:
             for kind in kinds:
                 with self.subTest(kind), mock.patch.object(sources, name) as load:
@@ -31,8 +31,8 @@ class TestSources(SeededTest):
                     self.assertIs(load_images(args, False), load.return_value)
                     load.assert_called_once_with(*(60_000,) if kind == "rendered" else ("data", False, kind))
 
-    def test_flags_are_completed_by_path_and_checksum(self):
-        """Those of another run are replaced."""
+    def test_the_path_and_the_checksum_of_your_own_file_are_added_to_the_flags(self):
+        """The path and the checksum of another run are replaced."""
         path = write_npz(self.folder)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
@@ -49,19 +49,21 @@ class TestRunsOnYourOwnImages(NamedRunTest):
     def setUp(self):
         super().setUp()
         self.enter(mock.patch.object(train_pl, "load_data", load_data))
-        self.enter(mock.patch.object(latent_space, "save_pictures"))  # test_latent_space.py has pictures of such images
+        self.enter(
+            mock.patch.object(latent_space, "save_pictures")
+        )  # test_latent_space.py tests pictures of such images
 
     def write(self, name="own.npz", **arrays):
-        """The path of a file, see write_npz."""
+        """Writes a file, see write_npz. Returns its path."""
         return write_npz(self.folder, name, **arrays)
 
     def evaluate(self, checkpoint=None, **options):
-        """What evaluate.py finds, with few samples."""
+        """Evaluates a checkpoint with few samples. Returns what evaluate returns."""
         checkpoint = checkpoint or self.run_folder() / "checkpoints" / "best.ckpt"
         return evaluate(checkpoint, iw_samples=2, accelerator="cpu", **options)
 
     def test_invalid_data_ends_the_program_with_one_line(self):
-        """The exit code is 1 or 2, and no file is left."""
+        """The exit code is 1 or 2, and no file is written."""
         for dataset, code, words in [
             ("nothing.npz", 1, "nothing.npz cannot be read (No such file or directory): give"),
             ("cifar", 2, "--dataset must be one of mnist, fashion, kmnist, rendered, or the path of an .npz file"),
@@ -75,8 +77,8 @@ class TestRunsOnYourOwnImages(NamedRunTest):
                 self.assertIn(words, left[1])
                 self.assertEqual(sorted(self.folder.iterdir()), before)
 
-    def test_training_and_evaluation(self):
-        """The images have labels or not, and both kinds of networks take them."""
+    def test_models_are_trained_and_evaluated_on_your_own_images(self):
+        """The images may have labels or not. Both kinds of networks are tested."""
         labels = {"train_labels": np.arange(200) % 12, "test_labels": np.arange(100) % 12}
         for model, arrays in [("MLP", {}), ("CNN", labels)]:
             with self.subTest(model):
@@ -91,7 +93,7 @@ class TestRunsOnYourOwnImages(NamedRunTest):
                 self.assertEqual(load(run, "best")["hyper_parameters"]["img_size"], [20, 14])
 
     def test_a_run_resumes_with_the_same_content(self):
-        """The file may have moved, and the working directory may be another one; other content is an error."""
+        """The file and the working directory may have changed their places. Other content is an error."""
         path = self.write()
         self.train(epochs=1, dataset=str(path))
         path.rename(self.folder / "moved.npz")
@@ -100,7 +102,7 @@ class TestRunsOnYourOwnImages(NamedRunTest):
         self.train(epochs=2, dataset="moved.npz")
         self.assertEqual(len(metrics(self.run_folder())), 3)
         self.write("moved.npz", test_images=own_images(101))
-        with self.assertRaisesRegex(RunError, "other hyperparameters .what the file --dataset holds."):
+        with self.assertRaisesRegex(RunError, "other hyperparameters .the content of the file --dataset."):
             self.train(epochs=3, dataset="moved.npz")
         with self.assertRaisesRegex(RunError, "--dataset was .*moved.npz, is mnist"):
             self.train(epochs=2, dataset="mnist")
@@ -114,14 +116,16 @@ class TestRunsOnYourOwnImages(NamedRunTest):
             self.evaluate()
         self.assertEqual(self.evaluate(dataset=str(self.folder / "own.npz"))[0]["test_images"], 120)
         other = self.write("other.npz", train_images=own_images(200, 20, 20), test_images=own_images(100, 20, 20))
-        with self.assertRaisesRegex(UserError, r"images of \[20, 20\] pixels, .* is for those of \[20, 14\]"):
+        with self.assertRaisesRegex(UserError, r"images of \[20, 20\] pixels, .* was trained on images of \[20, 14\]"):
             self.evaluate(dataset=str(other))
         (self.folder / "own.npz").unlink()
-        with self.assertRaisesRegex(UserError, "own.npz, what it was trained on, is gone: give --dataset"):
+        with self.assertRaisesRegex(
+            UserError, "training data .*own.npz does not exist any more: give its path with --dataset"
+        ):
             self.evaluate()
 
     def test_a_run_and_its_file_may_be_moved_together(self):
-        """The file may be a link, whose target may have any name. It is found by its content, in either place."""
+        """The file may be a link to a file of any name. It is found by its content, in the old or in the new place."""
         file, link = self.write().rename(self.folder / "content"), self.folder / "data" / "link.npz"
         link.parent.mkdir()
         link.symlink_to(file)
@@ -141,6 +145,6 @@ class TestRunsOnYourOwnImages(NamedRunTest):
         def broadcast(trainer, result, error=None):
             return "another" if isinstance(result, str) else result
 
-        other = self.assertRaisesRegex(RunError, "is another file here")
+        other = self.assertRaisesRegex(RunError, "is a different file in this process")
         with mock.patch.object(processes, "broadcast_or_exit", broadcast), other:
             self.train(epochs=1, dataset=str(self.write()))

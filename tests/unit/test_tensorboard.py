@@ -20,7 +20,7 @@ from tests.helpers import SeededTest, summaries
 
 class TestTensorBoard(SeededTest):
     def train(self, attempt, epochs):
-        """Logs what a process does that trains these epochs, the next attempt at a run: a curve and pictures."""
+        """Logs a curve and pictures, like a process that trains these epochs in an attempt of a run."""
         with mock.patch("time.time", return_value=time.time() + 10 * attempt):
             logger = EpochLogger(str(self.folder), first_epoch=epochs[0])
             for logger.epoch in epochs:
@@ -30,7 +30,7 @@ class TestTensorBoard(SeededTest):
             logger.flush()
 
     def shown(self, accumulator=None):
-        """What TensorBoard shows: a dict from an epoch to the attempts whose points and pictures it has of it."""
+        """Returns what TensorBoard shows, as a dict from an epoch to the attempts that logged its point and picture."""
         accumulator = (accumulator or EventAccumulator(str(self.folder), {"images": 0})).Reload()
         shown = {}
         for event in accumulator.Scalars("val_bpd"):
@@ -39,10 +39,10 @@ class TestTensorBoard(SeededTest):
             shown[event.step].append(Image.open(io.BytesIO(event.encoded_image_string)).getpixel((0, 0))[0])
         return shown
 
-    def test_what_a_killed_process_logged_of_later_epochs_is_hidden_by_tensorboard(self):
-        """By one that watches the run all the time, too. A process without a checkpoint begins at epoch 0 again."""
+    def test_tensorboard_hides_the_epochs_that_a_killed_process_logged_and_that_are_trained_again(self):
+        """So does a TensorBoard that watches the run all the time. A process without a checkpoint starts at epoch 0."""
         watching, attempts = EventAccumulator(str(self.folder), {"images": 0}), {}
-        self.enter(self.assertLogs("tensorboard", "WARNING"))  # that it forgets what it had
+        self.enter(self.assertLogs("tensorboard", "WARNING"))  # TensorBoard warns that it drops points
         for attempt, epochs in [(1, range(0, 2)), (2, range(0, 5)), (3, range(3, 6)), (4, range(5, 7))]:
             self.train(attempt, epochs)
             attempts = {epoch: attempts.get(epoch, attempt) for epoch in range(epochs[0])} | dict.fromkeys(
@@ -58,7 +58,7 @@ class TestTensorBoard(SeededTest):
                 self.assertEqual(curve, [*attempts.items()])
 
     def test_each_metric_is_logged_once_per_epoch(self):
-        """EpochReport logs the metrics of an epoch ahead of Lightning, which logs them again."""
+        """EpochReport logs the metrics of an epoch before Lightning logs them again."""
         logger = EpochLogger(str(self.folder))
         for logger.epoch in [0, 1]:
             logger.log_metrics({"val_bpd": 1.0})
@@ -67,8 +67,8 @@ class TestTensorBoard(SeededTest):
         points = [(summary.tag, step) for step, summary in summaries(self.folder)]
         self.assertEqual(points, [("val_bpd", 0), ("lr", 0), ("val_bpd", 1), ("lr", 1)])
 
-    def test_a_picture_is_the_same_in_tensorboard_and_in_a_file_with_any_loggers_or_none(self):
-        """A logger whose writer has add_image gets the picture itself. The file is in the first logger's folder."""
+    def test_a_picture_is_the_same_in_tensorboard_and_in_a_file_with_any_loggers_or_without_loggers(self):
+        """Another logger whose writer has add_image gets the tensor. The file is in the first logger's folder."""
         pixels = torch.randint(1, 256, (3, 4, 6), dtype=torch.uint8)
         picture, other = (pixels - 0.4) / 255, mock.Mock(log_dir=None)
         png = encode(picture)

@@ -1,5 +1,5 @@
 """
-Tests of train_pl.py beyond those of the assignment's contract in unittests.py, but for class VAE: `python -m unittest
+Tests of train_pl.py, except class VAE, in addition to the assignment's contract in unittests.py: `python -m unittest
 tests/unit/test_train_pl.py`.
 """
 
@@ -48,10 +48,10 @@ class TestGenerateCallback(SeededTest):
         self.trainer = types.SimpleNamespace(logger=logger, loggers=[logger], current_epoch=0)
 
     def pictures(self):
-        """{(tag, epoch): picture} of all that was written to TensorBoard."""
+        """Returns everything that was written to TensorBoard, as {(tag, epoch): picture}."""
         return {(call.args[0], call.args[2]): call.args[1] for call in self.writer.add_image.call_args_list}
 
-    def test_with_two_latents_the_manifold_is_shown_and_with_images_their_reconstructions_beside_them(self):
+    def test_the_manifold_of_two_latents_and_the_reconstructions_of_given_images_are_shown(self):
         model, callback = VAE("CNN", [8], 4, 2, 1e-3), GenerateCallback(save_to_disk=True)
         callback.imgs = imgs = torch.bernoulli(torch.full((32, 1, 28, 28), 0.1))
         callback.sample_and_save(self.trainer, model, epoch=5)
@@ -65,8 +65,8 @@ class TestGenerateCallback(SeededTest):
         found = torch.stack([grid[2:30, 2:30], grid[2:30, 32:60], grid[32:60, 2:30]])
         torch.testing.assert_close(found, torch.stack([imgs[0, 0], expected[0, 0], imgs[4, 0]]))
 
-    def test_pictures_are_reproducible_and_change_neither_the_modes_of_layers_nor_the_course_of_the_training(self):
-        """They are of eval mode, of the same latents in each epoch, and of other random numbers than the training."""
+    def test_pictures_are_reproducible_and_do_not_affect_the_modes_of_layers_or_the_training(self):
+        """They are computed in eval mode, from the same latents in each epoch, with separate random numbers."""
         model = VAE("CNN", [8], 4, 2, 1e-3)
         model.encoder.net.insert(1, torch.nn.BatchNorm2d(4))
         model.decoder.net.insert(1, torch.nn.Dropout())
@@ -89,7 +89,7 @@ class TestGenerateCallback(SeededTest):
             callback.sample_and_save(self.trainer, model, 3)
         self.assertEqual([part.training for part in model.modules()], modes)
 
-    def test_samples_reconstructions_and_the_manifold_are_of_eval_mode_in_a_training_mode_module_too(self):
+    def test_samples_reconstructions_and_the_manifold_use_eval_mode_even_if_the_module_is_in_training_mode(self):
         model, imgs = VAE("CNN", [8], 4, 2, 1e-3).train(), torch.rand(4, 1, 28, 28).round()
         model.encoder.net.insert(1, torch.nn.BatchNorm2d(4))
         model.decoder.net.append(torch.nn.Dropout(0.9))
@@ -160,13 +160,13 @@ class TestTraining(TrainingTest):
         self.assertAlmostEqual(results(folder)["test_bpd"], self.bpd_of_test_set(model), places=5)
 
     def bpd_of_test_set(self, model):
-        """The test bpd of a model, with the noise of a run's test."""
+        """Returns the test bpd of a model, computed with the noise of a run's test."""
         imgs, _ = small_loaders(self.namespace())[2].dataset[torch.arange(50)]
         torch.manual_seed(processes.derive_seed(42))
         with torch.no_grad():
             return model(imgs)[2].item()
 
-    def test_metrics_and_the_tested_checkpoint_are_of_the_elbo_whatever_is_minimised(self):
+    def test_metrics_and_the_choice_of_the_tested_checkpoint_use_the_elbo_for_any_beta(self):
         folder, _ = self.train(epochs=3, lr=0.01, beta=4.0)
         for row, stage in itertools.product(metrics(folder)[1:], ["train", "val"]):
             L_rec, L_reg, elbo, bpd = (float(row[f"{stage}_{name}"]) for name in CHART_TITLES)
@@ -194,7 +194,7 @@ class TestTraining(TrainingTest):
         self.assertEqual(list(row)[1:], columns)
         self.assertEqual({step for tag, step, _ in scalars_and_images(folder) if tag == "val_active"}, {0, 1})
 
-    def test_initial_weights_are_those_of_the_flag_init(self):
+    def test_the_flag_init_determines_the_initial_weights(self):
         for init, is_zero in [("pytorch", False), ("he", True)]:
             model = train_pl.make_vae(train_pl.complete_flags(self.namespace(init=init)))
             for network in [model.encoder, model.decoder]:
@@ -209,7 +209,7 @@ class TestTraining(TrainingTest):
         self.assertTrue(all(map(torch.equal, first, weights(num_workers=2))))
         self.assertFalse(all(map(torch.equal, first, weights(seed=43))))
 
-    def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_epoch_before(self):
+    def test_a_loss_that_is_not_finite_ends_the_run_and_the_previous_epoch_is_kept(self):
         terms = VAE.terms
         for value in [float("nan"), float("inf")]:
 
@@ -226,7 +226,7 @@ class TestTraining(TrainingTest):
         with self.assertRaisesRegex(report.TrainingDiverged, r"in epoch 1: try .*no checkpoint was written"):
             self.train(lr=1e30)
 
-    def test_a_progress_bar_is_for_terminals_and_elsewhere_each_epoch_has_a_line(self):
+    def test_a_terminal_shows_a_progress_bar_and_other_outputs_have_a_line_per_epoch(self):
         _, output = self.train(progress_bar=True)
         self.assertNotIn("Epoch 0", output)
         self.assertIn("epoch   1/1", output)
@@ -243,7 +243,7 @@ class TestTraining(TrainingTest):
 
 class TestInitFrom(NamedRunTest):
     def test_a_run_starts_from_the_weights_of_a_checkpoint(self):
-        """The checkpoint may be a bare state_dict. Its checksum is kept, and it is another run with another file."""
+        """The checkpoint may be a bare state_dict. The run contains its checksum and is refused with another file."""
         first, _ = self.train(run_name="first", epochs=2, lr=0.01)
         path = self.folder / "first" / "checkpoints" / "best.ckpt"
         torch.save(load(self.folder / "first", "best")["state_dict"], self.folder / "weights.pt")
@@ -267,8 +267,8 @@ class TestInitFrom(NamedRunTest):
         for flags, words in [
             ({"init_from": path, "z_dim": 4}, "best.ckpt does not fit VAE .*it was trained with z_dim 3$"),
             ({"init_from": path, "model": "CNN"}, "it was trained with model_name MLP$"),
-            ({"init_from": path, "init": "he"}, "--init he is for an MLP without --init_from"),
-            ({"init_from": self.folder / "text.ckpt"}, "text.ckpt is no checkpoint"),
+            ({"init_from": path, "init": "he"}, "--init he is valid only with --model MLP and without --init_from"),
+            ({"init_from": self.folder / "text.ckpt"}, "text.ckpt is not a checkpoint"),
             ({"init_from": self.folder / "gone.ckpt"}, "--init_from .*gone.ckpt. cannot be read"),
         ]:
             with self.subTest(words), self.assertRaisesRegex(UserError, words):
@@ -305,7 +305,7 @@ class TestCallbacks(NamedRunTest):
         history = torch.load(more / "last.ckpt", weights_only=True)["run"]["history"]
         self.assertEqual([row["epoch"] for row in history], [0, 1, 2, 3])
 
-    def test_what_is_no_callback_is_refused_before_the_run_has_a_folder(self):
+    def test_an_object_that_is_not_a_callback_is_refused_before_the_run_has_a_folder(self):
         with self.assertRaisesRegex(UserError, "callbacks must be a list of pytorch_lightning.Callback, got "):
             train_vae(self.namespace(accelerator="cpu"), callbacks=[object()])
         self.assertFalse(self.run_folder().exists())
@@ -324,7 +324,7 @@ class TestSchedules(NamedRunTest):
                 self.train(epochs=4, lr=0.01, batch_size=300, run_name=lr_schedule, lr_schedule=lr_schedule)
             torch.testing.assert_close(rates, [0.01 * share for share in shares])
 
-    def test_beta_rises_linearly_and_is_logged_and_so_it_does_in_a_run_that_resumes(self):
+    def test_beta_rises_linearly_and_is_logged_also_in_a_resumed_run(self):
         wish = dict(epochs=4, beta=4.0, beta_warmup=2, train_samples=2)
         folder = self.folder / "undisturbed"
         self.train(run_name=folder.name, **wish)
@@ -336,7 +336,7 @@ class TestSchedules(NamedRunTest):
         self.train(epochs=1, run_name="plain")
         self.assertNotIn("train_beta", metrics(self.folder / "plain")[0])
 
-    def test_the_importance_weighted_bound_is_logged_beside_the_elbo(self):
+    def test_the_importance_weighted_bound_is_logged_in_addition_to_the_elbo(self):
         folder, _ = self.train(epochs=1, objective="iwae", train_samples=5)
         for row, stage in itertools.product(metrics(folder)[1:], ["train", "val"]):
             values = {name.removeprefix(f"{stage}_"): float(row[name]) for name in row if name.startswith(stage)}

@@ -1,5 +1,5 @@
 """
-Tests of train_torch.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+Tests of train_torch.py, in addition to the assignment's contract in unittests.py: `python -m unittest
 tests/unit/test_train_torch.py`.
 """
 
@@ -59,13 +59,13 @@ class TestMain(SeededTest):
         with (
             mock.patch.object(train_torch, "rendered_mnist", return_value=[]),
             mock.patch.object(train_torch, "data_loaders", lambda *sizes: small_loaders(args)),
-            mock.patch.object(torch, "set_flush_denormal"),  # in the process of the tests
+            mock.patch.object(torch, "set_flush_denormal"),  # it would affect the other tests
             contextlib.redirect_stdout(io.StringIO()) as output,
         ):
             test_bpd = train_torch.main(args)
         return test_bpd, output.getvalue(), max(Path(args.log_dir).iterdir())
 
-    def test_a_run_leaves_pictures_a_checkpoint_and_curves_in_its_folder(self):
+    def test_a_run_writes_pictures_a_checkpoint_and_curves_into_its_folder(self):
         test_bpd, output, folder = self.main(epochs=5, z_dim=2)
         self.assertRegex(folder.name, r"^\d{4}(_\d\d){5}$")
         pictures = {f"epoch_{epoch}_{name}.png" for epoch in [0, 5] for name in ["samples", "means"]}
@@ -111,7 +111,7 @@ class TestMain(SeededTest):
         self.assertEqual(self.main(epochs=1)[0], first)
         self.assertNotEqual(self.main(epochs=1, seed=43)[0], first)
 
-    def test_the_second_run_of_a_second_waits_for_the_next_one(self):
+    def test_a_run_that_starts_in_the_same_second_as_another_run_waits(self):
         (self.folder / "1" / "checkpoints").mkdir(parents=True)
         with mock.patch.object(train_torch.time, "strftime", side_effect=["1", "1", "2"]):
             self.assertEqual(self.main(epochs=1, log_dir=str(self.folder))[2].name, "2")
@@ -129,6 +129,6 @@ class TestMain(SeededTest):
         with self.assertRaisesRegex(ValueError, "the loss of epoch 1 is not finite: try a smaller --lr"):
             self.main(epochs=2, lr=1e30)
 
-    def test_every_flag_has_the_name_and_the_default_of_train_pls(self):
+    def test_every_flag_has_the_same_name_and_default_as_in_train_pl(self):
         for name, default in vars(train_torch.parser.parse_args([])).items():
             self.assertEqual(default, train_pl.make_parser().defaults[name], name)

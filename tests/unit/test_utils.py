@@ -1,5 +1,5 @@
 """
-Tests of utils.py beyond those of the assignment's contract in unittests.py, but for the likelihoods: `python -m
+Tests of utils.py, except its likelihoods, in addition to the assignment's contract in unittests.py: `python -m
 unittest tests/unit/test_utils.py`.
 """
 
@@ -10,7 +10,7 @@ from utils import KLD, active_units, manifold_latents, sample_reparameterize
 
 
 class TestKLD(SeededTest):
-    def test_it_keeps_its_digits_close_to_the_prior(self):
+    def test_the_divergence_keeps_its_digits_close_to_the_prior(self):
         log_std = torch.full((1,), 1e-4)  # KL = log_std**2 to first order, far below float32's rounding of 1
         self.assertAlmostEqual(KLD(torch.zeros(1), log_std).item() * 1e8, 1, places=2)
 

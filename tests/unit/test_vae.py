@@ -1,5 +1,5 @@
 """
-Tests of class VAE in train_pl.py beyond those of the assignment's contract in unittests.py: `python -m unittest
+Tests of class VAE in train_pl.py, in addition to the assignment's contract in unittests.py: `python -m unittest
 tests/unit/test_vae.py`.
 """
 
@@ -25,7 +25,7 @@ from utils import decode
 
 
 def small_vae(objective, beta=1.0):
-    """The parts of a VAE that VAE.terms uses: with 2 latents, for images of 6 pixels, in double precision."""
+    """Returns the parts of a VAE that VAE.terms uses: with 2 latents, for images of 6 pixels, in double precision."""
     decoder = MLPDecoder(z_dim=2, hidden_dims=[8], output_shape=[1, 1, 6])
     nn.init.normal_(decoder.net[-1].weight)
     vae = nn.Module()
@@ -35,17 +35,17 @@ def small_vae(objective, beta=1.0):
 
 
 def mean_losses(vae, imgs, num_samples):
-    """L_rec, L_reg and the loss, as means over a batch."""
+    """Returns L_rec, L_reg and the loss, as means over a batch."""
     return [loss.mean() for loss in VAE.terms(vae, imgs, num_samples)[:3]]
 
 
 def some_images(number):
-    """The first of the 64 images of 6 pixels."""
+    """Returns the first of the 64 binary images of 6 pixels."""
     return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6).view(64, 1, 1, 6).double()[:number]
 
 
 def gradients(loss, vae):
-    """The gradients of all weights, as one vector."""
+    """Returns the gradients of all weights, as one vector."""
     gradients = torch.autograd.grad(loss, list(vae.parameters()), retain_graph=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -103,12 +103,12 @@ class TestTerms(SeededTest):
         two = torch.stack([mean_losses(vae, imgs, 2)[0] for _ in range(500)])
         self.assertAlmostEqual(L_rec.item(), two.mean().item(), delta=7 * two.std().item() / math.sqrt(500))
 
-    def test_memory_is_bounded_whatever_the_number_of_samples(self):
-        """The losses and their gradients are the same."""
+    def test_memory_is_bounded_for_any_number_of_samples(self):
+        """The losses and their gradients do not depend on the bound."""
         vae, imgs = small_vae("iwae"), some_images(10)
 
         def losses(max_pixels):
-            """The terms, their gradient, the bytes kept for it, and the most images that are decoded at once."""
+            """Returns the terms, their gradient, the bytes kept for it, and the maximum of images decoded at once."""
             torch.manual_seed(1)
             kept, decoded = [], []
             handle = vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
@@ -125,10 +125,10 @@ class TestTerms(SeededTest):
         torch.testing.assert_close([whole[0].L_rec, whole[1]], [in_parts[0].L_rec, in_parts[1]])
         self.assertEqual((whole[3], in_parts[3]), (1_000, 60))
         self.assertEqual((whole[0].logits.shape, in_parts[0].logits), ((10, 100, 1, 1, 6), None))
-        self.assertLess(in_parts[2], whole[2] / 3)  # latents and weights are left, of each sample 8 numbers
+        self.assertLess(in_parts[2], whole[2] / 3)  # latents and weights are kept, and 8 numbers per sample
 
     def test_processes_share_the_noise_of_a_minibatch(self):
-        """Two processes with every other image draw the samples that one process draws."""
+        """Two processes, each with every other image, use the same samples as a single process."""
         vae, imgs = small_vae("iwae"), some_images(8)
         torch.manual_seed(1)
         expected = mean_losses(vae, imgs, 3)
@@ -141,7 +141,7 @@ class TestTerms(SeededTest):
 
 
 class TestVAE(SeededTest):
-    def test_predict_gives_the_latents_of_labelled_and_of_plain_images_in_any_precision(self):
+    def test_predict_returns_the_latents_of_images_with_or_without_labels_in_any_precision(self):
         loader = small_loaders(argparse.Namespace(batch_size=20))[2]
         images = DataLoader(TensorDataset(loader.dataset[torch.arange(50)][0]), batch_size=20)
         self.enter(process_settings())  # fewer warnings
