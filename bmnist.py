@@ -225,7 +225,7 @@ def load_data(args, download: bool = True, sampler: Callable | None = None) -> t
     loaders = data_loaders(*data[:4], batch_size, args.num_workers, args.binarization, train_size, sampler, num_val)
     if is_own:
         number = f"{len(loaders[1].dataset):,}"
-        which = f"its {number} val_images validate" if num_val else f"the {number} after them validate"
+        which = f"validation set: its {number} val_images" if num_val else f"validation set: the next {number} images"
         loaders[0].reading = which + data.reading
     return loaders
 

@@ -111,7 +111,7 @@ def read_arrays(given: dict, names: list) -> OwnImages:
         arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays.pop(f"val_{kind}")])
     tensors = [torch.from_numpy(arrays[name]) for name in PARTS]
     reading = "".join(f", {note}" for note in dict.fromkeys(notes))
-    return OwnImages(*tensors, num_val, reading + (f" (not used: {not_used})" if not_used else ""))
+    return OwnImages(*tensors, num_val, reading + (f" (arrays not used: {not_used})" if not_used else ""))
 
 
 def join_names(names: list, length: int) -> str:
@@ -156,7 +156,7 @@ def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndar
         if images.shape[-1] == 3:
             weights = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
             images = apply_in_blocks(images, lambda block: (block @ weights).round())
-            notes.append("RGB turned to grey")
+            notes.append("RGB converted to grey")
         images = images.reshape(images.shape[:3])
     if images.max() <= 127:
         values = f"its values go from {low} to {high}"
@@ -197,7 +197,7 @@ def to_label_vector(labels: np.ndarray, name: str, number: int, notes: list) -> 
     if labels.shape[:1] != (number,) or labels.ndim > 2 or labels.dtype.kind not in "iub" or not labels.size:
         raise ValueError(f"{name} is {labels.dtype} of shape {list(labels.shape)}, but must be {number} integers")
     if labels.ndim == 2 and labels.shape[1] > 1:
-        notes.append("several labels per image, so without colours")
+        notes.append("several labels per image, which are not used")
         return np.full(number, -1)
     if (labels.min() < 0 or labels.max() > 255) and (labels != -1).any():
         raise ValueError(f"{name} has values from {labels.min()} to {labels.max()}, but must be between 0 and 255")

@@ -88,7 +88,7 @@ class TestCheck(CommandTest):
             code, stdout, stderr = self.check("own.npz")
             self.assertEqual((code, stderr), (0, ""))
             head, train, val, test, classes, picture = stdout.splitlines()
-            reading = "180 training images of 20x14, the 20 after them validate, RGB turned to grey"
+            reading = "180 training images of 20x14, validation set: the next 20 images, RGB converted to grey"
             self.assertEqual(head, f"own.npz, {reading}")
             self.assertRegex(train, r"^train          180 images  ink \d+\.\d\d%$")
             self.assertRegex(val, r"^validation      20 images  ink ")

@@ -236,7 +236,11 @@ class TestLoadData(SeededTest):
                 self.assertTrue(torch.equal(val, torch.arange(num_train, num_train + num_val)))
                 self.assertTrue(torch.equal(tested, test[1]))
                 self.assertEqual({loader.batch_size for loader in loaders}, {10})
-                which = f"its {num_val:,} val_images validate" if own else f"the {num_val:,} after them validate"
+                which = (
+                    f"validation set: its {num_val:,} val_images"
+                    if own
+                    else f"validation set: the next {num_val:,} images"
+                )
                 self.assertEqual(loaders[0].reading, f"{which}, read well" if dataset == "own.npz" else "")
 
 

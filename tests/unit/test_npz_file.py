@@ -84,8 +84,8 @@ class TestLoadFile(SeededTest):
         black = (images > 127).astype(np.uint8) * 255
         for arrays, expected, reading in [
             ({"train_images": images[..., None], "test_images": own_images(100)[:, None]}, images, ""),
-            ({"train_images": np.stack([images] * 3, axis=-1)}, images, ", RGB turned to grey"),
-            ({"train_images": np.stack([images] * 3, axis=1)}, images, ", RGB turned to grey"),
+            ({"train_images": np.stack([images] * 3, axis=-1)}, images, ", RGB converted to grey"),
+            ({"train_images": np.stack([images] * 3, axis=1)}, images, ", RGB converted to grey"),
             ({"train_images": images > 127}, black, ", bool read as black and white"),
             ({"train_images": images / 255}, images, ", floats from 0 to 1 read as intensities"),
             ({"train_images": images.astype(np.float64)}, images, ""),
@@ -107,12 +107,12 @@ class TestLoadFile(SeededTest):
     def test_arrays_that_are_not_used_are_named(self):
         """The names are cut off after some characters. Labels without validation images are not used, either."""
         for arrays, reading in [
-            (dict(mean=np.zeros(3), val_labels=np.array(["a"])), " (not used: mean, val_labels)"),
+            (dict(mean=np.zeros(3), val_labels=np.array(["a"])), " (arrays not used: mean, val_labels)"),
             (
                 {"a\nb": np.zeros(3), "train_images": own_images(200) > 127},
-                ", bool read as black and white (not used: a?b)",
+                ", bool read as black and white (arrays not used: a?b)",
             ),
-            (dict.fromkeys(["x" * 50, "y" * 50], np.zeros(3)), f" (not used: {'x' * 50}, {'y' * 8}...)"),
+            (dict.fromkeys(["x" * 50, "y" * 50], np.zeros(3)), f" (arrays not used: {'x' * 50}, {'y' * 8}...)"),
         ]:
             with self.subTest(reading):
                 self.assertEqual(load_file(str(write_npz(self.folder, **arrays))).reading, reading)

@@ -84,7 +84,9 @@ class TestRunsOnYourOwnImages(NamedRunTest):
             with self.subTest(model):
                 path = self.write(f"{model}.npz", **arrays)
                 _, output = self.train(model=model, epochs=1, dataset=str(path), run_name=model)
-                described = f"{model} on {path}, 180 training images of 20x14, the 20 after them validate, on cpu"
+                described = (
+                    f"{model} on {path}, 180 training images of 20x14, validation set: the next 20 images, on cpu"
+                )
                 self.assertIn(described, output)
                 run = self.folder / model
                 left, _ = self.evaluate(run / "checkpoints" / "best.ckpt")
