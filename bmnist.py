@@ -86,7 +86,8 @@ class StochasticBinaryImages(BinaryImages):
         """Samples all pixels again, in place. The same seed gives the same pixels on the same kind of device."""
         generator = torch.Generator(self.images.device).manual_seed(seed)
         # A random number from 0 to 254 is below the intensity with probability intensity / 255.
-        if self.images.device.type != "cpu":  # without a mask, since a GPU would wait for its size
+        if self.images.device.type != "cpu":
+            # No mask: the CPU would have to wait for the GPU to learn how many pixels are selected.
             self.images.random_(0, 255, generator=generator).lt_(self.intensities).mul_(255)
             return
         blocks = zip(self.intensities.view(-1).split(BLOCK), self.images.view(-1).split(BLOCK))
@@ -105,7 +106,7 @@ class ImageLoader(DataLoader):
     the sampler has no such method.
     """
 
-    reading = ""  # how your own file was read; printed in a run's first line
+    description = ""  # how your own file was read; printed in a run's first line
 
     def __init__(self, dataset: BinaryImages, batch_size: int = 1, resamples: bool = False, **options):
         self.resamples = resamples
@@ -173,8 +174,8 @@ def data_loaders(
             (imgs, labels): float32 [B,1,H,W] of zeros and ones, and int64 [B].
     """
     if binarization not in BINARIZATIONS or train_size not in [*TRAIN_SIZES, None]:
-        possible = f"binarization must be one of {BINARIZATIONS} and train_size one of {TRAIN_SIZES}"
-        raise ValueError(f"{possible}, got {binarization!r} and {train_size!r}")
+        possible = f"binarization must be one of {BINARIZATIONS}, and train_size one of {TRAIN_SIZES} or None"
+        raise ValueError(f"{possible}, got binarization={binarization!r} and train_size={train_size!r}")
     is_sampled = binarization == "stochastic"
     batch_size, num_workers = operator.index(batch_size), operator.index(num_workers)  # may be of NumPy or torch
     num_val = NUM_VAL if train_size else num_val or min(len(train_images) // 10, NUM_VAL)
@@ -226,7 +227,7 @@ def load_data(args, download: bool = True, sampler: Callable | None = None) -> t
     if is_own:
         number = f"{len(loaders[1].dataset):,}"
         which = f"validation set: its {number} val_images" if num_val else f"validation set: the next {number} images"
-        loaders[0].reading = which + data.reading
+        loaders[0].description = which + data.description
     return loaders
 
 
@@ -251,9 +252,9 @@ def main():
             print_line(describe_data(args, loaders))
         for split, loader in zip(["train", "validation", "test"], loaders):
             images = loader.dataset.images
-            ink = (images > 127).sum().item() / images.numel()
-            print_line(f"{split:10}  {len(images):6,} images  ink {ink:.2%}")
-        if ink > 0.5:
+            share_of_ones = (images > 127).sum().item() / images.numel()
+            print_line(f"{split:10}  {len(images):6,} images  {share_of_ones:.2%} of the pixels are 1")
+        if share_of_ones > 0.5:
             print_line("note: most pixels are 1. If the images are dark on a white background, store 255 - images")
         if not kind:
             print_line(f"labels      {describe_classes(loaders)}")

@@ -57,8 +57,8 @@ SPLITS = ["train", "validation", "test"]  # in the order of the loaders
 DATASET = TRAINING_FLAGS["data"]["dataset"]
 FLAGS = {
     "evaluation": {
-        "dataset": Flag(None, "Data set; by default the one that the model was trained on", parse=DATASET.parse),
-        "data_dir": Flag(None, "Directory of MNIST (missing files are downloaded); by default that of the training"),
+        "dataset": Flag(None, "Data set; if not given, the training data set", parse=DATASET.parse),
+        "data_dir": Flag(None, "Directory of MNIST (missing files are downloaded); if not given, that of the training"),
         "split": Flag("test", "Images to evaluate; pictures and explorer are made only for the test set", SPLITS),
         "iw_samples": Flag(1000, "Samples per image for the importance-weighted log p(x)", minimum=1),
         "latents": Flag(None, "Write the posterior, label, ELBO and log p(x) of each image to this .npz file"),
@@ -169,7 +169,7 @@ def evaluate_checkpoint(path, args):
             if not (steps and keeps):
                 save_results(results, folder, start, missing=[*steps])
     except (KeyboardInterrupt, Terminated):
-        print_line(f"\nInterrupted before {' and '.join(steps)}; the finished results are in {folder}")
+        print_line(f"\nnote: interrupted before {' and '.join(steps)}; the finished results are in {folder}")
         raise
     print_line(f"evaluation in {folder}, {results['seconds']} s")
     return results, folder
@@ -189,7 +189,8 @@ def load_model_and_data(path, run, args):
     img_size, trained_size = list(dataset.images.shape[1:]), list(model.hparams.get("img_size", [28, 28]))
     if img_size != trained_size:
         raise UserError(
-            f"{flags.dataset} has images of {img_size} pixels, but {path} was trained on images of {trained_size}"
+            f"{flags.dataset} has images of {img_size} pixels, but {path} was trained on images of {trained_size} "
+            "pixels: give --dataset with images of that size"
         )
     return model, dataset, flags, checkpoint.get("epoch")
 
@@ -203,8 +204,10 @@ def folder_of_results(args, path, run):
     if args.out:
         return Path(os.path.expanduser(args.out))
     folder = run / ("evaluation" if args.split == "test" else f"evaluation_{args.split}")
-    is_of_another = os.path.basename(read_earlier_results(folder).get("checkpoint", path.name)) != path.name
-    return folder.with_name(f"{folder.name}_{path.stem}") if is_of_another else folder
+    belongs_to_other_checkpoint = (
+        os.path.basename(read_earlier_results(folder).get("checkpoint", path.name)) != path.name
+    )
+    return folder.with_name(f"{folder.name}_{path.stem}") if belongs_to_other_checkpoint else folder
 
 
 def read_earlier_results(folder):
@@ -216,10 +219,14 @@ def read_earlier_results(folder):
 
 
 def has_complete_results(folder, results):
-    """Returns whether a folder has a complete evaluation of the same weights, that is, with the same quick numbers."""
+    """
+    Returns whether a folder contains a complete evaluation of the same weights. Weights count as the same if the
+    results that are computed before log p(x) are equal.
+    """
     older = read_earlier_results(folder)
-    kept = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}  # one file can have several paths
-    return "missing" not in older and {**older, **results, **kept} == older
+    # These fields are not compared: one file can have several paths, for example.
+    unchanged_fields = {name: older.get(name) for name in ["checkpoint", "iw_samples"]}
+    return "missing" not in older and {**older, **results, **unchanged_fields} == older
 
 
 def save_results(results, folder, start, missing):
@@ -266,26 +273,26 @@ def flags_of_training(checkpoint, path, run, args):
     Raises:
         UserError - if the flags are invalid, or if the data set is unknown, does not exist any more or has changed.
     """
-    kept = checkpoint.get(RUN) if isinstance(checkpoint.get(RUN), dict) else {}
-    if kept.get("flags") is None and args.dataset is None:
+    run_data = checkpoint.get(RUN) if isinstance(checkpoint.get(RUN), dict) else {}
+    if run_data.get("flags") is None and args.dataset is None:
         raise FlagError(f"{path} does not contain the name of its training data: give --dataset")
-    saved, known = kept.get("flags") or {}, {name for group in TRAINING_FLAGS.values() for name in group}
+    saved, known = run_data.get("flags") or {}, {name for group in TRAINING_FLAGS.values() for name in group}
     try:
         flags = {name: value for name, value in saved.items() if name in known - {"init_from"}}
         if args.dataset:
             flags["dataset"] = args.dataset
         elif DATASET_CHECKSUM in saved:
-            places = file_locations(run, kept, flags["dataset"])
+            places = file_locations(run, run_data, flags["dataset"])
             flags["dataset"] = find_file(places, saved[DATASET_CHECKSUM]) or places[-1]
             if not os.path.exists(flags["dataset"]):
                 raise UserError(f"the training data {places[-1]} does not exist any more: give its path with --dataset")
         flags = complete_flags(argparse.Namespace(**flags))
     except (AttributeError, TypeError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{path} contains invalid flags ({error})") from error
+        raise CheckpointError(f"{path} contains invalid flags ({error}): give another checkpoint") from error
     if not args.dataset and vars(flags).get(DATASET_CHECKSUM) != saved.get(DATASET_CHECKSUM):
         raise UserError(f"{flags.dataset} has changed since the training: give --dataset to evaluate on it anyway")
     content = KINDS[flags.dataset].__name__ if flags.dataset in KINDS else ""
-    flags.data_dir = args.data_dir or find_data_dir(run, kept, flags.data_dir, content)
+    flags.data_dir = args.data_dir or find_data_dir(run, run_data, flags.data_dir, content)
     return flags
 
 
@@ -307,8 +314,8 @@ def prepare_folder(folder, path, dataset, split):
         )
     check_writable(folder, "--out")
     older = read_earlier_results(folder)
-    of_the_same = str(older.get("dataset")) == dataset and f"{split}_images" in older
-    if older and not (of_the_same and Path(str(older.get("checkpoint"))).resolve() == path.resolve()):
+    is_same_data = str(older.get("dataset")) == dataset and f"{split}_images" in older
+    if older and not (is_same_data and Path(str(older.get("checkpoint"))).resolve() == path.resolve()):
         about = f"{older.get('checkpoint')} on {older.get('dataset')}"
         warn(f"note: in {folder}, the evaluation of {about} is replaced")
 
@@ -331,7 +338,7 @@ def make_parser() -> Parser:
 def print_beginning(results: dict, split: str, folder: Path, seconds: float):
     """Prints the model, the images, the folder and the estimated time."""
     r = argparse.Namespace(**results)
-    after = f"after {r.epoch or 'some'} epoch{'s' * (r.epoch != 1)}"
+    after = f"after {r.epoch or 'an unknown number of'} epoch{'s' * (r.epoch != 1)}"
     images = f"{results[f'{split}_images']:,} {split} images of {r.dataset} ({r.binarization})"
     time_needed = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     print_line(
@@ -401,7 +408,7 @@ def evaluate_all(paths: list[str], flags: dict):
         if evaluations:
             print_line("\n".join(format_table(evaluations, flags["split"])))
     if failed:
-        raise UserError(f"not evaluated: {', '.join(failed)}")
+        raise UserError(f"not evaluated (see the errors above): {', '.join(failed)}")
 
 
 def main():

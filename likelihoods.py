@@ -19,8 +19,8 @@ from utils import elbo_to_bpd, log_likelihood, quadrature_log_likelihood
 
 # Batch sizes for images of MNIST's size. Batches of larger images have fewer images, see scale_batch_size.
 BATCH_SIZE = 100  # images
-CHUNK_SIZE = {"cpu": 512, "gpu": 16_384}  # samples decoded at once: they fit into a CPU's caches; a GPU needs more
-QUADRATURE_SIZE = 2048  # points of the quadrature decoded at once
+DECODE_BATCH_SIZE = {"cpu": 512, "gpu": 16_384}  # samples: they fit into a CPU's caches; a GPU needs more of them
+QUADRATURE_SIZE = 2048  # points of the quadrature that are decoded at once
 
 
 def batch_indices(dataset):
@@ -79,7 +79,7 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
 
 def log_likelihoods_of_batches(model, dataset, iw_samples):
     """Yields log p(x) of each batch. If memory runs out, fewer samples are decoded at once from then on."""
-    chunk_size = CHUNK_SIZE["cpu" if model.device.type == "cpu" else "gpu"]
+    chunk_size = DECODE_BATCH_SIZE["cpu" if model.device.type == "cpu" else "gpu"]
     chunk_size = scale_batch_size(chunk_size, dataset.images[0].numel())
     for indices in batch_indices(dataset):
         imgs, log_p = dataset[indices][0].to(model.device), None
@@ -116,7 +116,10 @@ def estimate_seconds(model: VAE, dataset: BinaryImages, iw_samples: int) -> floa
 
 
 def scale_batch_size(num_images, num_pixels):
-    """Returns how many images of num_pixels have as many pixels as num_images of MNIST, but from 1 to num_images."""
+    """
+    Scales a batch size of num_images MNIST images to images of num_pixels pixels, so that a batch has about as many
+    pixels. The result is between 1 and num_images.
+    """
     return max(min(num_images, num_images * 28 * 28 // num_pixels), 1)
 
 

@@ -135,11 +135,14 @@ def main():
             raise FlagError(f"--plot must be a file whose name ends with {', '.join(PLOTS)}, got {args.plot!r}")
         finished, unfinished = read_runs(args.folders)
         if not finished:
-            raise UserError(f"there is no finished run in {' '.join(args.folders)} (no results.json)")
+            raise UserError(
+                f"there is no finished run in {' '.join(args.folders)} (no results.json): train a run to its end, or "
+                "give another folder"
+            )
         groups = group_by_setting(finished)
         print_line("\n".join(format_table(groups)))
         if unfinished:
-            print_line(f"not finished: {', '.join(unfinished)}")
+            print_line(f"note: not finished: {', '.join(unfinished)}")
         try:
             from pictures import figures  # after the table, since importing matplotlib takes seconds
 

@@ -69,7 +69,7 @@ class VAE(pl.LightningModule):
         Inputs:
             model_name - "MLP" or "CNN", the kind of encoder and decoder.
             hidden_dims - List of the widths of an MLP encoder's hidden layers; the decoder's are reversed.
-            num_filters - Number of channels of a CNN's layers next to the image.
+            num_filters - Number of channels of a CNN's first encoder layers; the later ones have twice as many.
             z_dim - Dimensionality of the latent space.
             lr - Learning rate of Adam.
             img_size - Height and width of an image.
@@ -348,7 +348,9 @@ def make_experiment(args: argparse.Namespace) -> Experiment:
         keep=lambda folder: data_locations(vars(args), folder),
         if_not_finite=f"try a lower --lr than {args.lr:g}",
         memory_flags=("batch_size", "train_samples"),
-        fixed_epochs="over which its learning rate falls" if args.lr_schedule == "cosine" else "",
+        fixed_epochs="because its learning-rate schedule depends on the number of epochs"
+        if args.lr_schedule == "cosine"
+        else "",
     )
 
 
@@ -377,8 +379,14 @@ FLAGS = {
         "model": Flag("MLP", "Kind of encoder and decoder", choices=["MLP", "CNN"]),
         "z_dim": Flag(20, "Dimensionality of the latent space", minimum=1),
         "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
-        "num_filters": Flag(32, "CNN: channels next to the image; the other layers have twice as many", minimum=1),
-        "init": Flag("pytorch", "MLP: initial weights; deep networks learn faster with he", ["pytorch", "he"]),
+        "num_filters": Flag(
+            32, "CNN: channels of the first encoder layers; the later ones have twice as many", minimum=1
+        ),
+        "init": Flag(
+            "pytorch",
+            "MLP: initial weights: PyTorch's default, or He initialisation, which is better for deep networks",
+            ["pytorch", "he"],
+        ),
         "init_from": Flag(None, "Start from the weights of this checkpoint, instead of --init"),
     },
     "training": {
@@ -387,7 +395,7 @@ FLAGS = {
         "batch_size": Flag(128, "Images per minibatch, over all devices and nodes", minimum=1),
         "epochs": Flag(80, "Passes over the training images", minimum=1),
         "patience": Flag(0, "Stop after this many epochs without a lower validation bpd; 0 means never", minimum=0),
-        "seed": Flag(42, "Seed of all random numbers", minimum=0),
+        "seed": Flag(42, "Seed of the initial weights, the order of the images and the noise", minimum=0),
         "objective": Flag("elbo", "Training maximises the ELBO or the importance-weighted bound", [*OBJECTIVES]),
         "train_samples": Flag(1, "Samples of the posterior per image in training and validation", minimum=1),
         "beta": Flag(1.0, "Weight of the KL divergence in the loss, but not in the logged ELBO and bpd", minimum=0),
@@ -411,7 +419,8 @@ def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     complete_file(args, "init_from")
     if args.init == "he" and (args.model != "MLP" or args.init_from):
         raise FlagError(
-            "--init he is valid only with --model MLP and without --init_from: leave it out, or change the other flag"
+            "--init he is valid only with --model MLP and without --init_from: leave --init he out, or give --model MLP "
+            "without --init_from"
         )
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):
         raise FlagError(

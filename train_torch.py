@@ -1,4 +1,4 @@
-"""The assignment as a plain loop, with the data, losses and flags of train_pl.py: `python train_torch.py --help`."""
+"""Trains a VAE in plain PyTorch, with data, losses and some flags of train_pl.py: `python train_torch.py --help`."""
 
 import argparse
 import math
@@ -72,7 +72,7 @@ def train_vae(model, train_loader, optimizer):
         bpd.backward()
         optimizer.step()
         num_images += len(imgs)
-        sums += len(imgs) * torch.stack([bpd, L_rec, L_reg]).detach()  # a tensor: numbers would make each step wait
+        sums += len(imgs) * torch.stack([bpd, L_rec, L_reg]).detach()  # .item() would make the CPU wait for the GPU
     return tuple((sums / num_images).tolist())
 
 
@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> float:
     args = argparse.Namespace(**{**vars(parser.parse_args([])), **vars(args)})
     for name in ["z_dim", "hidden_dims", "num_filters", "lr", "batch_size", "epochs"]:
         if not 0 < torch.tensor(vars(args)[name]).min() < math.inf:
-            raise ValueError(f"--{name} must be above 0, got {vars(args)[name]}")
-    torch.set_flush_denormal(True)  # Adam's tiny moments of pixels that are rarely 1 would slow down a CPU
+            raise ValueError(f"--{name} must be a finite number above 0, got {vars(args)[name]}")
+    torch.set_flush_denormal(True)  # Adam's moments of pixels that are rarely 1 become subnormal: slow on a CPU
     seed_everything(args.seed)
     sizes, is_mnist = (args.batch_size, args.num_workers), args.dataset == "mnist"
     loaders = bmnist(args.data_dir, *sizes) if is_mnist else data_loaders(*rendered_mnist(50_000), *sizes)
@@ -146,7 +146,7 @@ add = parser.add_argument
 add("--model", default="MLP", choices=["MLP", "CNN"], help="Kind of encoder and decoder")
 add("--z_dim", default=20, type=int, help="Dimensionality of the latent space")
 add("--hidden_dims", default=[512], type=int, nargs="+", help="MLP: widths of the encoder's hidden layers")
-add("--num_filters", default=32, type=int, help="CNN: channels of the layers next to the image")
+add("--num_filters", default=32, type=int, help="CNN: channels of the first encoder layers")
 add("--lr", default=1e-3, type=float, help="Learning rate of Adam")
 add("--batch_size", default=128, type=int, help="Images per minibatch")
 add("--epochs", default=80, type=int, help="Passes over the training images")

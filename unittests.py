@@ -57,7 +57,7 @@ def load_tests(loader, tests, pattern):
     return tests
 
 
-def given(file, name):
+def load_or_skip(file, name):
     """Returns the object with this name from a file of the assignment. Skips the test if the file is missing."""
     if not (HERE / f"{file}.py").is_file():
         raise unittest.SkipTest(f"{file}.py does not exist in this folder")
@@ -83,10 +83,10 @@ def build(kind, *args, **kwargs):
         raise unittest.SkipTest("the CNN is not implemented yet") from error
 
 
-def written(file):
+def is_implemented(file):
     """Returns whether a training file no longer raises the template's NotImplementedError."""
     try:
-        given(file, "VAE")("MLP", [32], 4, 3, 1e-3)(torch.zeros(2, 1, 28, 28))
+        load_or_skip(file, "VAE")("MLP", [32], 4, 3, 1e-3)(torch.zeros(2, 1, 28, 28))
     except Exception as error:
         return not isinstance(error, (NotImplementedError, unittest.SkipTest))
     return True
@@ -176,7 +176,7 @@ def kl_per_latent(mean, log_std):
 
 class TestKLD(ContractTest):
     def test_it_is_the_closed_form_per_image(self):
-        KLD, (mean, log_std) = given("utils", "KLD"), torch.randn(2, 7, 20)
+        KLD, (mean, log_std) = load_or_skip("utils", "KLD"), torch.randn(2, 7, 20)
         kls = kl_per_latent(mean, log_std)
         self.assert_reduced(KLD(mean, log_std), kls, PER_IMAGE, "KLD")
         mistakes = {"it sums over dimension 1, not the last": kls[""].sum(dim=0)[None]}
@@ -185,7 +185,7 @@ class TestKLD(ContractTest):
         )
 
     def test_it_is_exactly_zero_for_the_prior_and_symmetric_in_the_mean(self):
-        KLD = given("utils", "KLD")
+        KLD = load_or_skip("utils", "KLD")
         self.assertTrue(
             (KLD(torch.zeros(5, 3), torch.zeros(5, 3)) == 0).all(), "KLD must be exactly 0 if mean and log_std are 0"
         )
@@ -198,7 +198,7 @@ class TestKLD(ContractTest):
 class TestReparameterization(ContractTest):
     def test_samples_have_the_given_mean_and_standard_deviation(self):
         mean, std = torch.tensor([-3.0, 0.0, 2.0]), torch.tensor([0.25, 1.0, 3.0])
-        z = given("utils", "sample_reparameterize")(mean.expand(20_000, 3), std.expand(20_000, 3))
+        z = load_or_skip("utils", "sample_reparameterize")(mean.expand(20_000, 3), std.expand(20_000, 3))
         self.assert_shape(z, [20_000, 3], "z")
         self.assertTrue((z[0] != z[1]).all(), "sample_reparameterize adds the same noise to all images")
         self.assertLess(
@@ -218,7 +218,7 @@ class TestReparameterization(ContractTest):
 
     def test_gradients_reach_the_mean_and_the_standard_deviation(self):
         mean, std = torch.randn(2, 3, 4, requires_grad=True), torch.rand(2, 3, 4).add(0.5).requires_grad_()
-        z = given("utils", "sample_reparameterize")(mean, std)
+        z = load_or_skip("utils", "sample_reparameterize")(mean, std)
         self.assert_shape(z, [2, 3, 4], "z")
         self.assertTrue(z.requires_grad, "sample_reparameterize stops the gradients: return mean + std * noise")
         z.sum().backward()
@@ -241,7 +241,7 @@ class TestBPD(ContractTest):
             "it is not divided by the number of dimensions": bits * 105,
             "the sign is wrong: `elbo` is already the negative ELBO": -bits,
         }
-        found = given("utils", "elbo_to_bpd")(elbo, torch.Size([6, 3, 5, 7]))
+        found = load_or_skip("utils", "elbo_to_bpd")(elbo, torch.Size([6, 3, 5, 7]))
         self.assert_reduced(found, values, PER_IMAGE, "elbo_to_bpd")
 
 
@@ -249,7 +249,7 @@ class TestManifold(ContractTest):
     def manifold(self, axis, grid_size):
         """Returns the decoded latents and the picture, for a decoder whose grey value grows with the latent z[axis]."""
         decoder = Stub(lambda z: ndtr(z[:, axis]).logit(1e-6).view(-1, 1, 1, 1).expand(-1, 1, 28, 28))
-        picture = torch.as_tensor(given("utils", "visualize_manifold")(decoder, grid_size=grid_size)).detach()
+        picture = torch.as_tensor(load_or_skip("utils", "visualize_manifold")(decoder, grid_size=grid_size)).detach()
         z = torch.cat(decoder.inputs)
         self.assert_shape(z, [len(z), 2], "The decoder's input")
         self.assertEqual(z.dtype, torch.float32, f"The decoder's input is {z.dtype}, but must be float32")
@@ -264,7 +264,7 @@ class TestManifold(ContractTest):
         return picture[0, padding + 14 :: padding + 28, padding + 14 :: padding + 28]
 
     def test_it_decodes_grid_size_squared_images(self):
-        self.assert_signature(given("utils", "visualize_manifold"), decoder=REQUIRED, grid_size=20)
+        self.assert_signature(load_or_skip("utils", "visualize_manifold"), decoder=REQUIRED, grid_size=20)
         for size in [4, 7]:
             count = len(self.manifold(0, size)[0])
             hint = " (use grid_size points per axis, not the hint's grid_size + 1)" * (count == (size + 1) ** 2)
@@ -312,11 +312,11 @@ class NetworkTests:
     """Tests of mlp_encoder_decoder.py and cnn_encoder_decoder.py."""
 
     def network(self, name, *args, **kwargs):
-        return build(given(f"{self.kind.lower()}_encoder_decoder", self.kind + name), *args, **kwargs)
+        return build(load_or_skip(f"{self.kind.lower()}_encoder_decoder", self.kind + name), *args, **kwargs)
 
     def test_parameters_have_the_assignments_names_and_defaults(self):
         for name, expected in self.signatures.items():
-            self.assert_signature(given(f"{self.kind.lower()}_encoder_decoder", self.kind + name), **expected)
+            self.assert_signature(load_or_skip(f"{self.kind.lower()}_encoder_decoder", self.kind + name), **expected)
 
     def test_the_encoder_returns_mean_and_log_std(self):
         outputs = self.network("Encoder", z_dim=14)(torch.randn(32, 1, 28, 28))
@@ -333,7 +333,12 @@ class NetworkTests:
         signs = (logits < 0).any() and (logits > 0).any()
         self.assertTrue(signs, f"{self.kind}Decoder's logits have one sign: remove the last sigmoid or ReLU")
         device = str(decoder.to("meta").device)
-        self.assertEqual(device, "meta", f"{self.kind}Decoder.device is {device}, but to('meta') moved its parameters")
+        self.assertEqual(
+            device,
+            "meta",
+            f"{self.kind}Decoder.device is {device} after decoder.to('meta'): make `device` a property that returns "
+            "next(self.parameters()).device",
+        )
 
     def test_images_of_other_shapes_are_encoded_and_decoded(self):
         mean, _ = self.network("Encoder", *self.encoder)(torch.randn(2, *self.image))
@@ -375,7 +380,7 @@ class TestData(ContractTest):
 
     def test_parameters_have_the_assignments_names_and_defaults(self):
         expected = dict(root="../data/", batch_size=128, num_workers=mock.ANY, download=True)
-        self.assert_signature(given("bmnist", "bmnist"), **expected)
+        self.assert_signature(load_or_skip("bmnist", "bmnist"), **expected)
 
     def write_mock_mnist(self, raw):
         """Writes noise in the format of MNIST's files."""
@@ -385,7 +390,10 @@ class TestData(ContractTest):
             (raw / name).write_bytes(np.array([0x800 + len(shape), *shape], ">i4").tobytes() + values.tobytes())
 
     def test_splits_batches_and_pixels_are_the_assignments(self):
-        bmnist, roots = given("bmnist", "bmnist"), [HERE.parent / "data", HERE.parent / "shared" / "data", self.folder]
+        bmnist, roots = (
+            load_or_skip("bmnist", "bmnist"),
+            [HERE.parent / "data", HERE.parent / "shared" / "data", self.folder],
+        )
         raws = [root / "MNIST" / "raw" for root in roots]
         raw = next((raw for raw in raws if all((raw / name).is_file() for name in self.NAMES)), raws[-1])
         if raw is raws[-1]:
@@ -423,14 +431,14 @@ class VAETests:
 
     def setUp(self):
         super().setUp()
-        given(self.file, "VAE")
-        if not written(self.file) and written(self.other):
+        load_or_skip(self.file, "VAE")
+        if not is_implemented(self.file) and is_implemented(self.other):
             self.skipTest(f"{self.file}.py is not implemented, but {self.other}.py is")
 
     def vae(self, encoder=None, decoder=None, **hyperparameters):
         """Returns a small VAE. The given functions replace its networks, see Stub."""
         defaults = dict(model_name="MLP", hidden_dims=[32], num_filters=4, z_dim=3, lr=1e-3)
-        model = build(given(self.file, "VAE"), **{**defaults, **hyperparameters})
+        model = build(load_or_skip(self.file, "VAE"), **{**defaults, **hyperparameters})
         model.encoder = Stub(encoder) if encoder else model.encoder
         model.decoder = Stub(decoder) if decoder else model.decoder
         return model
@@ -575,7 +583,7 @@ class TestTrainPL(VAETests, ContractTest):
 
     def test_hyperparameters_are_saved_and_adam_has_the_learning_rate(self):
         values = dict(model_name="MLP", hidden_dims=[32], num_filters=4, z_dim=3, lr=0.03)
-        self.assert_signature(given(self.file, "VAE"), **dict.fromkeys(values, REQUIRED))
+        self.assert_signature(load_or_skip(self.file, "VAE"), **dict.fromkeys(values, REQUIRED))
         model = self.vae(**values)
         for name, value in values.items():
             self.assertEqual(
@@ -590,7 +598,9 @@ class TestTrainPL(VAETests, ContractTest):
     def test_metrics_are_means_over_the_images_of_an_epoch(self):
         model, loader, losses = self.known_losses()
         modules = [kind.__module__ for kind in type(model).__mro__ if kind.__name__ == "LightningModule"]
-        self.assertTrue(modules, "VAE in train_pl.py is not a LightningModule")
+        self.assertTrue(
+            modules, "VAE in train_pl.py is not a LightningModule: derive it from pytorch_lightning.LightningModule"
+        )
         lightning = importlib.import_module(modules[0].partition(".core")[0])  # pytorch_lightning or lightning
         for name in ["pytorch_lightning", "lightning.pytorch"]:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -609,7 +619,7 @@ class TestTrainPL(VAETests, ContractTest):
                 self.assert_average(found[name], losses, loss, f"{name} of the epoch")
 
     def test_the_callback_samples_every_n_epochs(self):
-        GenerateCallback = given(self.file, "GenerateCallback")
+        GenerateCallback = load_or_skip(self.file, "GenerateCallback")
         self.assert_signature(GenerateCallback, batch_size=64, every_n_epochs=5, save_to_disk=False)
         callback, epochs = GenerateCallback(every_n_epochs=5), []
         with mock.patch.object(callback, "sample_and_save") as sample_and_save:
@@ -621,7 +631,7 @@ class TestTrainPL(VAETests, ContractTest):
         self.assertEqual(epochs, [5, 10], f"every_n_epochs=5 must sample after epochs 5 and 10 of 12, got {epochs}")
 
     def test_the_callback_saves_samples_and_means(self):
-        GenerateCallback, model, trainer = given(self.file, "GenerateCallback"), self.vae(), mock.MagicMock()
+        GenerateCallback, model, trainer = load_or_skip(self.file, "GenerateCallback"), self.vae(), mock.MagicMock()
         trainer.logger.log_dir = trainer.log_dir = trainer.default_root_dir = str(self.folder)
         GenerateCallback().sample_and_save(trainer, model, epoch=0)
         count = trainer.logger.experiment.add_image.call_count + trainer.logger.experiment.add_images.call_count
@@ -634,21 +644,23 @@ class TestTrainTorch(VAETests, ContractTest):
     file, other = "train_torch", "train_pl"
 
     def test_parameters_have_the_assignments_names_and_defaults(self):
-        model = given(self.file, "VAE")("MLP", [32], 4, 3, 1e-3, lr=1e-3)
+        model = load_or_skip(self.file, "VAE")("MLP", [32], 4, 3, 1e-3, lr=1e-3)
         self.assertEqual(
             (model.z_dim, str(model.device)), (3, "cpu"), "VAE must have z_dim, and the device of its decoder"
         )
         writer = dict(epoch=REQUIRED, summary_writer=REQUIRED, batch_size=64)
-        self.assert_signature(given(self.file, "sample_and_save"), model=REQUIRED, **writer)
-        self.assert_signature(given(self.file, "seed_everything"), seed=REQUIRED)
-        self.assert_signature(given(self.file, "test_vae"), model=REQUIRED, data_loader=REQUIRED)
-        self.assert_signature(given(self.file, "train_vae"), model=REQUIRED, train_loader=REQUIRED, optimizer=REQUIRED)
+        self.assert_signature(load_or_skip(self.file, "sample_and_save"), model=REQUIRED, **writer)
+        self.assert_signature(load_or_skip(self.file, "seed_everything"), seed=REQUIRED)
+        self.assert_signature(load_or_skip(self.file, "test_vae"), model=REQUIRED, data_loader=REQUIRED)
+        self.assert_signature(
+            load_or_skip(self.file, "train_vae"), model=REQUIRED, train_loader=REQUIRED, optimizer=REQUIRED
+        )
 
     def test_losses_are_averaged_over_all_images(self):
         for name in ["train_vae", "test_vae"]:
             model, loader, losses = self.known_losses()
             optimizer = [torch.optim.SGD(model.parameters(), lr=0.0)] * (name == "train_vae")
-            averages = given(self.file, name)(model, loader, *optimizer)
+            averages = load_or_skip(self.file, name)(model, loader, *optimizer)
             for average, loss in zip(averages, ["bpd", "L_rec", "L_reg"]):
                 with self.subTest(f"{name}, {loss}"):
                     self.assert_average(average, losses, loss, f"{loss} in (bpd, L_rec, L_reg) of {name}")
@@ -658,7 +670,7 @@ class TestTrainTorch(VAETests, ContractTest):
 
     def test_an_epoch_minimises_the_bpd(self):
         model, loader, _ = self.known_losses()
-        given(self.file, "train_vae")(model, loader, torch.optim.SGD([model.decoder.zero], lr=1e-5))
+        load_or_skip(self.file, "train_vae")(model, loader, torch.optim.SGD([model.decoder.zero], lr=1e-5))
         change = -1e5 * model.decoder.zero  # in units of lr, which is too small to change the gradients
         slopes = [784 * torch.tensor(1.0).sigmoid() - imgs.sum() / len(imgs) for imgs, _ in loader]
         steps = torch.stack(slopes) * LOG2_E / 784
@@ -671,12 +683,15 @@ class TestTrainTorch(VAETests, ContractTest):
         self.assert_close(change, steps.sum(), "The step of a parameter in train_vae", mistakes, rtol=0.02)
 
     def test_samples_and_means_are_saved(self):
-        writer, model, sample_and_save = mock.MagicMock(), self.vae(), given(self.file, "sample_and_save")
+        writer, model, sample_and_save = mock.MagicMock(), self.vae(), load_or_skip(self.file, "sample_and_save")
         writer.log_dir = writer.get_logdir.return_value = str(self.folder)
         self.assert_pictures(lambda epoch: sample_and_save(model, epoch, writer))
 
     def test_main_returns_the_test_bpd(self):
-        main, flags = given(self.file, "main"), dict(model="MLP", z_dim=3, hidden_dims=[32], num_filters=4, lr=1e-3)
+        main, flags = (
+            load_or_skip(self.file, "main"),
+            dict(model="MLP", z_dim=3, hidden_dims=[32], num_filters=4, lr=1e-3),
+        )
         flags.update(batch_size=8, epochs=1, seed=42, num_workers=0, log_dir=str(self.folder), progress_bar=False)
         loader = DataLoader(TensorDataset(torch.rand(20, 1, 28, 28).round(), torch.arange(20) % 10), batch_size=8)
         self.addCleanup(os.chdir, os.getcwd())

@@ -157,7 +157,7 @@ def log_likelihood(
         encoder - Encoder network: images to mean and log_std of q(z|x), each [B,D].
         decoder - Decoder network: latents [N,D] to logits [N,C,H,W].
         num_samples - K, the number of samples per image, at least 1.
-        chunk_size - Number of images that are decoded at once, but at least B. It bounds the memory for any K.
+        chunk_size - Number of samples that are decoded at once, but at least B. It bounds the memory for any K.
     Outputs:
         log_p - Tensor of shape [B], the estimate for each image in nats.
     """
@@ -269,7 +269,7 @@ class EpochMeans:
     """
     Means of quantities over the images of an epoch, in this process; each step adds its minibatch. The sums are in
     double precision in any precision of the module (in float32 on Apple's GPU, which has no double precision). They
-    stay on the module's device, because reading a number in every step would make a GPU wait.
+    stay on the module's device, because reading a number makes the CPU wait for the GPU.
     """
 
     updates_in_place = True  # each step adds to a tensor in place; the harness reads this attribute
@@ -309,7 +309,8 @@ class EpochMeans:
             self.sums = torch.zeros(len(values), dtype=dtype, device=device)
         elif self.names != list(quantities):
             raise ValueError(
-                f"this step logs {', '.join(quantities)}, but the previous steps logged {', '.join(self.names)}"
+                f"this step logs {', '.join(quantities)}, but the previous steps logged {', '.join(self.names)}: "
+                "return the same quantities in every step"
             )
         self.sums += torch.stack(values).sum(dim=1, dtype=self.sums.dtype)
 

@@ -61,7 +61,7 @@ def read_checkpoint(path, map_location="cpu") -> dict:
             with open(path, "rb") as file:
                 data = file.read()  # read once, because another process may replace the file
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+            raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load would not notice a flipped bit
             if damaged := archive.testzip():
@@ -70,7 +70,8 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it contains more than tensors and plain values, and could run code when it is loaded "
-            f"({short_reason(error)})"
+            f"({short_reason(error)}): save model.state_dict() instead or, if you trust the file, allow its types with "
+            "torch.serialization.add_safe_globals"
         ) from error
     except Exception as error:  # a damaged file can cause any kind of error
         if is_out_of_memory(error):
@@ -135,7 +136,10 @@ def load_model(
         try:
             hyperparameters = {**yaml.safe_load(Path(hparams_file).read_text(encoding="utf-8")), **hyperparameters}
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{hparams_file} contains no hyperparameters ({short_reason(error)})") from error
+            raise CheckpointError(
+                f"hparams_file {hparams_file} cannot be read or contains no hyperparameters ({short_reason(error)}): "
+                "give the hparams.yaml of a run"
+            ) from error
     checkpoint = read_checkpoint(checkpoint_path, map_location or "cpu")
     return build_model(model_class, checkpoint, checkpoint_path, strict, **hyperparameters)
 
@@ -169,7 +173,7 @@ def strip_wrapper_prefixes(state_dict: dict, names) -> dict:
 def build_model(model_class: type, checkpoint: dict, path, strict: bool | None = None, **hyperparameters):
     """
     Builds the module of a checkpoint that read_checkpoint has returned. Raises a CheckpointError if hyperparameters are
-    missing or invalid, or if the weights do not fit the module.
+    missing or invalid, or if the weights cannot be loaded into the module.
     Inputs:
         model_class, checkpoint - Class of the module, and the checkpoint.
         path - Path of the file, for messages.
@@ -197,7 +201,7 @@ def build_model(model_class: type, checkpoint: dict, path, strict: bool | None =
         own = checkpoint.get("hyper_parameters", {})
         changed = [f"{name} {own[name]}" for name in hyperparameters if name in own and own[name] != given[name]]
         own = f"; it was trained with {', '.join(changed)}" if changed else ""
-        raise CheckpointError(f"{path} does not fit {model_class.__name__} ({reason}){own}") from error
+        raise CheckpointError(f"{path} cannot be loaded into {model_class.__name__} ({reason}){own}") from error
     for kind, names in zip(["lacks weights of the module", "contains weights that the module lacks"], keys):
         if names:
             rank_zero_warn(f"{path} {kind}: {', '.join(names)}")
@@ -298,7 +302,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     def __init__(self):
         self.thread = None
         self.jobs = {}  # dict from a path to the job that writes the file
-        self.read = {}  # dict from a path to a checkpoint that has been read already: the run resumes from it
+        self.preloaded = {}  # dict from a path to a checkpoint that has been read already: the run resumes from it
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         path = os.fspath(path)
@@ -330,7 +334,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
         self.wait_for(os.fspath(path))
-        checkpoint = self.read.pop(path, None) or read_run_checkpoint(path)
+        checkpoint = self.preloaded.pop(path, None) or read_run_checkpoint(path)
         states = checkpoint["callbacks"]
         if "should_stop" not in checkpoint[RUN]:  # written by an older version, which used ModelCheckpoints
             own = [key for key, state in states.items() if "best_model_path" in state]
@@ -343,9 +347,11 @@ def write_checkpoint(checkpoint, path):
     """Writes a checkpoint atomically. An existing last.ckpt is kept as previous.ckpt."""
     with atomic_checkpoint(path) as unfinished:
         try:
-            torch.save(checkpoint, unfinished)  # by path: in a Python file's write, Ctrl-C becomes a RuntimeError
+            # A path, not an open file: if Ctrl-C interrupts a Python file's write(), torch raises a RuntimeError.
+            torch.save(checkpoint, unfinished)
         except RuntimeError:
-            with open(unfinished, "ab") as file:  # torch gives no reason; on a full disk, this OSError does
+            # torch's RuntimeError does not say whether the disk is full. If it is full, this write raises an OSError.
+            with open(unfinished, "ab") as file:
                 file.write(bytes(2**26))
             raise
 
@@ -366,7 +372,9 @@ def atomic_checkpoint(path):
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from error
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): check the permissions and the disk space of its folder"
+        ) from error
     return atomic_write(path, os.path.join(folder, PREVIOUS) if name == LAST else None, sync=True)
 
 

@@ -63,7 +63,8 @@ def why_cuda_is_unusable(number):
         has_driver = "Found no NVIDIA driver" not in reason
         problem = f"({reason})" if reason and has_driver else ""
         return "".join(
-            f"torch {torch.__version__} cannot use {name} {problem}"
+            f"torch {torch.__version__} cannot use {name} {problem}: install a version of torch that supports this GPU "
+            "and its driver"
             if problem
             else f"this machine has {name}, but no GPU is visible to this process: {gpu_visibility_hint(has_driver)}"
             for name in nvidia_gpu_names()[:1]
@@ -77,7 +78,8 @@ def why_cuda_is_unusable(number):
         major, minor = torch.cuda.get_device_capability(number)
         return (
             f"torch {torch.__version__} cannot use {torch.cuda.get_device_name(number)}, compute capability "
-            f"{major}.{minor}; it supports {', '.join(torch.cuda.get_arch_list())} ({str(error).splitlines()[0]})"
+            f"{major}.{minor}; it supports {', '.join(torch.cuda.get_arch_list())} ({str(error).splitlines()[0]}): "
+            "install a version of torch that supports this GPU and its driver"
         )
     return None
 

@@ -106,7 +106,9 @@ def complete_file(args: argparse.Namespace, name: str, open_file: Callable | Non
             with open_file(path) if open_file else open(path, "rb") as file:
                 vars(args).update({name: path, f"{name}{CHECKSUM}": checksum(file)})
         except OSError as error:
-            raise UserError(f"--{name} {given!r} cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"--{name} {given!r} cannot be read ({error.strerror}): check the path and its permissions"
+            ) from error
 
 
 def argparse_options(flag: Flag) -> dict:
@@ -152,7 +154,7 @@ def validate(value, flag: Flag):
             values = []
         if values:
             return values
-        raise ValueError(f"one or more numbers from {flag.minimum} to {MAX_INT:,}")
+        raise ValueError(f"one or more whole numbers from {flag.minimum} to {MAX_INT:,}")
     if flag.choices:
         value = str(value) if is_number and kind is str else value  # 32 means "32"
         if value in flag.choices and not isinstance(value, bool):
@@ -162,7 +164,7 @@ def validate(value, flag: Flag):
         if not isinstance(value, str):
             raise ValueError("a string")
         if "\0" in value or value != value.encode(errors="replace").decode():
-            raise ValueError("a string that can be part of a file and of a file name")
+            raise ValueError("valid Unicode text without NUL characters")
         return value
     if kind is int and not (is_number and value == value // 1):
         raise ValueError("a whole number")

@@ -14,7 +14,7 @@ from harness.files import UNFINISHED, folder_lock, read_results, write_text
 from harness.flags import CHECKSUM, RUNTIME_FLAGS
 
 LOCK_TIMEOUT = 10  # seconds; data loader workers keep the lock of a killed process until they notice its end
-IDENTIFYING_FLAGS = {"epochs", "run_name", "log_dir"}  # keys that the hparams.yaml of every run has
+KEYS_OF_EVERY_RUN = {"epochs", "run_name", "log_dir"}  # keys that the hparams.yaml of every run has
 LOGS = (".log", ".out", ".err", ".txt")  # files that a shell or SLURM may write into a folder before the run starts
 
 
@@ -63,7 +63,7 @@ def finished_results(folder, flags, defaults, experiment, report_line=None):
     differences = [
         f"--{name} was {existing[name]}, is {flags[name]}"
         if not name.endswith(CHECKSUM)
-        else f"the content of the file --{name.removesuffix(CHECKSUM)}"
+        else f"the file of --{name.removesuffix(CHECKSUM)} has different content"
         for name in shared
         if name not in files and existing[name] != flags[name]
     ]
@@ -74,8 +74,8 @@ def finished_results(folder, flags, defaults, experiment, report_line=None):
         )
     if existing["epochs"] != flags["epochs"] and experiment.fixed_epochs:
         raise RunError(
-            f"{folder} contains a run with --epochs {existing['epochs']}, {experiment.fixed_epochs}: it cannot be "
-            f"resumed with --epochs {flags['epochs']}. Give the same number, or choose another --run_name"
+            f"{folder} contains a run that cannot be resumed with --epochs {flags['epochs']}, "
+            f"{experiment.fixed_epochs}: give --epochs {existing['epochs']}, or choose another --run_name"
         )
     with folder_errors(folder):
         try:
@@ -110,13 +110,13 @@ def read_flags(folder, report_line):
         problem = f"{folder} exists already but contains no run: choose another --run_name"
     except (yaml.YAMLError, UnicodeDecodeError):
         flags = None
-    if isinstance(flags, dict) and flags.keys() >= IDENTIFYING_FLAGS:
+    if isinstance(flags, dict) and flags.keys() >= KEYS_OF_EVERY_RUN:
         return flags
-    kept = checkpoints.flags_in_checkpoints(os.path.join(folder, "checkpoints"))
-    if kept is not None:
+    flags_from_checkpoint = checkpoints.flags_in_checkpoints(os.path.join(folder, "checkpoints"))
+    if flags_from_checkpoint is not None:
         if report_line:
             report_line(f"warning: {path} is damaged or missing and is regenerated from the run's checkpoints")
-        return kept
+        return flags_from_checkpoint
     if not isinstance(flags, dict) and os.path.exists(path):
         problem = (
             f"{path} is damaged, and no checkpoint contains the run's flags: delete {folder} to start over, or "
@@ -150,10 +150,13 @@ def open_folder(log_dir, name, flags, defaults, experiment):
             os.makedirs(folder, exist_ok=True)
             stack.enter_context(folder_lock(folder, LOCK_TIMEOUT))
             if finished_results(folder, flags, defaults, experiment, report_line=warn):
-                raise RunError(f"the run in {folder} was just finished by another process")
+                raise RunError(
+                    f"the run in {folder} was just finished by another process: give the same command again to see its "
+                    "result, or choose another --run_name"
+                )
             path, checkpoint = checkpoints.newest_checkpoint(os.path.join(folder, "checkpoints"), experiment.metric)
-            kept = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
-            history = kept["history"]
+            run_data = checkpoint[checkpoints.RUN] if checkpoint else {"history": []}
+            history = run_data["history"]
             epoch = history[-1]["epoch"] if history else 0
             if epoch > flags["epochs"]:
                 raise RunError(
@@ -165,7 +168,7 @@ def open_folder(log_dir, name, flags, defaults, experiment):
                 unfinished.unlink()  # left by a process that was killed
             write_text(os.path.join(folder, "hparams.yaml"), yaml.safe_dump(flags), sync=True)
             report.write_metrics(folder, history, experiment.quantities)
-        yield RunState(folder, path, epoch, sum(row["seconds"] for row in history), kept.get("device")), checkpoint
+        yield RunState(folder, path, epoch, sum(row["seconds"] for row in history), run_data.get("device")), checkpoint
 
 
 def set_aside_results(folder, epoch, metric):

@@ -130,7 +130,7 @@ def python_state(model):
 
 
 def describe_changes(before, after):
-    """Yields the differences between two python_states, as reasons against a graph."""
+    """Yields a message for each difference between two python_states. It says why no graph can be used."""
     for name in {**before, **after}:
         old, new = before.get(name, before), after.get(name, after)
         # Of tuples, only the items are compared; they have their own names.
@@ -146,7 +146,7 @@ def describe_changes(before, after):
 
 
 class Forbidden:
-    """Replaces a value, during a capture, that a graph could not follow. Each use of it raises a CaptureError."""
+    """Replaces, during a capture, a value that is constant in a graph. Each use raises a CaptureError."""
 
     def __init__(self, name):
         vars(self)["refused"] = name

@@ -69,7 +69,7 @@ def check_started(launcher, num_nodes, num_per_node, wanted):
         raise ValueError("srun must start the same number of tasks on each node: give srun --ntasks-per-node")
     if (num_nodes, num_per_node) != wanted:
         other = {
-            "srun": "for several runs a different --run_name to each process",
+            "srun": "a different --run_name to each process for several runs",
             "torchrun": "unset TORCHELASTIC_RUN_ID if it is left from another session",
         }
         raise ValueError(
@@ -93,7 +93,7 @@ def check_variables(devices, num_nodes):
     ]:
         if name in os.environ and os.environ[name] not in map(str, possible):
             raise ValueError(
-                f"{name}={os.environ[name]} in the environment does not fit --devices {devices} --num_nodes "
+                f"{name}={os.environ[name]} in the environment is invalid for --devices {devices} --num_nodes "
                 f"{num_nodes}: give matching flags, or unset LOCAL_RANK if it is left from another session"
             )
 

@@ -15,7 +15,8 @@ from harness.errors import Terminated, UserError, print_line, warn
 from harness.files import write_text
 from harness.tensorboard import STAGES
 
-CONTENTION = 0.7  # share of an epoch's time: if the training thread had a CPU for less, other processes used it
+# If the training thread ran on a CPU for less than this share of an epoch, other processes probably used the CPU.
+CONTENTION = 0.7
 
 
 class TrainingDiverged(UserError):
@@ -133,15 +134,15 @@ class EpochReport(Checkpoint):
             print_line(f"epoch {epoch:3}/{trainer.max_epochs}  {'  '.join(values)}  {seconds:.1f} s")
 
     def warn_of_contention(self, trainer):
-        """Suggests --threads 1, once per run, if other processes seem to use the CPU of the training steps."""
+        """Warns once per run, and suggests --threads 1, if other processes seem to use the CPU."""
         threads, wall = torch.get_num_threads(), time.perf_counter() - self.start
         share = (time.thread_time() - self.cpu_start) / max(wall, 1e-9)
         on_cpu = trainer.is_global_zero and (self.device or "").startswith("cpu")
         waits_for_workers = self.flags.get("num_workers")  # the thread waits for its data loader
         if share < CONTENTION and wall > 1 and threads > 1 and on_cpu and not waits_for_workers:
             warn(
-                f"note: the training thread had a CPU for only {share:.0%} of this epoch: other processes seem to use "
-                f"it, and the {threads} threads wait for each other. --threads 1 may be faster"
+                f"warning: the training thread had a CPU for only {share:.0%} of epoch {trainer.logger.epoch}, perhaps "
+                "because other processes use the CPU. If this continues, stop the run and resume it with --threads 1"
             )
 
     def on_exception(self, trainer, pl_module, exception):
@@ -149,12 +150,16 @@ class EpochReport(Checkpoint):
             exception.already_reported = True
             epoch, folder = trainer.logger.epoch, trainer.logger.log_dir
             is_there = os.path.exists(os.path.join(folder, "checkpoints", LAST))
-            checkpoints = "checkpoints of the best and of the last complete epoch" if is_there else "no checkpoint yet"
+            checkpoints = (
+                "and the checkpoints of the best and of the last complete epoch"
+                if is_there
+                else "but no checkpoint yet"
+            )
             name = os.path.relpath(folder, trainer.default_root_dir)  # '.' if --run_name was given
             print_line(
-                f"\nInterrupted in epoch {epoch}. {folder} stays usable: metrics, curves and pictures of the epochs "
-                f"before, {checkpoints}. The same command{'' if name == '.' else f' and --run_name {name}'} "
-                "resumes it"
+                f"\nnote: interrupted in epoch {epoch}. {folder} contains the metrics, curves and pictures of the "
+                f"previous epochs, {checkpoints}. To resume the run, give the same command"
+                f"{'' if name == '.' else f' with --run_name {name}'}"
             )
 
 

@@ -58,7 +58,7 @@ class Experiment:
         keep - Function of the run's folder. It returns a dict of further values for each checkpoint.
         if_not_finite - What to do if the metric is no longer finite.
         memory_flags - Names of numeric flags; smaller values need less memory.
-        fixed_epochs - If not empty, the reason why a finished run cannot be given more epochs.
+        fixed_epochs - If not empty, why a run cannot be resumed with another number of epochs: "because ...".
     """
 
     metric: str
@@ -200,43 +200,46 @@ class Run:
         for name in [name for name in self.flags if name.endswith(CHECKSUM)]:
             if self.flags[name] != processes.broadcast_or_exit(self.trainer, self.flags[name]):
                 flag = name.removesuffix(CHECKSUM)
-                raise RunError(f"--{flag} {self.flags[flag]} is a different file in this process than in rank 0")
+                raise RunError(
+                    f"--{flag} {self.flags[flag]} is a different file in this process than in rank 0: give a path "
+                    "that leads to the same file on every node"
+                )
         processes.on_rank_zero(self.trainer, check_validation_size, len(loaders[1].dataset), self.trainer.world_size)
         if self.flags.get("num_workers"):
             check_shared_memory(self.args.num_workers, loaders[0])
         # Only now, after all checks: an error must not change the folder.
-        self.place = processes.on_rank_zero(self.trainer, self.open_folder)
-        self.folder, self.is_new = self.place.folder, not self.place.checkpoint
+        self.state = processes.on_rank_zero(self.trainer, self.open_folder)
+        self.folder, self.is_new = self.state.folder, not self.state.checkpoint
         if self.args.threads != "auto" or (self.device.type == "cpu" and self.trainer.world_size == 1):
-            torch.set_num_threads(devices.pick_threads(self.args.threads, self.place.device))
+            torch.set_num_threads(devices.pick_threads(self.args.threads, self.state.device))
         if self.trainer.world_size > 1:
             self.stack.enter_context(processes.SharedNoise(self.trainer.global_rank, self.trainer.world_size))
         self.report.device = self.device_name
         for callback in self.callbacks:  # so that they cannot replace the run's own checkpoints
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.join(self.folder, "more_checkpoints")
-        self.trainer.logger = EpochLogger(self.folder, first_epoch=0 if self.is_new else self.place.epoch + 1)
+        self.trainer.logger = EpochLogger(self.folder, first_epoch=0 if self.is_new else self.state.epoch + 1)
         self.stack.callback(self.trainer.logger.close)  # else its thread would keep running after an error before fit
         self.trainer.logger.set_up_dashboard(self.flags, self.experiment)
         processes_of_run = f" x {self.trainer.world_size}" if self.trainer.world_size > 1 else ""
-        resumed = "" if self.is_new else f", resumed after epoch {self.place.epoch}"
+        resumed = "" if self.is_new else f", resumed after epoch {self.state.epoch}"
         what = self.experiment.describe(loaders)
         self.print(f"{what}, on {self.device}{processes_of_run}, in {self.folder}{resumed}")
-        if self.place.device not in [None, self.device_name]:
+        if self.state.device not in [None, self.device_name]:
             self.print(
-                f"note: the previous epochs were trained on {self.place.device}, the next ones on {self.device_name}: "
+                f"note: the previous epochs were trained on {self.state.device}, the next ones on {self.device_name}: "
                 "from here on the results agree with an uninterrupted run up to rounding"
             )
         return loaders
 
     def open_folder(self):
         """Creates or resumes the run's folder, which is locked for this process until the context manager ends."""
-        place, checkpoint = self.stack.enter_context(
+        state, checkpoint = self.stack.enter_context(
             open_folder(self.log_dir, self.name, self.flags, self.defaults, self.experiment)
         )
         if checkpoint:
-            self.trainer.strategy.checkpoint_io.read[place.checkpoint] = checkpoint
-        return place
+            self.trainer.strategy.checkpoint_io.preloaded[state.checkpoint] = checkpoint
+        return state
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +265,8 @@ class Run:
     def fit(self, model: pl.LightningModule, train_loader, val_loader):
         """Trains a model, starting from the epoch that the run has reached."""
         trainer = self.trainer
-        train_loader.sampler.set_epoch(self.place.epoch)  # Lightning calls it too late, when it reads already
+        # Lightning calls set_epoch only after it has begun to read the loader.
+        train_loader.sampler.set_epoch(self.state.epoch)
         loaders = train_loader, val_loader
         fit_start = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -272,12 +276,12 @@ class Run:
             if graphs.has_graphs(self.device) and not self.args.no_cuda_graph and trainer.world_size == 1:
                 loaders = stack.enter_context(graphs.cuda_graphs(trainer, model, *loaders))
             trainer.log_every_n_steps = len(loaders[0])
-            trainer.fit(model, *loaders, ckpt_path=self.place.checkpoint)
+            trainer.fit(model, *loaders, ckpt_path=self.state.checkpoint)
         trainer.strategy.barrier()  # until rank 0 has written the checkpoints, which all ranks read
         if trainer.interrupted:
-            raise RunError("training was interrupted")
+            raise RunError("training was interrupted: to resume the run, give the same command with its --run_name")
         if trainer.should_stop and (epoch := self.report.history[-1]["epoch"]) < trainer.max_epochs:
-            self.print(f"stopped early, after {epoch} of {trainer.max_epochs} epochs")
+            self.print(f"note: stopped early after {epoch} of {trainer.max_epochs} epochs")
         self.fit_seconds = time.perf_counter() - fit_start
 
     def finish(self, test_result):
@@ -338,6 +342,6 @@ class Run:
                 "pytorch_lightning": pl.__version__,
             },
             "device": self.device_name,
-            "fit_seconds": round(self.place.seconds + self.fit_seconds, 1),
-            "seconds": round(self.place.seconds + time.perf_counter() - self.started_at, 1),
+            "fit_seconds": round(self.state.seconds + self.fit_seconds, 1),
+            "seconds": round(self.state.seconds + time.perf_counter() - self.started_at, 1),
         }

@@ -27,7 +27,7 @@ IGNORED_WARNINGS = [
 ]
 # Trainers, figures and data refer to each other, so they stay in memory until Python's garbage collection. After a run
 # or an evaluation of more than COLLECT_AFTER seconds, the next one starts with a collection, which takes 0.2 s.
-COLLECT_AFTER, LAST = 1, {"seconds": 0}
+COLLECT_AFTER, LAST_DURATION = 1, {"seconds": 0}
 SIGNALS = [getattr(signal, name) for name in ["SIGINT", "SIGTERM", "SIGUSR1"] if hasattr(signal, name)]
 
 
@@ -39,9 +39,9 @@ def process_settings():
     the environment variables, the signal handlers and threading.excepthook are restored, even if the block changed
     them.
     """
-    if LAST["seconds"] > COLLECT_AFTER:
+    if LAST_DURATION["seconds"] > COLLECT_AFTER:
         gc.collect()
-    LAST["start"] = time.perf_counter()
+    LAST_DURATION["start"] = time.perf_counter()
     cudnn, levels = torch.backends.cudnn, {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     deterministic, flushed = cudnn.deterministic, (torch.tensor(1e-40) * 1).item() == 0
     environment, excepthook, num_threads = dict(os.environ), threading.excepthook, torch.get_num_threads()
@@ -63,10 +63,11 @@ def process_settings():
                 logging.getLogger(name).setLevel(level)
             threading.excepthook = report_error_of_thread
             cudnn.deterministic = True
-            torch.set_flush_denormal(True)  # Adam's tiny moments, for pixels that are rarely 1, slow a CPU down
+            # For pixels that are rarely 1, Adam's moment estimates become subnormal numbers, which are slow on a CPU.
+            torch.set_flush_denormal(True)
             yield
     finally:
-        LAST["seconds"] = time.perf_counter() - LAST["start"]
+        LAST_DURATION["seconds"] = time.perf_counter() - LAST_DURATION["start"]
         torch.set_flush_denormal(flushed)
         torch.set_num_threads(num_threads)  # Lightning changes it if there are several processes
         cudnn.deterministic, threading.excepthook = deterministic, excepthook

@@ -80,8 +80,8 @@ def make_trainer(args, root_dir, callbacks):
 
 def check_shared_memory(num_workers, loader):
     """
-    Raises a RunError if shared memory is too small for the minibatches that the worker processes of two such data
-    loaders send. torch would wait for these minibatches forever.
+    Raises a RunError if the minibatches that the workers of the training and validation loaders send do not fit into
+    shared memory. torch would wait for these minibatches forever.
     """
     size = sum(part.nbytes for part in default_collate([loader.dataset[0]])) * min(
         loader.batch_size, len(loader.dataset)
@@ -90,7 +90,7 @@ def check_shared_memory(num_workers, loader):
         torch.empty(2 * num_workers * (loader.prefetch_factor + 1) * size, dtype=torch.uint8).share_memory_()
     except RuntimeError as error:
         raise RunError(
-            f"the shared memory is too small for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS_HINT}"
+            f"out of shared memory for --num_workers {num_workers} ({one_line(error)}): {NO_WORKERS_HINT}"
         ) from error
 
 

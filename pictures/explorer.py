@@ -73,7 +73,7 @@ def write_explorer(
     numbers += [part.to(torch.uint8).numpy() for part in in_bytes]
     data = {
         **networks,
-        "most_in_two_parts": MAX_FULL_PRECISION_WEIGHTS,
+        "max_full_precision_weights": MAX_FULL_PRECISION_WEIGHTS,
         "img_size": list(imgs.shape[-2:]),
         "center": plane.center.tolist(),
         "directions": plane.directions.T.tolist(),

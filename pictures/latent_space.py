@@ -100,7 +100,10 @@ def interpolations(name, shown):
 
 
 def traversals(name, shown):
-    """Saves a picture with a row per active unit, the most active first: it changes from -3 to 3, the others do not."""
+    """
+    Saves a picture with one row per active unit, the most active unit first. In its row, the unit changes from -3 to 3
+    and the other latents stay constant.
+    """
     active = active_units(shown.means).nonzero().squeeze(1)
     active = active[shown.means.var(dim=0)[active].argsort(descending=True)]
     if not len(active):

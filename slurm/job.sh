@@ -22,10 +22,12 @@ train() {
     wait $!
     status=$?
   done
-  # Killed by USR1, which SLURM sends before the time limit (#SBATCH --signal), before train_pl.py could handle it.
+  # Status 138: USR1 (the signal before the time limit, see #SBATCH --signal) ended the process before train_pl.py had
+  # installed its handler.
   [ $status -ne 138 ] || fail "no epoch was finished within the time limit of" \
     "$(squeue -h -j "$SLURM_JOB_ID" -o %l), so the job is not requeued: give a longer --time"
-  # Killed by TERM before train_pl.py could ignore it. A preempted job must not end by itself, or it is not requeued.
+  # Status 143: TERM ended the process before train_pl.py could ignore the signal. A preempted job must
+  # not end by itself, or it is not requeued.
   [ $status -ne 143 ] || sleep 600
   exit $status
 }

@@ -22,7 +22,7 @@ SOURCES = {
     **{kind: lambda args, download, kind=kind: load_mnist(args.data_dir, download, kind) for kind in KINDS},
     "rendered": lambda args, download: rendered_mnist(args.train_size + NUM_VAL),  # as many as are needed
 }
-NAMES = f"{', '.join(SOURCES)}, or the path of an .npz file"
+DATASET_NAMES = f"{', '.join(SOURCES)}, or the path of an .npz file"
 
 
 def is_own_file(dataset: str) -> bool:
@@ -34,12 +34,12 @@ def parse_dataset(value):
     """Returns the value of the flag --dataset. Raises a ValueError that lists the possible values if it is invalid."""
     if isinstance(value, str) and (value in SOURCES or is_own_file(value)):
         return value
-    raise ValueError(f"one of {NAMES}")
+    raise ValueError(f"one of {DATASET_NAMES}")
 
 
 DATA_FLAGS = {
     "data": {
-        "dataset": Flag("mnist", f"Images: {NAMES}", parse=parse_dataset),
+        "dataset": Flag("mnist", f"Images: {DATASET_NAMES}", parse=parse_dataset),
         "data_dir": Flag("../data/", "Directory that contains MNIST/raw; missing files are downloaded"),
         "binarization": Flag("threshold", "Pixels: 1 if intensity > 0.5, or sampled in every epoch", BINARIZATIONS),
         "train_size": Flag(TRAIN_SIZES[0], "Training images; the next 5,000 are the validation set", TRAIN_SIZES),
@@ -87,7 +87,7 @@ def describe_data(args: argparse.Namespace, loaders: tuple) -> str:
     train = loaders[0].dataset
     text = f"{args.dataset}, {len(train):,} training images"
     if is_own_file(args.dataset):
-        text += f" of {'x'.join(map(str, train.images.shape[1:]))}, {loaders[0].reading}"
+        text += f" of {'x'.join(map(str, train.images.shape[1:]))}, {loaders[0].description}"
     return text
 
 

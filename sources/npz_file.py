@@ -16,8 +16,8 @@ from harness.files import checksum
 MIN_IMAGES = 100  # minimum number of training images and of test images
 KERAS = {"x": "images", "y": "labels"}  # x_train, y_train and so on, as in Keras' mnist.npz
 PARTS = ["train_images", "train_labels", "test_images", "test_labels"]
-NAMES = {name: name for name in [*PARTS, "val_images", "val_labels"]}  # also MedMNIST's names
-NAMES |= {f"{kind}_{part}": f"{part}_{name}" for part in ["train", "val", "test"] for kind, name in KERAS.items()}
+ARRAY_NAMES = {name: name for name in [*PARTS, "val_images", "val_labels"]}  # also MedMNIST's names
+ARRAY_NAMES |= {f"{kind}_{part}": f"{part}_{name}" for part in ["train", "val", "test"] for kind, name in KERAS.items()}
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ class OwnImages(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     num_val: int | None  # number of validation images; None if the file has no val_images
-    reading: str  # how other types and shapes were converted, and what was not used; printed
+    description: str  # how other types and shapes were converted, and what was not used; printed
 
 
 def load_file(path: str, sha256: str | None = None) -> OwnImages:
@@ -64,7 +64,7 @@ def load_file(path: str, sha256: str | None = None) -> OwnImages:
         try:
             with np.load(file, allow_pickle=False) as content:
                 names = content.files
-                arrays = {name: np.ascontiguousarray(content[name]) for name in names if name in NAMES}
+                arrays = {name: np.ascontiguousarray(content[name]) for name in names if name in ARRAY_NAMES}
         except MemoryError as error:
             raise DataError(f"out of memory while reading {path}, or the file is damaged ({error!r})") from error
         except Exception as error:  # a damaged file can raise any exception
@@ -84,7 +84,7 @@ def read_arrays(given: dict, names: list) -> OwnImages:
         given - Dict from name to array. It is emptied, so that each array can be freed after its conversion.
         names - Names of all arrays of the file.
     """
-    arrays, notes = {NAMES[name]: array for name, array in given.items()}, []
+    arrays, notes = {ARRAY_NAMES[name]: array for name, array in given.items()}, []
     if len(arrays) < len(given):
         raise ValueError(f"it has both kinds of names, {' and '.join(sorted(given))}: use only one kind")
     given.clear()
@@ -106,12 +106,12 @@ def read_arrays(given: dict, names: list) -> OwnImages:
     if len({labels.max() < 0 for name, labels in arrays.items() if name.endswith("labels")}) > 1:
         raise ValueError("it has labels for only some of its parts: give labels for every part, or for no part")
     num_val = len(arrays["val_images"]) if "val_images" in arrays else None
-    not_used = join_names([name for name in names if NAMES.get(name) not in arrays], 60)
+    not_used = join_names([name for name in names if ARRAY_NAMES.get(name) not in arrays], 60)
     for kind in ["images", "labels"] if num_val else []:
         arrays[f"train_{kind}"] = np.concatenate([arrays[f"train_{kind}"], arrays.pop(f"val_{kind}")])
     tensors = [torch.from_numpy(arrays[name]) for name in PARTS]
-    reading = "".join(f", {note}" for note in dict.fromkeys(notes))
-    return OwnImages(*tensors, num_val, reading + (f" (arrays not used: {not_used})" if not_used else ""))
+    description = "".join(f", {note}" for note in dict.fromkeys(notes))
+    return OwnImages(*tensors, num_val, description + (f" (arrays not used: {not_used})" if not_used else ""))
 
 
 def join_names(names: list, length: int) -> str:
@@ -147,7 +147,9 @@ def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndar
         possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
         raise ValueError(f"{found} with values from {low} to {high}, but must contain {possible}")
     elif high == 1:
-        raise ValueError(f"{name} contains only the values 0 and 1: store {name.split()[-1]} == 1, or multiply by 255")
+        raise ValueError(
+            f"{name} contains only the values 0 and 1: convert {name.split()[-1]} to bool, or multiply it by 255"
+        )
     elif images.dtype.kind == "f":
         images = apply_in_blocks(images, np.round)
     images = images.astype(np.uint8, copy=False)
@@ -165,11 +167,15 @@ def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndar
         )
     if images.min() > 127:
         raise ValueError(
-            f"every pixel of {name} is above 127 (its values go from {low} to {high}), so all pixels would be white"
+            f"every pixel of {name} is above 127 (its values go from {low} to {high}), so all pixels would be white: "
+            "scale the intensities to the range from 0 (black) to 255 (white)"
         )
     constant = int((images.min(axis=(1, 2)) == images.max(axis=(1, 2))).sum())
     if constant == len(images):
-        raise ValueError(f"every image of {name} has a single intensity (16 bits per pixel, or transparent?)")
+        raise ValueError(
+            f"in every image of {name}, all pixels are equal (perhaps 16-bit images were cut to 8 bits, or "
+            "transparency was ignored): convert the images to 8-bit grey"
+        )
     if constant:
         notes.append(f"{constant:,} {name.split()[-1]} of a single intensity")
     return np.ascontiguousarray(images)

@@ -62,7 +62,7 @@ def font_path(name: str) -> Path:
     folder.
     """
     spec = importlib.util.find_spec("matplotlib")
-    # A folder of this name that is not matplotlib has no origin.
+    # If a folder named matplotlib is found instead of the package, spec.origin is None.
     own_data = [Path(spec.origin).parent / "mpl-data"] if spec and spec.origin else []
     for data in [*own_data, SYSTEM_DATA]:
         if (path := data / "fonts" / "ttf" / f"{name}.ttf").is_file():
@@ -109,7 +109,7 @@ def glyphs():
     fields, corners, hairlines = [], [], []
     angles = np.arange(32) * (2 * np.pi / 32)
     for name, thinnest in FONTS.items():
-        # The basic layout, since the other one needs a library that not every machine has.
+        # The Raqm layout needs the library libraqm, which is not on every machine.
         font = ImageFont.truetype(str(font_path(name)), EM, layout_engine=ImageFont.Layout.BASIC)
         for digit in range(10):
             ink = render_glyph(font, digit)

@@ -52,7 +52,7 @@ def few_digits(folder, sizes=(300, 50, 50)):
     return {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
 
 
-def hold(folder, epoch):
+def pause_after_epoch(folder, epoch):
     """Makes rank 0 of a few_digits run wait after `epoch` epochs, until its working directory contains `go_on`."""
     with open(folder / "sitecustomize.py", "a") as file:
         file.write(

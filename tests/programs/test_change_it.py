@@ -85,7 +85,7 @@ class TestChangeIt(CommandTest):
         for stage in ["train", "val"]:
             self.assertTrue(0 < row[f"{stage}_KL_of_z0"] < row[f"{stage}_regularization_loss"])
 
-    def test_the_conditional_vae_trains_and_its_decoder_renders_the_label(self):
+    def test_the_conditional_vae_trains_and_its_decoder_generates_images_of_the_label(self):
         page = (REPOSITORY / "docs" / "conditional.md").read_text()
         blocks = diff_blocks(page)
         self.assertLess(sum(line[0] == "+" for block in blocks for line in block.splitlines()), 30)

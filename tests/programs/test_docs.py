@@ -93,19 +93,19 @@ class TestDocs(SeededTest):
         lines = [line for page in PAGES for block in blocks_of(page) for line in block.splitlines()]
         self.assertGreater(len([shape for line in lines for shape in shapes(line)]), 10)
 
-    def test_the_readme_runs(self):
+    def test_the_python_code_of_the_readme_works(self):
         names = self.run_page("README.md")
         self.assertEqual(set(names["imgs"].unique().tolist()), {0, 1})
         self.assertEqual(names["L_rec"].dim() + names["L_reg"].dim() + names["bpd"].dim(), 0)
         self.assertEqual(results(self.runs / "version_1")["hyperparameters"]["epochs"], 10)
 
-    def test_the_page_on_evaluation_runs(self):
+    def test_the_python_code_of_evaluation_md_works(self):
         names = self.run_page("docs/evaluation.md")
         self.assertLess(names["results"]["elbo"], names["results"]["log_likelihood"])
         self.assertEqual(names["folder"].resolve(), (self.runs / "version_0" / "evaluation").resolve())
         self.assertTrue((self.folder / "reconstructions.png").exists())
 
-    def test_the_page_on_latents_runs(self):
+    def test_the_python_code_of_latents_md_works(self):
         evaluate.evaluate(self.runs / "version_0/checkpoints/best.ckpt", iw_samples=5, latents="latents.npz")
         names = self.run_page("docs/latents.md")
         self.assertEqual(names["nearest"][0], 0)
@@ -113,12 +113,12 @@ class TestDocs(SeededTest):
         for picture in ["neighbours.png", "scatter.png", "unusual.png"]:
             self.assertTrue((self.folder / picture).exists(), picture)
 
-    def test_the_page_on_the_divergence_runs(self):
+    def test_the_python_code_of_kl_md_works(self):
         names = self.run_page("docs/kl.md")
         ratio = 784 * names["mistaken"] / (names["L_rec"] + 784 * names["L_reg"]).mean()
         self.assertAlmostEqual(ratio.item(), 1, places=4)
 
-    def test_the_page_on_data_runs(self):
+    def test_the_python_code_of_data_md_works(self):
         (self.folder / "my_pictures").mkdir()
         images = rendered_mnist(1_200, 1)[0].numpy()
         for number, image in enumerate(images):
@@ -137,7 +137,7 @@ class TestDocs(SeededTest):
             if name % 3:
                 np.testing.assert_array_equal(names["images"][name], image)
 
-    def test_the_page_on_runs_runs(self):
+    def test_the_python_code_of_runs_md_works(self):
         names = self.run_page("docs/runs.md")
         self.assertEqual(len(names["val_bpd"]), 2)
         self.assertEqual(names["results"]["best_epoch"], 1)

@@ -90,9 +90,9 @@ class TestCheck(CommandTest):
             head, train, val, test, classes, picture = stdout.splitlines()
             reading = "180 training images of 20x14, validation set: the next 20 images, RGB converted to grey"
             self.assertEqual(head, f"own.npz, {reading}")
-            self.assertRegex(train, r"^train          180 images  ink \d+\.\d\d%$")
-            self.assertRegex(val, r"^validation      20 images  ink ")
-            self.assertRegex(test, r"^test           100 images  ink ")
+            self.assertRegex(train, r"^train          180 images  \d+\.\d\d% of the pixels are 1$")
+            self.assertRegex(val, r"^validation      20 images  \d+\.\d\d% of the pixels are 1$")
+            self.assertRegex(test, r"^test           100 images  \d+\.\d\d% of the pixels are 1$")
             self.assertEqual(classes, "labels      4 classes, from 0 to 3")
             self.assertTrue(picture.endswith(": own_grid.png"), picture)
             self.assertEqual(self.files(), ["own.npz", "own_grid.png"])

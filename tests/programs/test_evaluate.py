@@ -8,7 +8,7 @@ from tests.helpers import MNIST_DIR, NO_MNIST, CommandTest
 
 class TestCommand(CommandTest):
     def test_an_evaluation_prints_its_results(self):
-        """Each error prints one line and writes no file."""
+        """If a flag or a file is invalid, evaluate.py prints one line and writes no file."""
         run, trained = self.train(
             *("--hidden_dims", "16", "--binarization", "stochastic", "--train_size", "55000"),
             *("--lr_schedule", "cosine", "--data_dir", "nowhere"),

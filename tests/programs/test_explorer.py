@@ -221,7 +221,7 @@ class TestExplorer(SeededTest):
             with self.assertRaisesRegex(RuntimeError, r"RangeError: (latents|pixels) must be \d+ numbers"):
                 self.browser.run(call)
 
-    def test_a_click_on_the_plane_keeps_a_point_and_a_second_one_plays_a_line(self):
+    def test_a_click_keeps_a_point_and_a_second_click_shows_the_images_on_the_line_between_them(self):
         """Without a click, the page decodes the point below the pointer."""
         self.open(self.vae("MLP", [64], 32, 3))
         before, start = self.picture(), self.latents()

@@ -61,7 +61,7 @@ class TestGPU(GPUTest):
             with self.subTest(flags):
                 self.assert_the_same(self.train(**flags), self.train(**flags))
 
-    def test_replays_train_like_ordinary_steps(self):
+    def test_training_with_cuda_graphs_agrees_with_training_without_them(self):
         for flags in [
             dict(),
             dict(model="CNN"),
@@ -84,10 +84,10 @@ class TestGPU(GPUTest):
                 raise InterruptedError
 
         for off in [False, True]:
-            undisturbed = self.train(epochs=4, no_cuda_graph=off)
+            uninterrupted = self.train(epochs=4, no_cuda_graph=off)
             with mock.patch.object(VAE, "on_train_epoch_start", stop), self.assertRaises(InterruptedError):
                 self.train_unchecked(epochs=4, no_cuda_graph=off, run_name="stopped")
-            self.assert_the_same(undisturbed, self.train_unchecked(epochs=4, no_cuda_graph=off, run_name="stopped"))
+            self.assert_the_same(uninterrupted, self.train_unchecked(epochs=4, no_cuda_graph=off, run_name="stopped"))
             shutil.rmtree(self.folder / "stopped")
 
     def test_an_evaluation_has_the_same_numbers_on_the_gpu_and_the_cpu_up_to_the_noise(self):
@@ -104,7 +104,7 @@ class TestGPU(GPUTest):
             self.assertEqual(gpu["active_units"], cpu["active_units"])
             self.assertAlmostEqual(gpu["test_bpd"], trained["test_bpd"], delta=gpu["test_bpd_standard_error"] / 2)
 
-    def test_a_step_that_cannot_be_captured_trains_as_with_no_cuda_graph_bit_for_bit(self):
+    def test_if_the_capture_fails_training_is_bit_identical_to_no_cuda_graph(self):
 
         def waits(model, batch, batch_idx):
             output = TRAINING_STEP(model, batch, batch_idx)

@@ -10,7 +10,15 @@ import time
 from statistics import median
 
 from harness.checkpoints import LAST
-from tests.helpers import REPOSITORY, CommandTest, Forked, assert_left_the_same, few_digits, hold, use_few_digits
+from tests.helpers import (
+    REPOSITORY,
+    CommandTest,
+    Forked,
+    assert_left_the_same,
+    few_digits,
+    pause_after_epoch,
+    use_few_digits,
+)
 
 KILLS = 20
 SIZES = (2000, 200, 200)  # large enough that a kill may hit an epoch or the writing after it
@@ -51,10 +59,10 @@ class ResumeTest(CommandTest):
         """Returns the folder of the run that start_run starts in the folder `where`."""
         return self.folder / where / "VAE_logs" / "run"
 
-    def undisturbed(self, *flags):
+    def uninterrupted(self, *flags):
         """Trains to the end. Returns the seconds to the first line, from there to epoch 1's line, and per epoch."""
         start = time.monotonic()
-        process = self.start_run("undisturbed", *flags)
+        process = self.start_run("uninterrupted", *flags)
         moments = []
         for _ in process.stdout:
             moments.append(time.monotonic() - start)
@@ -66,7 +74,7 @@ class ResumeTest(CommandTest):
         Kills a run KILLS times at random moments, then lets it finish. A quarter of the moments is before the first
         line, a quarter before the line of the first epoch, and half within a later epoch, each spread evenly.
         """
-        to_first_line, to_first_epoch, epoch = self.undisturbed(*flags)
+        to_first_line, to_first_epoch, epoch = self.uninterrupted(*flags)
         seed = random.randrange(1000)
         moments = random.Random(seed)
         stages = [(0, to_first_line), (1, to_first_epoch), (2, epoch), (2, epoch)]
@@ -99,7 +107,7 @@ class ResumeTest(CommandTest):
         self.assertEqual(stderr, "")
         if has_checkpoint:
             self.assertIn("resumed after epoch", stdout)
-        assert_left_the_same(self, self.run_left("undisturbed"), self.run_left("killed"))
+        assert_left_the_same(self, self.run_left("uninterrupted"), self.run_left("killed"))
 
     def test_an_mlp_killed_at_random_moments_ends_as_if_it_had_never_been_killed(self):
         self.kill_at_random("--epochs", "30", "--hidden_dims", "32", "--z_dim", "2")
@@ -112,9 +120,9 @@ class ResumeTest(CommandTest):
         words = [*FLAGS, "--accelerator", "cpu", "--devices", "2", "--epochs", "20", "--hidden_dims", "32"]
         variables = few_digits(self.folder)
         outputs = []
-        for where, line in [("undisturbed", None), ("killed", "epoch   2/20"), ("killed", None)]:
+        for where, line in [("uninterrupted", None), ("killed", "epoch   2/20"), ("killed", None)]:
             if line:
-                hold(self.folder, epoch=2)
+                pause_after_epoch(self.folder, epoch=2)
             process = self.start(REPOSITORY / "train_pl.py", *words, "--log_dir", where, **variables)
             if line:
                 next(text for text in process.stdout if text.startswith(line))
@@ -123,4 +131,4 @@ class ResumeTest(CommandTest):
             outputs.append(process.communicate(timeout=120))
         self.assertEqual([stderr for _, stderr in [outputs[0], outputs[2]]], ["", ""])
         self.assertIn("resumed after epoch", outputs[2][0])
-        assert_left_the_same(self, self.folder / "undisturbed" / "run", self.folder / "killed" / "run")
+        assert_left_the_same(self, self.folder / "uninterrupted" / "run", self.folder / "killed" / "run")

@@ -212,27 +212,27 @@ class TestSlurm(unittest.TestCase):
         return self.checkout / "VAE_logs" / f"job_{job_id}"
 
     def test_a_run_resumes_after_the_time_limit_and_a_preemption(self):
-        """A run that reached its time limit and a preempted run leave the same files as an undisturbed run."""
+        """A run that reached its time limit and a preempted run leave the same files as an uninterrupted run."""
         variables = few_digits(self.checkout)
         self.add_to_sitecustomize(SLOW_START)
         # SLURM sends its signals also to worker processes.
         flags = ["--dataset", "rendered", "--hidden_dims", "32", "--epochs", "15", "--num_workers", "1"]
         train = ["slurm/train.sbatch", "--z_dim", "2", "--seed", "1", *flags]
-        undisturbed = self.submit("--nodelist=n1", *train, **variables)
+        uninterrupted = self.submit("--nodelist=n1", *train, **variables)
         array = ["--nodelist=n1", "--array=0", "--time=2", "slurm/sweep.sbatch", *flags]
         limited = self.submit(*array, SEEDS="1", Z_DIMS="2", SLOW="1 3", **variables) + "_0"
         preempted = self.submit("--nodelist=n2", *train, SLOW="1 2", **variables)
         self.wait_for(lambda: "epoch   2/" in self.output(preempted), 300)
         urgent = self.submit("--nodelist=n2", "--exclusive", "--partition=high", self.script("sleep 1"))
-        self.wait_for_end(undisturbed, limited, preempted, urgent)
-        for job_id in [undisturbed, limited, preempted]:
+        self.wait_for_end(uninterrupted, limited, preempted, urgent)
+        for job_id in [uninterrupted, limited, preempted]:
             with self.subTest(job_id=job_id, output=self.output(job_id)):
                 self.assertEqual(self.job(job_id)["JobState"], "COMPLETED")
-                self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != undisturbed)
-                self.assertEqual("resumed after epoch" in self.output(job_id), job_id != undisturbed)
+                self.assertEqual(int(self.job(job_id)["Restarts"]) > 0, job_id != uninterrupted)
+                self.assertEqual("resumed after epoch" in self.output(job_id), job_id != uninterrupted)
                 times = self.output(job_id).count(f"note: the time limit is near: requeueing job {job_id}\n")
                 self.assertEqual(times, int(self.job(job_id)["Restarts"]) if job_id == limited else 0)
-                assert_left_the_same(self, self.run_folder(undisturbed), self.run_folder(job_id))
+                assert_left_the_same(self, self.run_folder(uninterrupted), self.run_folder(job_id))
 
     def test_a_run_on_two_nodes_resumes_and_has_the_bpd_of_one_process(self):
         variables = few_digits(self.checkout, (5000, 500, 1000))

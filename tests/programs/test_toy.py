@@ -30,11 +30,13 @@ class TestToyModule(CommandTest):
         self.assertEqual((process.returncode, stderr), (0, ""))
         return stdout.splitlines()
 
-    def test_a_killed_run_of_another_module_resumes_with_the_same_numbers_as_an_undisturbed_run(self):
+    def test_a_killed_run_of_another_module_resumes_with_the_same_numbers_as_an_uninterrupted_run(self):
         """The module has another metric, which selects the best checkpoint, and another figure."""
-        undisturbed = self.finish(self.start_toy("undisturbed"))
-        self.assertEqual(undisturbed[0], "a line on 100 points, on cpu, in logs/undisturbed")
-        self.assertRegex(undisturbed[2], r"^epoch   1/6  train squared error \d\.\d{4}  val squared error \d\.\d{4}  ")
+        uninterrupted = self.finish(self.start_toy("uninterrupted"))
+        self.assertEqual(uninterrupted[0], "a line on 100 points, on cpu, in logs/uninterrupted")
+        self.assertRegex(
+            uninterrupted[2], r"^epoch   1/6  train squared error \d\.\d{4}  val squared error \d\.\d{4}  "
+        )
         killed = self.start_toy("killed", wait_in_epoch_4)
         next(line for line in killed.stdout if line.startswith("epoch   3/6"))
         killed.kill()
@@ -44,7 +46,7 @@ class TestToyModule(CommandTest):
         line = f"logs/killed is finished: test squared error {test_error:.4f}"
         self.assertEqual(self.finish(self.start_toy("killed")), [line])
 
-        folders = [Path(self.folder, "logs", name) for name in ["undisturbed", "killed"]]
+        folders = [Path(self.folder, "logs", name) for name in ["uninterrupted", "killed"]]
         self.assertEqual(*map(metrics, folders))
         self.assertEqual(*map(scalars_and_images, folders))
         self.assertEqual(results(folders[0])["test_error"], test_error)

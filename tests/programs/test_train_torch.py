@@ -36,7 +36,7 @@ class TestCommand(CommandTest):
 
     def test_an_invalid_flag_or_missing_data_ends_the_command_with_one_line(self):
         for flags, code, *parts in [
-            (["--epochs", "0"], 1, "--epochs must be above 0, got 0"),
+            (["--epochs", "0"], 1, "--epochs must be a finite number above 0, got 0"),
             (["--model", "RNN"], 2, "--model"),
             (["--data_dir", "nowhere"], 1, "nowhere", "missing"),
         ]:

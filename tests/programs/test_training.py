@@ -8,7 +8,16 @@ import signal
 from pathlib import Path
 
 from sources.mnist_files import FILES
-from tests.helpers import NO_NETWORK, REPOSITORY, CommandTest, few_digits, hold, load, metrics, use_few_digits
+from tests.helpers import (
+    NO_NETWORK,
+    REPOSITORY,
+    CommandTest,
+    few_digits,
+    load,
+    metrics,
+    pause_after_epoch,
+    use_few_digits,
+)
 from train_pl import VAE
 
 ENDLESS = ["--dataset", "rendered", "--hidden_dims", "64", "--epochs", "10000"]  # a run that must be stopped
@@ -71,7 +80,9 @@ class TestTraining(CommandTest):
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=120)
             self.assertEqual((process.returncode, stderr), (code, ""))
-            message = r"\nInterrupted in epoch (\d+). (.*) stays usable.* The same command and --run_name"
+            message = (
+                r"\nnote: interrupted in epoch (\d+). (.*) contains the metrics.* give the same command with --run_name"
+            )
             epoch, folder = int(re.search(message, stdout)[1]), self.folder / re.search(message, stdout)[2]
             VAE.load_from_checkpoint(folder / "checkpoints" / "best.ckpt").sample(2)
             self.assertIn(load(folder, "last")["epoch"] + 1, [epoch - 1, epoch])
@@ -90,10 +101,10 @@ class TestTraining(CommandTest):
                 self.assertEqual(list((self.folder / "VAE_logs").rglob("*.unfinished")), [])
         self.assertEqual((result[0], result[2]), (0, ""))
 
-    def test_a_run_continues_if_its_output_is_closed_as_by_head(self):
+    def test_a_run_continues_if_the_pipe_of_its_output_is_closed(self):
         flags = ["--dataset", "rendered", "--epochs", "1", "--run_name", "run"]
         variables = few_digits(self.folder)
-        hold(self.folder, epoch=0)
+        pause_after_epoch(self.folder, epoch=0)
         process = self.start(REPOSITORY / "train_pl.py", *flags, **variables)
         process.stdout.readline()
         process.stdout.close()

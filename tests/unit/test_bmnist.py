@@ -209,10 +209,7 @@ class TestImageLoader(SeededTest):
 
 class TestLoadData(SeededTest):
     def test_each_data_set_has_its_splits_and_the_batch_size_of_one_process(self):
-        """
-        Your own file is split like MNIST only if it has as many training images and no validation images. Otherwise the
-        last tenth of its training images is the validation set, at most 5,000 images.
-        """
+        """Your own file is split like MNIST only if it has 60,000 training images and no val_images."""
         images, labels, *test = grey_images()
         for dataset, num_images, train_size, num_train, num_val, own in [
             ("mnist", 60_000, 55_000, 55_000, 5_000, None),
@@ -241,7 +238,7 @@ class TestLoadData(SeededTest):
                     if own
                     else f"validation set: the next {num_val:,} images"
                 )
-                self.assertEqual(loaders[0].reading, f"{which}, read well" if dataset == "own.npz" else "")
+                self.assertEqual(loaders[0].description, f"{which}, read well" if dataset == "own.npz" else "")
 
 
 class TestGrid(SeededTest):
@@ -274,8 +271,11 @@ class TestProgram(SeededTest):
         output, code = self.main(return_value=bmnist.data_loaders(images, *others))
         head, *splits = [" ".join(line.split()) for line in output.splitlines()]
         self.assertRegex(head, r"^KMNIST in \\u0437.*/KMNIST/raw: all four files verified$")
-        self.assertEqual(splits[:2], ["train 45,000 images ink 0.00%", "validation 5,000 images ink 100.00%"])
-        self.assertRegex(splits[2], "^test 10,000 images ink ")
+        self.assertEqual(
+            splits[:2],
+            ["train 45,000 images 0.00% of the pixels are 1", "validation 5,000 images 100.00% of the pixels are 1"],
+        )
+        self.assertRegex(splits[2], r"^test 10,000 images \d+\.\d\d% of the pixels are 1$")
         self.assertIsNone(code)
 
     def test_an_error_is_one_line(self):

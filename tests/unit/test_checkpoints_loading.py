@@ -98,7 +98,9 @@ class TestRefused(LoadingTest):
         self.assert_loads()
         file = self.folder / "hparams.yaml"
         file.write_text(f"model_name: !!python/object/apply:os.mkdir ['{made}']")
-        with self.assertRaisesRegex(checkpoints.CheckpointError, "hparams.yaml contains no hyperparameters"):
+        with self.assertRaisesRegex(
+            checkpoints.CheckpointError, "hparams.yaml cannot be read or contains no hyperparameters"
+        ):
             VAE.load_from_checkpoint(self.path, hparams_file=file)
         self.assertFalse(made.exists())
 
@@ -151,12 +153,12 @@ class TestRefused(LoadingTest):
             ({**self.good, "state_dict": [torch.zeros(3)]}, "of another program"),
             ({**self.good, "hyper_parameters": None}, "of another program"),
             ({**self.good, "hyper_parameters": {**parameters, "z_dim": 5}}, "size mismatch for encoder.net.2"),
-            ({**self.good, "hyper_parameters": {**parameters, "hidden_dims": [16, 16]}}, "does not fit"),
-            ({**self.good, "hyper_parameters": {**parameters, "hidden_dims": "wide"}}, "does not fit"),
-            ({**self.good, "hyper_parameters": {**parameters, "z_dim": -1}}, "does not fit"),
+            ({**self.good, "hyper_parameters": {**parameters, "hidden_dims": [16, 16]}}, "cannot be loaded into"),
+            ({**self.good, "hyper_parameters": {**parameters, "hidden_dims": "wide"}}, "cannot be loaded into"),
+            ({**self.good, "hyper_parameters": {**parameters, "z_dim": -1}}, "cannot be loaded into"),
             ({**self.good, "hyper_parameters": {**parameters, "model_name": "GAN"}}, "model_name must be"),
             ({**self.good, "state_dict": {}}, 'Missing key(s) in state_dict: "encoder.net.0.weight"'),
-            ({**self.good, "state_dict": {**weights, "encoder.net.0.weight": "x"}}, "does not fit"),
+            ({**self.good, "state_dict": {**weights, "encoder.net.0.weight": "x"}}, "cannot be loaded into"),
         ]:
             with self.subTest(part, content=content):
                 torch.save(content, self.path)
@@ -167,7 +169,7 @@ class TestRefused(LoadingTest):
             raise AttributeError("no attribute widht")
 
         with mock.patch.object(VAE, "__init__", init):
-            self.assert_refused("does not fit VAE (no attribute widht, ", f"{__file__}, line ")
+            self.assert_refused("cannot be loaded into VAE (no attribute widht, ", f"{__file__}, line ")
         self.save(state_dict={})
         with self.assertRaisesRegex(checkpoints.CheckpointError, r"^((?!, line).)*$"):
             VAE.load_from_checkpoint(self.path)
@@ -264,7 +266,7 @@ class TestLoading(LoadingTest):
         weights = {**self.good["state_dict"], "more": torch.zeros(1)}
         del weights["encoder.net.0.bias"]
         self.save(state_dict=weights)
-        self.assert_refused("does not fit")
+        self.assert_refused("cannot be loaded into")
         with warnings.catch_warnings(record=True) as caught:
             VAE.load_from_checkpoint(self.path, strict=False)
         messages = "".join(str(warning.message) for warning in caught)

@@ -197,7 +197,10 @@ class TestPickDevice(SeededTest):
             ),
         ]:
             with self.subTest(reason):
-                words = f"torch {torch.__version__} cannot use {gpu} ({reason})"
+                words = (
+                    f"torch {torch.__version__} cannot use {gpu} ({reason}): install a version of torch that supports "
+                    "this GPU and its driver"
+                )
                 self.assertEqual(self.pick("auto", **machine), ("cpu", f"warning: using the CPU: {words}\n"))
                 self.assertEqual(self.pick("gpu", **machine), (f"--accelerator gpu: {words}; use auto or cpu", ""))
         self.assertEqual(self.pick("auto", warning="CUDA initialization: Found no NVIDIA driver"), ("cpu", ""))
@@ -256,7 +259,7 @@ class TestMemoryOfAnEvaluation(SeededTest):
             return torch.zeros(len(imgs))
 
         self.enter(mock.patch.multiple(likelihoods, log_likelihood=log_likelihood, BATCH_SIZE=10))
-        self.enter(mock.patch.dict(likelihoods.CHUNK_SIZE, cpu=64))
+        self.enter(mock.patch.dict(likelihoods.DECODE_BATCH_SIZE, cpu=64))
         for error, most, expected in [
             (torch.OutOfMemoryError("CUDA out of memory"), 20, [64, 32, 16, 16, 16, 16, 16]),
             (cpu_error, 20, [64, 32, 16, 16, 16, 16, 16]),

@@ -63,7 +63,7 @@ class TestDocs(unittest.TestCase):
         self.assertEqual({file for file in package if not file.endswith("__init__.py")} - set(named), set())
         self.assertEqual([name for name in named if not (REPOSITORY / name).exists()], [])
 
-    def test_the_names_in_the_life_of_a_minibatch_exist(self):
+    def test_the_names_in_the_readmes_path_of_a_minibatch_exist(self):
         text = PAGES[0].read_text().partition("**The path of a minibatch")[2].partition("\nMore documentation")[0]
         names = re.findall(r"`((?:\w+\.)+\w+)`", text)
         self.assertEqual(len(re.findall(r"^\d\. ", text, re.MULTILINE)), 6)

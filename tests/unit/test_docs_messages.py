@@ -35,7 +35,7 @@ VALUE = None  # stands for an inserted value in a message
 
 
 def messages_of_python(text):
-    """The strings of a Python file, each a list of characters and VALUEs."""
+    """Yields the strings of a Python file, each as a list of characters and VALUEs."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield [*node.value]
@@ -46,7 +46,7 @@ def messages_of_python(text):
 
 
 def messages_of_bash(text):
-    """The lines of a bash script, each a list of characters and VALUEs."""
+    """Yields the lines of a bash script, each as a list of characters and VALUEs."""
     for line in text.splitlines():
         parts = re.split(r"\$\{[^}]*\}|\$[\w?]+|\$\([^)]*\)", line)
         yield [item for part in parts for item in [VALUE, *part]][1:]
@@ -54,8 +54,8 @@ def messages_of_bash(text):
 
 def shared_literals(quote, message):
     """
-    The largest number of a quote's characters that the message itself contains, if the quote is a part of the message
-    with values inserted; -1 if it is not.
+    Returns the largest number of a quote's characters that the message itself contains, if the quote is a part of the
+    message with values inserted. Returns -1 if the quote is not a part of the message.
     """
     best = dict.fromkeys(range(len(message) + 1), 0)  # by the place in the message that the quote has reached
     for character in quote:
@@ -71,7 +71,7 @@ def shared_literals(quote, message):
 
 
 def quotes(page, heading):
-    """The quoted messages of a page: what is in backticks in the first column of the tables below a heading."""
+    """Yields the quoted messages of a page: the text in backticks in the first column of the tables below a heading."""
     _, found, text = page.read_text().partition(heading)
     assert found, heading
     section = re.split(rf"^{heading.split()[0]} ", text, flags=re.MULTILINE)[0]
@@ -83,7 +83,7 @@ def quotes(page, heading):
 
 
 def fragments(quote):
-    """The parts of a quote between its '...', without the messages of other programs that it contains."""
+    """Returns the parts of a quote between its '...', without the messages of other programs that it contains."""
     for foreign in FOREIGN:
         quote = quote.replace(foreign, "...")
     parts = [part.strip(" ();:,") for part in quote.split("...")]
@@ -91,7 +91,7 @@ def fragments(quote):
 
 
 def parts_of_fragment(fragment):
-    """The parts of a fragment that may come from different messages, of which one is inserted into the other."""
+    """Returns the parts of a fragment that may come from two messages, one of which is inserted into the other."""
     parts = re.split(r"(?<=[:;,]) | (?=\()|(?<=must be) ", fragment)
     return [part for part in parts if len(re.findall(r"(?<!\S)[A-Za-z]+(?!\S)", part)) > 1]  # others may be values
 
@@ -110,13 +110,13 @@ class TestMessages(unittest.TestCase):
                     self.messages[piece].append(message)
 
     def share(self, fragment):
-        """The largest share of a fragment's characters that a single message contains."""
+        """Returns the largest share of a fragment's characters that a single message contains."""
         pieces = {fragment[start : start + NGRAM] for start in range(max(len(fragment) - NGRAM + 1, 1))}
         candidates = {id(message): message for piece in pieces for message in self.messages[piece]}
         return max([shared_literals(fragment, message) for message in candidates.values()], default=-1) / len(fragment)
 
     def is_in_the_code(self, fragment):
-        """Whether a fragment is a part of a message, or of one that is inserted into another."""
+        """Returns whether a fragment is a part of a message, or of two messages, one inserted into the other."""
         found = [self.share(text) >= MIN_LITERAL for text in [fragment, *parts_of_fragment(fragment)]]
         return found[0] or (len(found) > 1 and all(found[1:]))
 

@@ -58,7 +58,7 @@ class TestExplorer(SeededTest):
         parameters = [*encoder.parameters(), *decoder.parameters()]
         start = 0
         for weight in parameters:
-            two_parts = weight.numel() <= data["most_in_two_parts"]
+            two_parts = weight.numel() <= data["max_full_precision_weights"]
             there = np.frombuffer(numbers, "<f2", weight.numel() * (1 + two_parts), start).astype("f4")
             sums = torch.from_numpy(there.reshape(-1, *weight.shape).sum(axis=0))
             torch.testing.assert_close(sums, weight.detach(), rtol=1e-3, atol=1e-6 if two_parts else 1e-4)
@@ -83,7 +83,7 @@ class TestExplorer(SeededTest):
         self.assertEqual((labels[0], labels[-1]), (0, 49 % 10))
 
     def test_the_plane_is_at_least_as_large_as_the_prior(self):
-        """This is so even if all posteriors equal the prior."""
+        """The plane has this size even if all posteriors equal the prior."""
         encoder = MLPEncoder(hidden_dims=[], z_dim=3)
         for weight in encoder.parameters():
             weight.data.zero_()

@@ -126,7 +126,7 @@ class TestFigures(SeededTest):
         self.assertEqual((axes.get_xlabel(), axes.get_ylabel()), ("a", "b"))
 
     def test_a_table_of_large_or_wide_images_shows_every_pixel(self):
-        """This is so even with long labels. The images take at least a twentieth of the picture."""
+        """Every pixel is shown even with long labels. The images take at least a twentieth of the picture."""
         for size in [(100, 100), (150, 50), (20, 200)]:
             with self.subTest(size):
                 stripes = np.indices((4, 4, *size)).sum(axis=0) % 2

@@ -121,7 +121,11 @@ class TestComplete(SeededTest):
         for name, must_be, values in [
             ("kind", "one of round, square", ["flat", None, ["round"], {}]),
             ("side", "one of 1, 2", [3, "1", True]),
-            ("sizes", f"one or more numbers from 1 to {MAX_INT:,}", [[], None, "34", [[3]], [3, 0], [MAX_INT + 1]]),
+            (
+                "sizes",
+                f"one or more whole numbers from 1 to {MAX_INT:,}",
+                [[], None, "34", [[3]], [3, 0], [MAX_INT + 1]],
+            ),
             ("rate", "a finite number above 0", [0.0, -1, math.inf, math.nan, None, "0.1", torch.ones(2)]),
             ("rate", f"at most {MAX_FLOAT:,}", [2 * MAX_FLOAT, 10**39]),
             ("weight", "a finite number of at least 0", [-0.1, math.nan, math.inf, "x"]),
@@ -130,7 +134,7 @@ class TestComplete(SeededTest):
             ("number", "at least 1", [0]),
             ("shiny", "True or False", ["no", 2, None]),
             ("name", "a string", [3, b"x", ["a"]]),
-            ("name", "a string that can be part of a file and of a file name", ["a\0b", "b\udcff"]),
+            ("name", "valid Unicode text without NUL characters", ["a\0b", "b\udcff"]),
             (
                 "threads",
                 f"auto, or a whole number from 1 to {MAX_THREADS:,}",

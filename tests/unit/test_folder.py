@@ -60,7 +60,7 @@ class TestFolder(NamedRunTest):
         self.assertTrue((self.run_folder() / "empty").is_dir())
         self.assertFalse((self.run_folder() / unfinished).exists())
 
-    def test_a_folder_that_is_not_a_runs_is_refused_and_not_changed(self):
+    def test_a_folder_of_another_program_is_refused_and_not_changed(self):
         """It contains other files, or a run of the course's template."""
         template = {HPARAMS: "model_name: MLP\nz_dim: 20\nlr: 0.001\n", "events.out.tfevents.1.host": "curves"}
         for contents, message in [
@@ -190,11 +190,11 @@ class TestFolder(NamedRunTest):
         self.train(epochs=3, run_name="short")
         assert_left_the_same(self, self.run_folder(), self.folder / "short")
 
-    def test_fewer_epochs_than_were_trained_are_refused_and_more_epochs_with_a_cosine_learning_rate(self):
+    def test_fewer_epochs_are_refused_and_with_a_cosine_learning_rate_also_more_epochs(self):
         self.train(epochs=2)
         self.assert_refused("has trained 2 epochs, more than --epochs 1: give --epochs 2 or more", epochs=1)
         self.train(epochs=1, lr_schedule="cosine", run_name="cosine")
-        message = "with --epochs 1, over which its learning rate falls: .* --epochs 2"
+        message = "cannot be resumed with --epochs 2, because its learning-rate schedule .*: give --epochs 1, or"
         self.assert_refused(message, epochs=2, lr_schedule="cosine", run_name="cosine")
 
     def test_results_whose_checkpoints_are_missing_are_not_replaced(self):

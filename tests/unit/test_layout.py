@@ -84,7 +84,7 @@ class TestImports(LayoutTest):
         self.assertIn("harness.checkpoints", self.imports("harness/run.py"))  # from harness import checkpoints
         self.assertIn("tests.helpers", self.imports("tests/unit/test_layout.py"))
 
-    def test_may_import_lists_every_program(self):
+    def test_the_table_of_allowed_imports_lists_every_program(self):
         programs = {module for module in self.modules if "." not in module} - {"tests", *FOLDERS}
         self.assertLessEqual(programs, MAY_IMPORT.keys(), "add these programs to MAY_IMPORT")
 

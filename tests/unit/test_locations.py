@@ -58,7 +58,7 @@ class TestPlaces(SeededTest):
             with self.subTest(path, directory=directory):
                 self.assertEqual(self.run_folder(path, directory), self.path / "logs" / run)
 
-    def test_the_folder_of_a_checkpoint_of_no_run_is_the_folder_that_contains_it(self):
+    def test_the_folder_of_a_checkpoint_that_does_not_belong_to_a_run_is_the_folder_that_contains_it(self):
         self.make("models/a.ckpt", "models/checkpoints/b.ckpt")
         (self.folder / "c.ckpt").symlink_to("models/a.ckpt")
         for path, directory in [("a.ckpt", "models"), ("c.ckpt", "."), ("b.ckpt", "models/checkpoints")]:
@@ -78,14 +78,14 @@ class TestPlaces(SeededTest):
         """If none contains the data, it is the first one that exists."""
         self.make("moved/data/MNIST/raw/x", "was/MNIST/raw/x", "flag/MNIST/raw/x", "empty/x", "moved/run/x")
         run, there = self.folder / "moved" / "run", {name: str(self.folder / name) for name in ["was", "flag", "empty"]}
-        for kept, expected in [
+        for run_data, expected in [
             ({"data_dir_from_run": "../data", "data_dir": there["was"]}, "data"),
             ({"data_dir_from_run": "../nothing", "data_dir": there["was"]}, "was"),
             ({"data_dir_from_run": "../../empty", "data_dir": there["was"]}, "was"),
             ({"data_dir": 3, "data_dir_from_run": None}, "flag"),
         ]:
-            with self.subTest(kept):
-                self.assertEqual(Path(find_data_dir(run, kept, there["flag"], "MNIST")).name, expected)
+            with self.subTest(run_data):
+                self.assertEqual(Path(find_data_dir(run, run_data, there["flag"], "MNIST")).name, expected)
         self.assertEqual(find_data_dir(run, {"data_dir": there["empty"]}, "nothing", "MNIST"), there["empty"])
         self.assertEqual(find_data_dir(run, {"data_dir": "/nowhere"}, "../data", "MNIST"), "../data")
 

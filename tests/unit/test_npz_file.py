@@ -43,18 +43,18 @@ class TestLoadFile(SeededTest):
                 "values from -0.5 to 0.5, but must contain whole numbers",
             ),
             ({"train_images": images / np.where(images, 255, np.nan)}, "values from nan to nan"),
-            ({"train_images": images // 255}, "only the values 0 and 1: store train_images == 1, or multiply by 255"),
+            ({"train_images": images // 255}, "only the values 0 and 1: convert train_images to bool, or"),
             ({"train_images": images.reshape(200, -1)}, r"shape \[200, 280\], but must be of shape \[N,H,W\], \[N,H"),
             ({"train_images": images[:, None, :, :3]}, r"shape \[200, 1, 20, 3\], but must be"),
             ({"train_images": np.stack([images] * 4, axis=-1)}, r"shape \[200, 20, 14, 4\], but must be"),
-            ({"train_images": images * 0 + 255}, r"every pixel of its train_images is above 127"),
+            ({"train_images": images * 0 + 255}, r"every pixel of its train_images is above 127 .*: scale "),
             (
                 {
                     "train_images": np.repeat(
                         images[:, :1, :1] * 0 + np.arange(200)[:, None, None].astype(np.uint8), 20, 1
                     )
                 },
-                r"every image of its train_images has a single intensity \(16",
+                r"in every image of its train_images, all pixels are equal \(perhaps 16-bit",
             ),
             ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: use only one"),
             ({"val_images": images[:0]}, "val_images has 0 images, but must have at least 1"),
@@ -82,7 +82,7 @@ class TestLoadFile(SeededTest):
         plain, labels = load_file(str(write_npz(self.folder))), dict(train_labels=classes, test_labels=classes[:100])
         keras = dict(x_train=images, y_train=classes, x_test=own_images(100), y_test=classes[:100])
         black = (images > 127).astype(np.uint8) * 255
-        for arrays, expected, reading in [
+        for arrays, expected, description in [
             ({"train_images": images[..., None], "test_images": own_images(100)[:, None]}, images, ""),
             ({"train_images": np.stack([images] * 3, axis=-1)}, images, ", RGB converted to grey"),
             ({"train_images": np.stack([images] * 3, axis=1)}, images, ", RGB converted to grey"),
@@ -94,19 +94,20 @@ class TestLoadFile(SeededTest):
             ({name: np.stack([label] * 2, 1) for name, label in labels.items()}, images, ", several labels per image"),
             ({"train_images": None, "test_images": None, **keras}, images, ""),
         ]:
-            with self.subTest(reading, arrays=[*arrays]):
+            with self.subTest(description, arrays=[*arrays]):
                 found = load_file(str(write_npz(self.folder, **arrays)))
                 self.assertTrue(torch.equal(found.train_images, torch.from_numpy(expected)))
                 self.assertTrue(torch.equal(found.test_images, plain.test_images))
                 self.assertEqual(
-                    (found.num_val, found.reading[: len(reading)], bool(reading)), (None, reading, bool(found.reading))
+                    (found.num_val, found.description[: len(description)], bool(description)),
+                    (None, description, bool(found.description)),
                 )
-                is_labelled = {"train_labels", "y_train"} & arrays.keys() and "several" not in reading
+                is_labelled = {"train_labels", "y_train"} & arrays.keys() and "several" not in description
                 self.assertEqual(found.train_labels.tolist(), classes.tolist() if is_labelled else [-1] * 200)
 
     def test_arrays_that_are_not_used_are_named(self):
         """The names are cut off after some characters. Labels without validation images are not used, either."""
-        for arrays, reading in [
+        for arrays, description in [
             (dict(mean=np.zeros(3), val_labels=np.array(["a"])), " (arrays not used: mean, val_labels)"),
             (
                 {"a\nb": np.zeros(3), "train_images": own_images(200) > 127},
@@ -114,8 +115,8 @@ class TestLoadFile(SeededTest):
             ),
             (dict.fromkeys(["x" * 50, "y" * 50], np.zeros(3)), f" (arrays not used: {'x' * 50}, {'y' * 8}...)"),
         ]:
-            with self.subTest(reading):
-                self.assertEqual(load_file(str(write_npz(self.folder, **arrays))).reading, reading)
+            with self.subTest(description):
+                self.assertEqual(load_file(str(write_npz(self.folder, **arrays))).description, description)
 
     def test_validation_images_of_the_file_are_the_last_training_images(self):
         val, classes = own_images(250)[200:], np.arange(200) % 3

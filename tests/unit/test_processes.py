@@ -95,10 +95,10 @@ class TestEnvironment(SeededTest):
             (TORCHRUN, 4, 1, "torchrun has started 4 processes: give --devices 2 --num_nodes 2"),
             ({}, 1, 2, "srun or torchrun.*MASTER_ADDR, MASTER_PORT, NODE_RANK$"),
             (dict(MASTER_ADDR="n1", MASTER_PORT="9", WORLD_SIZE="2"), 1, 2, "environment variables NODE_RANK$"),
-            ({**MANUAL, "WORLD_SIZE": "4"}, 2, 1, "WORLD_SIZE=4 .* does not fit --devices 2 --num_nodes 1"),
-            ({**MANUAL, "LOCAL_RANK": "2"}, 2, 1, "LOCAL_RANK=2 .* does not fit"),
+            ({**MANUAL, "WORLD_SIZE": "4"}, 2, 1, "WORLD_SIZE=4 .* is invalid for --devices 2 --num_nodes 1"),
+            ({**MANUAL, "LOCAL_RANK": "2"}, 2, 1, "LOCAL_RANK=2 .* is invalid for"),
             ({**MANUAL, "LOCAL_RANK": "x"}, 2, 1, "LOCAL_RANK=x .* unset LOCAL_RANK"),
-            ({**MANUAL, "NODE_RANK": "1"}, 2, 1, "NODE_RANK=1 .* does not fit"),
+            ({**MANUAL, "NODE_RANK": "1"}, 2, 1, "NODE_RANK=1 .* is invalid for"),
         ]:
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 self.environment(variables, devices, num_nodes)

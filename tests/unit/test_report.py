@@ -61,8 +61,8 @@ class TestLoggedMetrics(NamedRunTest):
         for epoch in [0, 1, 3]:
             self.stop_at(report.EpochReport, "on_train_epoch_start", epoch, epochs=4)
         folder, _ = self.train(epochs=4)
-        self.train(epochs=4, run_name="undisturbed")
-        assert_left_the_same(self, folder, self.folder / "undisturbed")
+        self.train(epochs=4, run_name="uninterrupted")
+        assert_left_the_same(self, folder, self.folder / "uninterrupted")
 
         rows, shown = metrics(folder), self.shown()
         mean = (2 * 128**2 + 44**2) / 300  # mean size of the minibatches, over the images
@@ -98,12 +98,12 @@ class TestLoggedMetrics(NamedRunTest):
 
 
 class TestContention(TrainingTest):
-    """The note that other processes seem to use the CPU."""
+    """The warning that other processes perhaps use the CPU."""
 
-    def notes(self, wall=2.0, shares=(0.5,), pictures=0.0, threads=2, device="cpu, 2 threads"):
+    def warnings(self, wall=2.0, shares=(0.5,), pictures=0.0, threads=2, device="cpu, 2 threads"):
         """
-        Returns the notes of a run. Each training step takes `wall` seconds, and has a CPU for a share of them; `shares`
-        has a share for each epoch. The pictures take `pictures` seconds more.
+        Returns the warnings of a run. Each training step takes `wall` seconds, and has a CPU for a share of them;
+        `shares` has a share for each epoch. The pictures take `pictures` seconds more.
         """
         clock, training_step = SimpleNamespace(wall=0.0, cpu=0.0), VAE.training_step
         clock.perf_counter, clock.thread_time = lambda: clock.wall, lambda: clock.cpu
@@ -123,14 +123,14 @@ class TestContention(TrainingTest):
             mock.patch.multiple(GenerateCallback, on_train_epoch_end=slow_pictures, sample_and_save=mock.Mock()),
         ):
             _, output = self.train(epochs=len(shares), batch_size=300)
-        return [line for line in output.splitlines() if line.startswith("note:")]
+        return [line for line in output.splitlines() if line.startswith("warning:")]
 
-    def test_a_note_appears_once_if_the_training_thread_waited_for_a_cpu_in_the_first_epoch(self):
-        (note,) = self.notes(shares=[0.5, 0.5])
-        self.assertIn("the training thread had a CPU for only 50% of this epoch", note)
-        self.assertIn("2 threads wait for each other. --threads 1 may be faster", note)
+    def test_a_warning_appears_once_if_the_training_thread_waited_for_a_cpu_in_the_first_epoch(self):
+        (warning,) = self.warnings(shares=[0.5, 0.5])
+        self.assertIn("the training thread had a CPU for only 50% of epoch 1, perhaps because other processes", warning)
+        self.assertIn("stop the run and resume it with --threads 1", warning)
 
-    def test_there_is_no_note_without_contention_or_if_one_thread_would_not_help(self):
+    def test_there_is_no_warning_without_contention_or_if_one_thread_would_not_help(self):
         for case, options in [
             ("enough of a CPU", dict(shares=[report.CONTENTION + 0.01])),
             ("slow pictures", dict(shares=[1], pictures=100.0)),
@@ -140,4 +140,4 @@ class TestContention(TrainingTest):
             ("a GPU", dict(device="NVIDIA H200")),
         ]:
             with self.subTest(case):
-                self.assertEqual(self.notes(**options), [])
+                self.assertEqual(self.warnings(**options), [])

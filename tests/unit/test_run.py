@@ -126,7 +126,9 @@ class TestStopped(NamedRunTest):
             with self.subTest(hook, code=code), stopped, printed_lines() as lines, self.assertRaises(SystemExit) as end:
                 train_vae(self.namespace(accelerator="cpu", epochs=2))
             self.assertEqual(end.exception.code, code)
-            self.assertRegex(lines[-1], rf"^Interrupted in epoch 2. {self.run_folder()} stays usable.* resumes it$")
+            self.assertRegex(
+                lines[-1], rf"^note: interrupted in epoch 2. {self.run_folder()} contains .* give the same command$"
+            )
             VAE.load_from_checkpoint(self.run_folder() / "checkpoints" / "last.ckpt")
         _, output = self.train(epochs=2)
         self.assertIn("resumed after epoch 1\n", output)
@@ -231,7 +233,7 @@ class TestErrors(NamedRunTest):
 
     def test_too_little_shared_memory_for_the_workers_is_reported_before_the_run_has_a_folder(self):
         full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
-        refused = self.assertRaisesRegex(RunError, "too small for --num_workers 2 .*: give --num_workers 0")
+        refused = self.assertRaisesRegex(RunError, "out of shared memory for --num_workers 2 .*: give --num_workers 0")
         with mock.patch.object(torch.Tensor, "share_memory_", side_effect=full), refused:
             self.train(epochs=1, num_workers=2)
         self.assertFalse(self.run_folder().exists())

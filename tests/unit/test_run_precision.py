@@ -45,7 +45,7 @@ class TestPrecision(GraphTest):
                 self.assertEqual({loss.dtype for loss in losses}, {expected})
 
     def test_in_every_precision_of_lightning_the_logged_means_are_those_of_the_same_weights(self):
-        """This is true in a user's own Trainer, too, up to the networks' rounding. A bfloat16 sum would stop at 256."""
+        """The means also agree in your own Trainer, up to rounding. (Adding ones in bfloat16 would stop at 256.)"""
         imgs = (torch.rand(300, 1, 28, 28) > 0.8).float()
         loader = DataLoader(TensorDataset(imgs, torch.zeros(300)), batch_size=20)
         options = dict(accelerator="cpu", enable_progress_bar=False, logger=False, enable_checkpointing=False)

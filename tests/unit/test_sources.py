@@ -104,7 +104,7 @@ class TestRunsOnYourOwnImages(NamedRunTest):
         self.train(epochs=2, dataset="moved.npz")
         self.assertEqual(len(metrics(self.run_folder())), 3)
         self.write("moved.npz", test_images=own_images(101))
-        with self.assertRaisesRegex(RunError, "other hyperparameters .the content of the file --dataset."):
+        with self.assertRaisesRegex(RunError, "other hyperparameters .the file of --dataset has different content."):
             self.train(epochs=3, dataset="moved.npz")
         with self.assertRaisesRegex(RunError, "--dataset was .*moved.npz, is mnist"):
             self.train(epochs=2, dataset="mnist")

@@ -49,7 +49,7 @@ class TestSummary(SeededTest):
         rows = [
             "z_dim 3, hidden_dims 64 32 1 0.3000 0.3100",
             "z_dim 20, hidden_dims 512 2 0.1700 +- 0.0141 0.1800 +- 0.0141",
-            f"not finished: {self.folder / 'job_7_4'}",
+            f"note: not finished: {self.folder / 'job_7_4'}",
             f"plot {self.folder / 'plot.png'}",
         ]
         self.assertEqual([" ".join(line.split()) for line in lines[1:]], rows)
@@ -104,7 +104,7 @@ class TestSummary(SeededTest):
             self.assertRegex(self.summary("")[1], r"^all runs +1  0\.1000 ")
             self.assertEqual(len(self.errors), 1)
             self.assertRegex(self.errors[0], f"^warning: {path} is skipped: .")
-        self.assert_ends("there is no finished run in .*worse .no results.json.$", "worse")
+        self.assert_ends("there is no finished run in .*worse .no results.json.: train a run to its end", "worse")
 
     def test_a_file_among_the_folders_is_ignored_and_a_name_that_does_not_exist_is_a_warning(self):
         """A shell's * also expands to the names of files."""

@@ -40,7 +40,7 @@ class TestTensorBoard(SeededTest):
         return shown
 
     def test_tensorboard_hides_the_epochs_that_a_killed_process_logged_and_that_are_trained_again(self):
-        """So does a TensorBoard that watches the run all the time. A process without a checkpoint starts at epoch 0."""
+        """A TensorBoard that is already open hides them, too. A process without a checkpoint starts at epoch 0."""
         watching, attempts = EventAccumulator(str(self.folder), {"images": 0}), {}
         self.enter(self.assertLogs("tensorboard", "WARNING"))  # TensorBoard warns that it drops points
         for attempt, epochs in [(1, range(0, 2)), (2, range(0, 5)), (3, range(3, 6)), (4, range(5, 7))]:

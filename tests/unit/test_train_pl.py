@@ -265,9 +265,9 @@ class TestInitFrom(NamedRunTest):
         path = self.folder / "first" / "checkpoints" / "best.ckpt"
         (self.folder / "text.ckpt").write_text("no checkpoint")
         for flags, words in [
-            ({"init_from": path, "z_dim": 4}, "best.ckpt does not fit VAE .*it was trained with z_dim 3$"),
+            ({"init_from": path, "z_dim": 4}, "best.ckpt cannot be loaded into VAE .*it was trained with z_dim 3$"),
             ({"init_from": path, "model": "CNN"}, "it was trained with model_name MLP$"),
-            ({"init_from": path, "init": "he"}, "--init he is valid only with --model MLP and without --init_from"),
+            ({"init_from": path, "init": "he"}, "--init he .* without --init_from: leave --init he out"),
             ({"init_from": self.folder / "text.ckpt"}, "text.ckpt is not a checkpoint"),
             ({"init_from": self.folder / "gone.ckpt"}, "--init_from .*gone.ckpt. cannot be read"),
         ]:
@@ -284,7 +284,7 @@ class TestCallbacks(NamedRunTest):
 
         with printed_lines() as lines:
             train_vae(self.namespace(accelerator="cpu"), callbacks=[Stop()])
-        self.assertIn("stopped early, after 2 of 6 epochs", lines)
+        self.assertIn("note: stopped early after 2 of 6 epochs", lines)
         self.assertEqual(results(self.run_folder())["epochs"], 2)
 
     def test_your_own_checkpoints_do_not_replace_those_of_the_run_and_a_resumed_run_continues_them(self):
@@ -326,7 +326,7 @@ class TestSchedules(NamedRunTest):
 
     def test_beta_rises_linearly_and_is_logged_also_in_a_resumed_run(self):
         wish = dict(epochs=4, beta=4.0, beta_warmup=2, train_samples=2)
-        folder = self.folder / "undisturbed"
+        folder = self.folder / "uninterrupted"
         self.train(run_name=folder.name, **wish)
         self.assertEqual([float(row["train_beta"]) for row in metrics(folder)[1:]], [0, 2, 4, 4])
         self.assertEqual(VAE.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").hparams.beta, 4.0)

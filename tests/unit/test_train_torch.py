@@ -119,7 +119,7 @@ class TestMain(SeededTest):
 
     def test_an_invalid_flag_is_a_value_error_before_anything_is_written(self):
         for name, value in dict(z_dim=0, hidden_dims=[3, 0], lr=math.nan, epochs=-1, num_filters=0).items():
-            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name} must be above 0, got "):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"--{name} must be a finite number above 0"):
                 self.main(**{name: value, "log_dir": str(self.folder)})
         self.assertEqual(list(self.folder.iterdir()), [])
         with self.assertRaisesRegex(ValueError, "model_name must be 'MLP' or 'CNN', got 'RNN'"):

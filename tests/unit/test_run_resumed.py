@@ -1,4 +1,4 @@
-"""Tests of runs that are killed and resume: `python -m unittest tests/unit/test_run_continued.py`."""
+"""Tests of runs that are killed and resume: `python -m unittest tests/unit/test_run_resumed.py`."""
 
 import os
 import tempfile
@@ -100,7 +100,7 @@ class TestKilled(ResumedRunTest):
             self.stop_at(VAE, "on_train_epoch_start", 3, **flags)
             self.stop_at(VAE, "test_step", 4, **flags)
             output = self.assert_resumes(after=4, **flags)
-            self.assertIn("stopped early, after 4 of 5 epochs\n", output)
+            self.assertIn("note: stopped early after 4 of 5 epochs\n", output)
             found = results(self.run_folder())
             self.assertEqual((found["epochs"], found["best_epoch"], len(metrics(self.run_folder()))), (4, 2, 5))
             self.assertIn("is finished", self.train(**flags)[1])
