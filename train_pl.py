@@ -419,8 +419,8 @@ def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     complete_file(args, "init_from")
     if args.init == "he" and (args.model != "MLP" or args.init_from):
         raise FlagError(
-            "--init he is valid only with --model MLP and without --init_from: leave --init he out, or give --model MLP "
-            "without --init_from"
+            "--init he is valid only with --model MLP and without --init_from: leave --init he out, or give "
+            "--model MLP without --init_from"
         )
     if args.objective == "iwae" and (args.beta != 1 or args.beta_warmup):
         raise FlagError(
