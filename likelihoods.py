@@ -53,9 +53,8 @@ def log_likelihoods(model: VAE, dataset: BinaryImages, iw_samples: int, progress
         iw_samples, progress_bar - See evaluate.
     """
     number_of_batches, log_ps = len(batch_indices(dataset)), []
-    is_shown = supports_progress_bar(sys.stderr) and (
-        progress_bar or sys.stderr.isatty()
-    )  # a notebook would show each state on a new line
+    # A notebook would show each state on a new line
+    is_shown = supports_progress_bar(sys.stderr) and (progress_bar or sys.stderr.isatty())
     bar = tqdm(
         log_likelihoods_of_batches(model, dataset, iw_samples),
         "log p(x)",

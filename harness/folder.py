@@ -178,9 +178,8 @@ def set_aside_results(folder, epoch, metric):
     """
     try:
         results = read_results(folder, metric)
-        epochs = results.get(
-            "epochs", results["hyperparameters"].get("epochs", 0)
-        )  # "epochs" is smaller after early stopping
+        # "epochs" is smaller after early stopping
+        epochs = results.get("epochs", results["hyperparameters"].get("epochs", 0))
     except (FileNotFoundError, ValueError):
         return
     if epoch < epochs:

@@ -228,7 +228,7 @@ class Run:
         if self.state.device not in [None, self.device_name]:
             self.print(
                 f"note: the previous epochs were trained on {self.state.device}, the next ones on {self.device_name}: "
-                "from here on the results agree with an uninterrupted run up to rounding"
+                "from here on the results differ slightly from those of an uninterrupted run"
             )
         return loaders
 

@@ -72,9 +72,8 @@ class TrainingTest(SeededTest):
 
     def setUp(self):
         self.enter(mock.patch.object(train_pl, "load_data", small_loaders))
-        self.enter(
-            mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32)
-        )  # TensorBoard's version, in Python, is slow
+        # TensorBoard's version, in Python, is slow
+        self.enter(mock.patch.object(pywrap_tensorflow, "crc32c", zlib.crc32))
         if not self.makes_figures:
             self.enter(mock.patch.object(run.Run, "make_figures", leave_empty_figures))
 
@@ -137,9 +136,8 @@ class NamedRunTest(TrainingTest):
     """Test case with one run, named `run`, which can be stopped and resumed."""
 
     def namespace(self, **flags):
-        return super().namespace(
-            **{"run_name": "run", "z_dim": 3, **flags}
-        )  # only 2 latents have a manifold, which is slow
+        # Only 2 latents have a manifold, which is slow
+        return super().namespace(**{"run_name": "run", "z_dim": 3, **flags})
 
     def run_folder(self):
         return self.folder / "run"

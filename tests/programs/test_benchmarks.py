@@ -32,9 +32,8 @@ class TestBenchmarks(CommandTest):
         variables = few_digits(self.folder, (6400, 200, 200))
         for model in ["MLP", "CNN"]:
             flags = ["--dataset", "rendered", "--steps", "3", "--model", model]
-            code, stdout, _ = self.run_command(
-                "benchmarks/step.py", *flags, **variables
-            )  # torch's profiler prints to stderr
+            # Torch's profiler prints to stderr
+            code, stdout, _ = self.run_command("benchmarks/step.py", *flags, **variables)
             first, *rows = stdout.splitlines()
             self.assertEqual(code, 0)
             self.assertRegex(first, rf"^{model}: \d+\.\d\d ms per step, median of 3, \d+ threads$")

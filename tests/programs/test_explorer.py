@@ -354,9 +354,8 @@ class TestExplorer(SeededTest):
         self.browser.mouse("mouseMoved", "#plane", 0.8, 0.1)
         self.assert_shows_latents()
         place = self.tensor("onCanvas(toPlane(shown)).map((place) => place / plane.width)")
-        torch.testing.assert_close(
-            place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0
-        )  # a single latent is shown in the middle
+        # A single latent is shown in the middle
+        torch.testing.assert_close(place, torch.tensor([0.8, 0.5]), atol=0.01, rtol=0)
         self.assert_quiet()
         with self.assertRaisesRegex(RuntimeError, "Failed to fetch"):
             self.browser.run("fetch('http://127.0.0.1:9/')")

@@ -62,10 +62,11 @@ class TestGPU(GPUTest):
                 self.assert_the_same(self.train(**flags), self.train(**flags))
 
     def test_training_with_cuda_graphs_agrees_with_training_without_them(self):
+        """Not tested with stochastic binarisation: with graphs, the GPU samples the pixels, otherwise the CPU."""
         for flags in [
             dict(),
             dict(model="CNN"),
-            dict(binarization="stochastic", lr_schedule="cosine", beta=2.0, beta_warmup=2, epochs=3),
+            dict(lr_schedule="cosine", beta=2.0, beta_warmup=2, epochs=3),
             dict(objective="iwae", train_samples=5),
         ]:
             with self.subTest(flags):

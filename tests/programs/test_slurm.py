@@ -246,9 +246,8 @@ class TestSlurm(unittest.TestCase):
             self.assert_state(job_id, "COMPLETED", restarts=job_id == two)
             for text in [" on cpu x 2", f"requeueing job {job_id}\n", "resumed after epoch"]:
                 self.assertEqual(text in self.output(job_id), job_id == two, self.output(job_id))
-        self.assertEqual(
-            self.output(two).count("the time limit is near"), 1
-        )  # only one of the two processes requeues the job
+        # Only one of the two processes requeues the job
+        self.assertEqual(self.output(two).count("the time limit is near"), 1)
         bpd, expected = (results(self.run_folder(job_id))["test_bpd"] for job_id in [two, one])
         self.assertAlmostEqual(bpd, expected, delta=0.001)
 

@@ -106,9 +106,8 @@ class TestImages(SeededTest):
         self.assertEqual(set(samples.unique().tolist()), {0, 1})
         intensities = torch.arange(256) / 255
         self.assertEqual((samples[:, 0, 0, 0].max().item(), samples[:, 0, -1, -1].min().item()), (0, 1))
-        torch.testing.assert_close(
-            samples.mean(dim=0).flatten(), intensities, atol=0.035, rtol=0
-        )  # 4.4 standard errors
+        # The tolerance is 4.4 standard errors
+        torch.testing.assert_close(samples.mean(dim=0).flatten(), intensities, atol=0.035, rtol=0)
         self.assertAlmostEqual((samples.mean(dim=0).flatten() - intensities).mean().item(), 0, delta=0.002)
         torch.testing.assert_close(torch.corrcoef(samples[:, 0, 7, 8:].T), torch.eye(8), atol=0.08, rtol=0)
         self.assertTrue(torch.equal(images, before))

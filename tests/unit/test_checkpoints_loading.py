@@ -20,9 +20,8 @@ from harness.errors import UserError
 from tests.helpers import SeededTest
 from train_pl import VAE
 
-HPARAMS = dict(
-    model_name="MLP", hidden_dims=[16], num_filters=4, z_dim=2, lr=1e-3
-)  # hyperparameters of the assignment's VAE
+# Hyperparameters of the assignment's VAE
+HPARAMS = dict(model_name="MLP", hidden_dims=[16], num_filters=4, z_dim=2, lr=1e-3)
 SCALAR = np.float64(1).__reduce__()[0]  # NumPy's function that creates a scalar; its module depends on the version
 
 

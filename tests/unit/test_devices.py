@@ -52,9 +52,8 @@ class TestEveryTensorIsOnTheGPU(SeededTest):
 
     def setUp(self):
         self.mode = FakeTensorMode()
-        self.enter(
-            mock.patch.multiple(torch.Tensor, item=lambda tensor: 0.5, __int__=lambda tensor: 1)
-        )  # these need values
+        # These methods need the values of a tensor, so a meta tensor has none
+        self.enter(mock.patch.multiple(torch.Tensor, item=lambda tensor: 0.5, __int__=lambda tensor: 1))
         # torch without support for Apple's GPU cannot index single images of a batch on it.
         self.enter(mock.patch.object(utils, "make_grid", lambda imgs, nrow: imgs))
 

@@ -149,9 +149,8 @@ class TestReading(FilesTest):
         self.assertEqual((requests, self.raw.exists()), ([], False))
         self.write()
         (self.raw / TEST_LABELS).unlink()
-        self.assertIn(
-            f"1 of its four files are missing ({TEST_LABELS})", self.error(download=True)
-        )  # there is no mirror
+        # The download fails, because there is no mirror
+        self.assertIn(f"1 of its four files are missing ({TEST_LABELS})", self.error(download=True))
 
 
 class TestHints(FilesTest):

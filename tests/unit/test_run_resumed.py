@@ -15,10 +15,10 @@ from train_pl import VAE
 
 
 def setUpModule():
-    global UNDISTURBED
+    global UNINTERRUPTED
     folder = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(folder.cleanup)
-    UNDISTURBED = Path(folder.name)  # folder of uninterrupted runs; tests with the same flags share a run
+    UNINTERRUPTED = Path(folder.name)  # folder of uninterrupted runs; tests with the same flags share a run
 
 
 class ResumedRunTest(NamedRunTest):
@@ -31,9 +31,9 @@ class ResumedRunTest(NamedRunTest):
         self.assertIn(f"in {self.run_folder()}, resumed after epoch {after}\n", output)
         flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         name = "-".join(["run", *(f"{name}={value}" for name, value in sorted(flags.items()))])
-        if not (UNDISTURBED / name).exists():
-            self.train(**flags, log_dir=str(UNDISTURBED), run_name=name)
-        assert_left_the_same(self, self.run_folder(), UNDISTURBED / name)
+        if not (UNINTERRUPTED / name).exists():
+            self.train(**flags, log_dir=str(UNINTERRUPTED), run_name=name)
+        assert_left_the_same(self, self.run_folder(), UNINTERRUPTED / name)
         return output
 
 

@@ -32,9 +32,8 @@ class JobTest(TrainingTest):
         super().setUp()
         job = dict(JOB_ID="7", JOB_NAME="vae", NTASKS="1", PROCID="0", LOCALID="0", NODEID="0")
         self.enter(mock.patch.dict(os.environ, {f"SLURM_{name}": value for name, value in job.items()}))
-        self.enter(
-            mock.patch.object(slurm, "is_interactive", return_value=False)
-        )  # even if the tests run in a terminal
+        # As in a batch job, even if the tests run in a terminal
+        self.enter(mock.patch.object(slurm, "is_interactive", return_value=False))
         for number in [signal.SIGTERM, signal.SIGUSR1]:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         signal.signal(signal.SIGUSR1, lambda *_: None)  # so that an additional signal does not end the tests

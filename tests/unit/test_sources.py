@@ -49,9 +49,8 @@ class TestRunsOnYourOwnImages(NamedRunTest):
     def setUp(self):
         super().setUp()
         self.enter(mock.patch.object(train_pl, "load_data", load_data))
-        self.enter(
-            mock.patch.object(latent_space, "save_pictures")
-        )  # test_latent_space.py tests pictures of such images
+        # Pictures of such images are tested in test_latent_space.py
+        self.enter(mock.patch.object(latent_space, "save_pictures"))
 
     def write(self, name="own.npz", **arrays):
         """Writes a file, see write_npz. Returns its path."""
