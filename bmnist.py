@@ -241,7 +241,9 @@ def save_grid(path: str | os.PathLike, dataset: BinaryImages):
 
 def main():
     flags = {name: DATA_FLAGS["data"][name] for name in ["dataset", "data_dir"]}
-    parser = Parser("Validates images and prints their splits; saves a picture of your own images.", {"data": flags})
+    parser = Parser(
+        "Validates images and prints their splits; saves a picture of images other than MNIST's.", {"data": flags}
+    )
     with exit_on_error(parser):
         args = Parser("", DATA_FLAGS).complete(parser.parse_args())  # with the defaults of the other flags
         loaders = load_data(Namespace(**vars(args), batch_size=1, devices=1, num_nodes=1))

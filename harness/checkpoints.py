@@ -70,8 +70,7 @@ def read_checkpoint(path, map_location="cpu") -> dict:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it contains more than tensors and plain values, and could run code when it is loaded "
-            f"({short_reason(error)}): save model.state_dict() instead or, if you trust the file, allow its types with "
-            "torch.serialization.add_safe_globals"
+            f"({short_reason(error)}): save model.state_dict() instead"
         ) from error
     except Exception as error:  # a damaged file can cause any kind of error
         if is_out_of_memory(error):

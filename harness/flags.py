@@ -197,7 +197,7 @@ def run_flags(log_dir: str) -> dict[str, dict[str, Flag]]:
         "run": {
             "log_dir": Flag(log_dir, "Directory that contains the run folders"),
             "run_name": Flag(None, "Name of the run folder in --log_dir; an existing run is resumed"),
-            "progress_bar": Flag(False, "Show a progress bar instead of a line per epoch; ignored in batch jobs"),
+            "progress_bar": Flag(False, "Show a progress bar instead of a line per epoch, in a terminal or notebook"),
         },
         "devices": {
             "accelerator": Flag("auto", "Device for training; auto uses a GPU if possible", ["auto", "cpu", "gpu"]),
@@ -228,6 +228,6 @@ def check_run_flags(args: argparse.Namespace):
                 f"--run_name must be relative to --log_dir, got {name}: use --run_name {path.removeprefix(log_dir)}"
             )
     if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.path.normpath(name).split(os.sep)[0] in (".", ".."):
-        raise FlagError(f"--run_name must be a folder inside --log_dir, got {name!r}")
+        raise FlagError(f"--run_name must be a path relative to --log_dir and stay inside it, got {name!r}")
     if not name.isprintable():
         raise FlagError(f"--run_name must be printable, got {name!r}")

@@ -70,7 +70,7 @@ def load_mnist(root: str | os.PathLike = "../data/", download: bool = True, kind
         if missing := [name for name in missing if name not in contents]:
             hints = describe_rejected_files(folder, missing, rejected, kind_name)
             raise DataError(
-                f"{kind_name} is not complete in {folder}: {len(missing)} of its four files are missing "
+                f"{kind_name} is not complete in {folder}: missing files: {len(missing)} of 4 "
                 f"({', '.join(missing)}) and could not be downloaded ({problem}){hints}. "
                 f"Run `python bmnist.py --dataset {kind} --data_dir DIR` on a machine with a network, or train on "
                 "rendered digits with --dataset rendered"
@@ -101,7 +101,7 @@ def read_files(folder: Path, names, kind_name: str) -> tuple[dict, dict]:
 def read_file(path: Path, name: str, kind_name: str) -> bytes:
     """Returns the unpacked content of a kind's file of this name. Raises a DataError if the file is invalid."""
     if os.path.isdir(path):
-        raise DataError("it is a folder")
+        raise DataError("it is a folder (move the file in it up one level)")
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):

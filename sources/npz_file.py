@@ -136,6 +136,9 @@ def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndar
         raise ValueError(f"{found}, but must be of shape [N,H,W], [N,H,W,1] or [N,H,W,3]")
     if len(images) < minimum:
         raise ValueError(f"{name} has {len(images)} images, but must have at least {minimum}")
+    possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
+    if images.dtype.kind not in "biuf":  # such as strings, which have no minimum
+        raise ValueError(f"{found}, but must contain {possible}")
     low, high = images.min(), images.max()
     if images.dtype == bool:
         images = images.view(np.uint8) * np.uint8(255)
@@ -143,8 +146,7 @@ def to_grey(images: np.ndarray, name: str, minimum: int, notes: list) -> np.ndar
     elif images.dtype.kind == "f" and low >= 0 and high <= 1:
         images = apply_in_blocks(images, lambda block: (block * 255).round())
         notes.append("floats from 0 to 1 read as intensities")
-    elif images.dtype.kind not in "iuf" or not 0 <= low <= high <= 255:
-        possible = "whole numbers from 0 to 255, floats from 0 to 1, or bool"
+    elif not 0 <= low <= high <= 255:
         raise ValueError(f"{found} with values from {low} to {high}, but must contain {possible}")
     elif high == 1:
         raise ValueError(

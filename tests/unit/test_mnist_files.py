@@ -150,7 +150,7 @@ class TestReading(FilesTest):
         self.write()
         (self.raw / TEST_LABELS).unlink()
         # The download fails, because there is no mirror
-        self.assertIn(f"1 of its four files are missing ({TEST_LABELS})", self.error(download=True))
+        self.assertIn(f"missing files: 1 of 4 ({TEST_LABELS})", self.error(download=True))
 
 
 class TestHints(FilesTest):
@@ -168,7 +168,7 @@ class TestHints(FilesTest):
             f"{IMAGES}.gz (it is a text file that begins with '<!DOCTYPE html> <html>'",
             f"{LABELS}.gz (it cannot be unpacked",
             f"{TEST_IMAGES} (it cannot be read (No such file or directory))",
-            f"{TEST_LABELS}.gz (it is a folder)",
+            f"{TEST_LABELS}.gz (it is a folder (move the file in it up one level))",
         ]:
             self.assertIn(part, error)
         with self.mirror():
@@ -192,7 +192,8 @@ class TestHints(FilesTest):
             (self.raw / name).mkdir(parents=True)
         with self.mirror() as requests:
             self.assertIn(
-                f"{self.raw / IMAGES} is not a valid file of MNIST: it is a folder. ", self.error(download=True)
+                f"{self.raw / IMAGES} is not a valid file of MNIST: it is a folder (move the file in it up one level)",
+                self.error(download=True),
             )
         self.assertEqual(requests, [])
 

@@ -59,6 +59,10 @@ class TestLoadFile(SeededTest):
             ({"x_train": images}, "both kinds of names, test_images and train_images and x_train: use only one"),
             ({"val_images": images[:0]}, "val_images has 0 images, but must have at least 1"),
             ({"val_images": images[:9, 1:]}, "of 20x14 and of 19x14 pixels"),
+            (
+                {"train_images": images.astype(str)},
+                r"is <U\d+ of shape \[200, 20, 14\], but must contain whole numbers",
+            ),
             ({"train_images": images[:, :0]}, r"of shape \[200, 0, 14\]"),
             ({"train_images": images[:99]}, "train_images has 99 images, but must have at least 100"),
             ({"train_images": images // 2}, "no pixel of its train_images is above 127"),

@@ -130,7 +130,7 @@ class TestSampler(SeededTest):
                 self.assertLessEqual(set(expected), set(last))
 
     def test_the_order_and_the_seed_for_sampled_images_depend_only_on_seed_and_epoch(self):
-        orders, draw_seeds = set(), set()
+        orders, resampling_seeds = set(), set()
         for seed, epoch in itertools.product([3, 4], range(3)):
             seen = set()
             for world_size, rank in [(1, 0), (2, 0), (2, 1), (1, 0)]:
@@ -139,9 +139,9 @@ class TestSampler(SeededTest):
                 sampler.set_epoch(epoch)
                 seen.add(sampler.resampling_seed())
             self.assertEqual(len(seen), 1)
-            draw_seeds |= seen
+            resampling_seeds |= seen
             orders.add(str(list(sampler)))
-        self.assertEqual((len(orders), len(draw_seeds)), (6, 6))
+        self.assertEqual((len(orders), len(resampling_seeds)), (6, 6))
 
 
 class TestRandomNumbers(SeededTest):
