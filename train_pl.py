@@ -348,9 +348,7 @@ def make_experiment(args: argparse.Namespace) -> Experiment:
         keep=lambda folder: data_locations(vars(args), folder),
         if_not_finite=f"try a lower --lr than {args.lr:g}",
         memory_flags=("batch_size", "train_samples"),
-        fixed_epochs="because its learning-rate schedule depends on the number of epochs"
-        if args.lr_schedule == "cosine"
-        else "",
+        fixed_epochs="because its learning rate depends on --epochs" if args.lr_schedule == "cosine" else "",
     )
 
 
@@ -379,14 +377,8 @@ FLAGS = {
         "model": Flag("MLP", "Kind of encoder and decoder", choices=["MLP", "CNN"]),
         "z_dim": Flag(20, "Dimensionality of the latent space", minimum=1),
         "hidden_dims": Flag([512], "MLP: widths of the encoder's hidden layers; the decoder's are reversed", minimum=1),
-        "num_filters": Flag(
-            32, "CNN: channels of the first encoder layers; the later ones have twice as many", minimum=1
-        ),
-        "init": Flag(
-            "pytorch",
-            "MLP: initial weights: PyTorch's default, or He initialisation, which is better for deep networks",
-            ["pytorch", "he"],
-        ),
+        "num_filters": Flag(32, "CNN: channels of the first encoder layers; later ones have twice as many", minimum=1),
+        "init": Flag("pytorch", "MLP: initial weights; he (He et al. 2015) is better for deep ones", ["pytorch", "he"]),
         "init_from": Flag(None, "Start from the weights of this checkpoint, instead of --init"),
     },
     "training": {

@@ -15,6 +15,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # has a folder for each GPU
 CGROUP_OF_PROCESS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux only
 HIDDEN_ON_PURPOSE = ("", "-1")  # values of CUDA_VISIBLE_DEVICES with which people choose the CPU
+OTHER_TORCH = "install a version of torch that supports this GPU and its driver"
 DEFAULT_THREADS = 8  # the most by default: small networks gain nothing from more
 
 
@@ -63,8 +64,7 @@ def why_cuda_is_unusable(number):
         has_driver = "Found no NVIDIA driver" not in reason
         problem = f"({reason})" if reason and has_driver else ""
         return "".join(
-            f"torch {torch.__version__} cannot use {name} {problem}: install a version of torch that supports this GPU "
-            "and its driver"
+            f"torch {torch.__version__} cannot use {name} {problem}: {OTHER_TORCH}"
             if problem
             else f"this machine has {name}, but no GPU is visible to this process: {gpu_visibility_hint(has_driver)}"
             for name in nvidia_gpu_names()[:1]
@@ -79,7 +79,7 @@ def why_cuda_is_unusable(number):
         return (
             f"torch {torch.__version__} cannot use {torch.cuda.get_device_name(number)}, compute capability "
             f"{major}.{minor}; it supports {', '.join(torch.cuda.get_arch_list())} ({str(error).splitlines()[0]}): "
-            "install a version of torch that supports this GPU and its driver"
+            f"{OTHER_TORCH}"
         )
     return None
 

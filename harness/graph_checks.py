@@ -34,10 +34,8 @@ SETTINGS = {
 _TORCH = "forward_pre forward backward_pre backward post_accumulate_grad optimizer_step_pre optimizer_step_post"
 TORCH_HOOKS = [f"_{name}_hooks" for name in _TORCH.split()]  # of modules, parameters and optimizers
 # Modules whose hooks stay correct when they are called once for a block of minibatches.
-TRUSTED_MODULES = (
-    "harness.",
-    *(f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]),
-)
+_LIGHTNING = [f"pytorch_lightning.callbacks.{name}" for name in ["model_checkpoint", "progress", "timer"]]
+TRUSTED_MODULES = ("harness.", *_LIGHTNING)
 STEP_CHANGING_CALLBACKS = (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
@@ -160,7 +158,5 @@ class Forbidden:
 _OPERATORS = {f"__{name}__" for name in ["eq", "ne", "lt", "le", "gt", "ge", "hash", "str", "len", "iter", "call"]}
 for _name in _OPERATORS | ({*dir(int)} - {*dir(object)}):
     setattr(Forbidden, _name, Forbidden.refuse)
-FORBIDDEN_TRAINER, FORBIDDEN_BATCH_IDX = (
-    Forbidden("self.trainer (as self.log and self.current_epoch do)"),
-    Forbidden("batch_idx"),
-)
+FORBIDDEN_TRAINER = Forbidden("self.trainer (as self.log and self.current_epoch do)")
+FORBIDDEN_BATCH_IDX = Forbidden("batch_idx")

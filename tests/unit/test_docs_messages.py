@@ -3,7 +3,6 @@
 import ast
 import re
 import unittest
-from collections import defaultdict
 
 from tests.helpers import REPOSITORY
 
@@ -29,45 +28,44 @@ FOREIGN = {
     "Unexpected key(s)",
     "'VAE' object has no attribute",
 }
-NGRAM = 4  # characters that a quote and a message must share before they are compared
-MIN_LITERAL = 0.5  # share of a quote's characters that must stand in the message itself; the rest are inserted values
-VALUE = None  # stands for an inserted value in a message
+VALUE = "\0"  # stands for a value that is inserted into a message
+MARKS = '();:,.|`"'  # stripped from both ends of each word
 
 
 def messages_of_python(text):
-    """Yields the strings of a Python file, each as a list of characters and VALUEs."""
+    """Yields the strings of a Python file, with VALUE for each inserted value."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield [*node.value]
+            yield node.value
         elif isinstance(node, ast.JoinedStr):
-            yield [
-                item for part in node.values for item in ([*part.value] if isinstance(part, ast.Constant) else [VALUE])
-            ]
+            yield "".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values)
 
 
 def messages_of_bash(text):
-    """Yields the lines of a bash script, each as a list of characters and VALUEs."""
+    """Yields the lines of a bash script, with VALUE for each inserted value."""
     for line in text.splitlines():
-        parts = re.split(r"\$\{[^}]*\}|\$[\w?]+|\$\([^)]*\)", line)
-        yield [item for part in parts for item in [VALUE, *part]][1:]
+        yield re.sub(r"\$\{[^}]*\}|\$[\w?]+|\$\([^)]*\)", VALUE, line)
 
 
-def shared_literals(quote, message):
+def words(text):
+    """Returns the words of a text, without punctuation marks around them."""
+    return [word.strip(MARKS) for word in text.split() if word.strip(MARKS)]
+
+
+def matches(quoted, message):
     """
-    Returns the largest number of a quote's characters that the message itself contains, if the quote is a part of the
-    message with values inserted. Returns -1 if the quote is not a part of the message.
+    Returns whether the words of a quote are a part of the words of a message. A value in the message matches any text
+    without spaces, but a third of the words must have no value.
     """
-    best = dict.fromkeys(range(len(message) + 1), 0)  # by the place in the message that the quote has reached
-    for character in quote:
-        reached = {}
-        for place, score in best.items():
-            if place < len(message) and message[place] == character:
-                reached[place + 1] = max(reached.get(place + 1, -1), score + 1)
-            for before in [place - 1, place]:  # a value has any number of characters
-                if 0 <= before < len(message) and message[before] is VALUE:
-                    reached[before + 1] = max(reached.get(before + 1, -1), score)
-        best = reached
-    return max(best.values(), default=-1)
+
+    def is_same(found, word):
+        return found == word if VALUE not in word else re.fullmatch(re.escape(word).replace(VALUE, r"\S*"), found)
+
+    starts = range(len(message) - len(quoted) + 1)
+    parts = [message[start : start + len(quoted)] for start in starts]
+    return any(
+        all(map(is_same, quoted, part)) and 3 * sum(VALUE not in word for word in part) >= len(part) for part in parts
+    )
 
 
 def quotes(page, heading):
@@ -86,39 +84,33 @@ def fragments(quote):
     """Returns the parts of a quote between its '...', without the messages of other programs that it contains."""
     for foreign in FOREIGN:
         quote = quote.replace(foreign, "...")
-    parts = [part.strip(" ();:,") for part in quote.split("...")]
-    return [part for part in parts if len(part) > 3 and part not in ["note", "warning"]]
+    return [part for part in quote.split("...") if len(words(part)) > 1]  # a single word may be a value or a flag
 
 
 def parts_of_fragment(fragment):
     """Returns the parts of a fragment that may come from two messages, one of which is inserted into the other."""
     parts = re.split(r"(?<=[:;,]) | (?=\()|(?<=must be) ", fragment)
-    return [part for part in parts if len(re.findall(r"(?<!\S)[A-Za-z]+(?!\S)", part)) > 1]  # others may be values
+    return [part for part in parts if len(words(part)) > 1]  # a single word may be a value
 
 
 class TestMessages(unittest.TestCase):
     def setUp(self):
-        """Reads the messages of all programs, by the short pieces of text in them."""
+        """Reads the messages of all programs."""
         files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("slurm/*")]
         files += [path for folder in ["harness", "sources", "pictures"] for path in (REPOSITORY / folder).glob("*.py")]
-        self.messages = defaultdict(list)
+        self.messages = []
         for file in files:
             read = messages_of_python if file.suffix == ".py" else messages_of_bash
-            for message in read(file.read_text()):
-                text = "".join(character or "\0" for character in message)
-                for piece in {text[start : start + NGRAM] for start in range(len(text) - NGRAM + 1)}:
-                    self.messages[piece].append(message)
-
-    def share(self, fragment):
-        """Returns the largest share of a fragment's characters that a single message contains."""
-        pieces = {fragment[start : start + NGRAM] for start in range(max(len(fragment) - NGRAM + 1, 1))}
-        candidates = {id(message): message for piece in pieces for message in self.messages[piece]}
-        return max([shared_literals(fragment, message) for message in candidates.values()], default=-1) / len(fragment)
+            self.messages += map(words, read(file.read_text()))
 
     def is_in_the_code(self, fragment):
         """Returns whether a fragment is a part of a message, or of two messages, one inserted into the other."""
-        found = [self.share(text) >= MIN_LITERAL for text in [fragment, *parts_of_fragment(fragment)]]
-        return found[0] or (len(found) > 1 and all(found[1:]))
+
+        def is_found(text):
+            return any(matches(words(text), message) for message in self.messages)
+
+        parts = parts_of_fragment(fragment)
+        return is_found(fragment) or (len(parts) > 0 and all(map(is_found, parts)))
 
     def test_every_quoted_message_is_in_the_code(self):
         count = 0
@@ -135,6 +127,5 @@ class TestMessages(unittest.TestCase):
         self.assertFalse(self.is_in_the_code("(--data_dir says where MNIST is now)"))
         self.assertTrue(self.is_in_the_code("--lr must be a finite number above 0, got '0.1'"))
         self.assertFalse(self.is_in_the_code("--lr must be an infinite number above 0, got '0.1'"))
-        self.assertEqual(shared_literals("lr 7 is", [*"--lr ", VALUE, *" is high"]), 6)
-        self.assertEqual(shared_literals("lr 7 was high", [*"--lr ", VALUE, *" is high"]), 3)
-        self.assertEqual(shared_literals("lr was high", [*"lr is high"]), -1)
+        self.assertTrue(matches(words("--lr 7 is high"), words(f"--lr {VALUE} is high: lower it")))
+        self.assertFalse(matches(words("--lr 7 was high"), words(f"--lr {VALUE} is high: lower it")))

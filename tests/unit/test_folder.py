@@ -194,7 +194,7 @@ class TestFolder(NamedRunTest):
         self.train(epochs=2)
         self.assert_refused("has trained 2 epochs, more than --epochs 1: give --epochs 2 or more", epochs=1)
         self.train(epochs=1, lr_schedule="cosine", run_name="cosine")
-        message = "cannot be resumed with --epochs 2, because its learning-rate schedule .*: give --epochs 1, or"
+        message = "cannot be resumed with --epochs 2, because its learning rate .*: give --epochs 1, or"
         self.assert_refused(message, epochs=2, lr_schedule="cosine", run_name="cosine")
 
     def test_results_whose_checkpoints_are_missing_are_not_replaced(self):
